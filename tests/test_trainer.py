@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pad import stages
 from pad.config import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.sources import ImageData
@@ -17,6 +16,7 @@ from pad.experts.trainer import ExpertTask
 from pad.files import save_pt
 from pad.functional import FlatModel
 from pad.networks import build
+from pad.stages import recording, workbench
 from pad.trajectories import TrajectoryStore, expert_path, recorded
 
 NETWORK, CLASSES, SIZE = "ConvNetD1W8", 3, (8, 8)
@@ -212,7 +212,7 @@ def bench(tmp_path, monkeypatch):
     data = ImageData(
         "CIFAR10", pixels(30), labels, pixels(9), torch.arange(9) % 3, ("a", "b", "c"), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
     )
-    monkeypatch.setattr(stages, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
     settings = dict(
         dataset="CIFAR10", model=NETWORK, num_experts=3, train_epochs=2, batch_train=8, lr_teacher=0.05, mom=0.5,
@@ -223,7 +223,7 @@ def bench(tmp_path, monkeypatch):
         data=data,
         folder=tmp_path / "buffers" / "CIFAR10_NO_ZCA" / NETWORK,
         rankings=tmp_path / "rankings",
-        record=lambda **changes: stages.record_experts(BufferSettings(**(settings | changes))),
+        record=lambda **changes: recording.record_experts(BufferSettings(**(settings | changes))),
     )
 
 
@@ -259,7 +259,7 @@ def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeyp
         bench.record()
     assert set(digests(bench.folder)) == {expert_path("", 0).name}
     monkeypatch.undo()
-    monkeypatch.setattr(stages, "load_data", lambda *_, **__: bench.data)
+    monkeypatch.setattr(workbench, "load_data", lambda *_, **__: bench.data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
     bench.record()
     assert digests(bench.folder) == whole
@@ -312,7 +312,7 @@ def test_a_batch_larger_than_the_data_is_refused(bench):
 
 
 def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
-    monkeypatch.setattr(stages, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
+    monkeypatch.setattr(recording, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
     with pytest.raises(InputError, match="epoch without images"):
         bench.record(init_ratio=0.08)  # 0.08 of 12 images is less than one
     assert not bench.folder.exists()
@@ -320,7 +320,7 @@ def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
 
 def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(stages, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
     bench.record(
         num_experts=1, train_epochs=1, lr_teacher=0.02, mom=0.3, l2=1e-3, rho_max=0.7, rho_min=0.7, alpha=0.6,
         adaptive=False, batch_train=7, seed=5, dsa_strategy="flip_crop", siamese=True,
@@ -337,10 +337,10 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
 
 def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(stages, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
-    scored = stages.Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
+    scored = recording.Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
     easiest = set()
     for c in range(CLASSES):
         members = sorted((bench.data.train_labels == c).nonzero().flatten().tolist(), key=lambda i: (scored[i], i))
@@ -353,17 +353,17 @@ def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
 def test_a_published_ranking_is_used(bench, monkeypatch):
     labels = torch.arange(30) % 3
     data = ImageData(**{**vars(bench.data), "train_labels": labels})
-    monkeypatch.setattr(stages, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     rows = torch.arange(30).view(10, 3).T.flip(1)  # row c: 27 + c first, c last
     save_pt(bench.rankings / "CIFAR10_Mine.pt", rows.contiguous())
     tasks = []
-    monkeypatch.setattr(stages, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.2, sort_method="CIFAR10_Mine")
     assert sorted(tasks[0].epoch_indices(0).tolist()) == [24, 25, 26, 27, 28, 29]
 
 
 def test_no_ranking_is_made_where_every_epoch_uses_all_images(bench, monkeypatch):
-    monkeypatch.setattr(stages, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
+    monkeypatch.setattr(recording, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
     bench.record(num_experts=1)
     assert recorded(bench.folder) == [0]
 
@@ -371,7 +371,7 @@ def test_no_ranking_is_made_where_every_epoch_uses_all_images(bench, monkeypatch
 def test_whether_to_compile_does_not_depend_on_the_number_of_experts(bench, monkeypatch):
     """Compiled code rounds differently, and an expert is the same however many are trained."""
     asked = []
-    monkeypatch.setattr(stages, "should_compile", lambda *arguments: bool(asked.append(arguments)))
+    monkeypatch.setattr(recording, "should_compile", lambda *arguments: bool(asked.append(arguments)))
     for number in (1, 2, 3):
         bench.record(num_experts=number)
     assert asked == asked[:1] * 3

@@ -15,9 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from pad import cli, stages
+from pad import cli
 from pad.difficulty import ranking
 from pad.files import save_pt
+from pad.stages import distilling, evaluating, recording, workbench
 from pad.synthetic import SyntheticSet
 from pad.trajectories import TrajectoryStore
 
@@ -43,7 +44,7 @@ def make_images(root: Path, seed: int = 0, per_class: int = 12) -> Path:
     return root
 
 
-def recording(images: Path, folder: Path, *more: str) -> list[str]:
+def record_args(images: Path, folder: Path, *more: str) -> list[str]:
     return [
         "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL,
         "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"),
@@ -54,7 +55,7 @@ def recording(images: Path, folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def distilling(images: Path, buffer: Path, runs: Path, *more: str) -> list[str]:
+def distil_args(images: Path, buffer: Path, runs: Path, *more: str) -> list[str]:
     return [
         "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--zca", "False", "--ipc", "2",
         "--buffer_path", str(buffer / "buffer"), "--log_dir", str(runs), "--name", "run", "--Iteration", "7",
@@ -93,7 +94,7 @@ def images(tmp_path_factory) -> Path:
 def buffer(images, tmp_path_factory) -> Path:
     """Two recorded experts."""
     folder = tmp_path_factory.mktemp("recorded")
-    assert cli.buffer(recording(images, folder)) == 0
+    assert cli.buffer(record_args(images, folder)) == 0
     return folder
 
 
@@ -101,7 +102,7 @@ def buffer(images, tmp_path_factory) -> Path:
 def finished(images, buffer, tmp_path_factory) -> Path:
     """The ``log_dir`` of a finished run."""
     runs = tmp_path_factory.mktemp("runs")
-    assert cli.distill(distilling(images, buffer, runs)) == 0
+    assert cli.distill(distil_args(images, buffer, runs)) == 0
     return runs
 
 
@@ -213,8 +214,8 @@ def test_the_published_form_scores_like_our_own_file(images, finished, tmp_path)
 
 
 def test_zca_from_end_to_end(images, tmp_path):
-    assert cli.buffer(recording(images, tmp_path, "--zca", "--train_epochs", "8")) == 0
-    assert cli.distill(distilling(images, tmp_path, tmp_path / "runs", "--zca", "--Iteration", "2")) == 0
+    assert cli.buffer(record_args(images, tmp_path, "--zca", "--train_epochs", "8")) == 0
+    assert cli.distill(distil_args(images, tmp_path, tmp_path / "runs", "--zca", "--Iteration", "2")) == 0
     normal = run_folder(tmp_path / "runs") / "Normal"
     last = SyntheticSet.load(normal / "synthetic_last.safetensors")
     assert last.metadata["preprocessing"]["kind"] == "zca"
@@ -248,16 +249,16 @@ def test_pictures_and_artifacts_of_a_run(finished):
 
 @pytest.mark.parametrize("pix_init", ["real", "noise"])
 def test_other_initialisations(images, buffer, tmp_path, pix_init):
-    assert cli.distill(distilling(images, buffer, tmp_path, "--pix_init", pix_init, "--Iteration", "0")) == 0
+    assert cli.distill(distil_args(images, buffer, tmp_path, "--pix_init", pix_init, "--Iteration", "0")) == 0
 
 
 # ---- reproducibility
 
 
 def test_experts_do_not_depend_on_how_many_are_trained(images, buffer, tmp_path):
-    assert cli.buffer(recording(images, tmp_path, "--num_experts", "1")) == 0
+    assert cli.buffer(record_args(images, tmp_path, "--num_experts", "1")) == 0
     first = contents(experts_in(tmp_path))
-    assert cli.buffer(recording(images, tmp_path, "--num_experts", "3")) == 0  # goes on where the other stopped
+    assert cli.buffer(record_args(images, tmp_path, "--num_experts", "3")) == 0  # goes on where the other stopped
     two, three = contents(experts_in(buffer)), contents(experts_in(tmp_path))
     assert list(first) == ["expert_0000.safetensors"] and len(two) == 2 and len(three) == 3
     assert two == {name: three[name] for name in two} and first == {name: three[name] for name in first}
@@ -268,7 +269,7 @@ def test_experts_do_not_depend_on_how_many_are_trained(images, buffer, tmp_path)
 def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, buffer, finished, tmp_path):
     shutil.copytree(images, tmp_path / "moved")
     shutil.copytree(buffer, tmp_path / "larger")
-    assert cli.buffer(recording(images, tmp_path / "larger", "--num_experts", "3")) == 0
+    assert cli.buffer(record_args(images, tmp_path / "larger", "--num_experts", "3")) == 0
     runs = {}
     for name, folder, more in (
         ("plain", buffer, []),
@@ -276,7 +277,7 @@ def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, 
         ("two of three", tmp_path / "larger", ["--max_experts", "2"]),
         ("three", tmp_path / "larger", []),
     ):
-        assert cli.distill(distilling(tmp_path / "moved", folder, tmp_path / name, *more)) == 0
+        assert cli.distill(distil_args(tmp_path / "moved", folder, tmp_path / name, *more)) == 0
         runs[name] = run_contents(run_folder(tmp_path / name))
     assert {*ARTIFACTS, "metrics.jsonl"} <= set(runs["plain"])
     assert runs["plain"] == run_contents(run_folder(finished))
@@ -287,28 +288,28 @@ def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, 
 
 
 def test_another_seed_is_another_run(images, buffer, finished, tmp_path):
-    assert cli.distill(distilling(images, buffer, tmp_path, "--seed", "1")) == 0
+    assert cli.distill(distil_args(images, buffer, tmp_path, "--seed", "1")) == 0
     for name in ("Normal/images_last.pt", "metrics.jsonl"):
         assert run_contents(run_folder(tmp_path))[name] != run_contents(run_folder(finished))[name]
 
 
 def interrupt_at(monkeypatch, iteration: int, how) -> None:
     """Call ``how`` in the middle of an outer iteration."""
-    gradients = stages.TrajectoryObjective.gradients
+    gradients = distilling.TrajectoryObjective.gradients
 
     def interrupted(self, it, *tensors):
         if it == iteration:
             how()
         return gradients(self, it, *tensors)
 
-    monkeypatch.setattr(stages.TrajectoryObjective, "gradients", interrupted)
+    monkeypatch.setattr(distilling.TrajectoryObjective, "gradients", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     images, buffer, finished, tmp_path, monkeypatch, capfd, number
 ):
-    argv = distilling(images, buffer, tmp_path, "--overwrite", "True")
+    argv = distil_args(images, buffer, tmp_path, "--overwrite", "True")
     monkeypatch.setattr(sys, "argv", [str(CHECKOUT / "distill" / "PAD.py"), *argv])
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4, lambda: os.kill(os.getpid(), number))
@@ -332,7 +333,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(images, buffer, finished, tmp_
     def die():
         raise KeyboardInterrupt  # as the second Ctrl-C does: nothing is saved any more
 
-    argv = distilling(images, buffer, tmp_path, "--checkpoint_every", "2")
+    argv = distil_args(images, buffer, tmp_path, "--checkpoint_every", "2")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5, die)
         assert cli.distill(argv) == 130
@@ -348,7 +349,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(images, buffer, finished, tmp_
 def test_a_published_file_runs_with_both_filters_the_last_of_two_keys_and_dead_ones(
     images, buffer, finished, tmp_path, capfd
 ):
-    flags = distilling(images, buffer, tmp_path)
+    flags = distil_args(images, buffer, tmp_path)
     keys = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2]))
     lines = ["zca: True", "device: [3]", *(f"{key}: {value}" for key, value in keys.items())]
     lines += ["ema_decay: 0.9995", "texture: False", "depth_ratio: 0.5", "loss_ratio: 0.5"]
@@ -366,12 +367,12 @@ def test_a_published_file_runs_with_both_filters_the_last_of_two_keys_and_dead_o
 
 def test_a_run_goes_on_with_the_experts_it_began_with(images, buffer, finished, tmp_path, monkeypatch):
     shutil.copytree(buffer, tmp_path, dirs_exist_ok=True)
-    argv = distilling(images, tmp_path, tmp_path)
+    argv = distil_args(images, tmp_path, tmp_path)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert cli.distill(argv) == 143
     # The buffer grows meanwhile; the ranking's name may be spelled in full.
-    more = recording(images, tmp_path, "--num_experts", "3", "--sort_method", "ImageFolder_GraNd")
+    more = record_args(images, tmp_path, "--num_experts", "3", "--sort_method", "ImageFolder_GraNd")
     assert cli.buffer(more) == 0
     assert (experts_in(tmp_path) / "expert_0002.safetensors").exists()
     assert cli.distill([*argv, "--resume"]) == 0
@@ -380,7 +381,7 @@ def test_a_run_goes_on_with_the_experts_it_began_with(images, buffer, finished, 
 
 
 def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp_path):
-    argv = distilling(images, buffer, tmp_path, "--checkpoint_every", "3")
+    argv = distil_args(images, buffer, tmp_path, "--checkpoint_every", "3")
     assert cli.distill([*argv, "--Iteration", "4"]) == 0
     assert cli.distill([*argv, "--resume"]) == 0
     ours, theirs = run_contents(run_folder(tmp_path)), run_contents(run_folder(finished))
@@ -390,7 +391,7 @@ def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp
 
 
 def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, monkeypatch):
-    train = stages.ExpertTask.train
+    train = recording.ExpertTask.train
 
     def interrupted(self, expert, start):
         for epoch, theta in enumerate(train(self, expert, start)):
@@ -399,10 +400,10 @@ def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, mon
             yield theta
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.ExpertTask, "train", interrupted)
-        assert cli.buffer(recording(images, tmp_path)) == 130
+        patch.setattr(recording.ExpertTask, "train", interrupted)
+        assert cli.buffer(record_args(images, tmp_path)) == 130
     assert list(contents(experts_in(tmp_path))) == ["expert_0000.safetensors"]
-    assert cli.buffer(recording(images, tmp_path)) == 0
+    assert cli.buffer(record_args(images, tmp_path)) == 0
     assert TrajectoryStore.open(experts_in(tmp_path)).experts == [0, 1]
 
 
@@ -422,12 +423,12 @@ def refused(tmp_path, monkeypatch, capfd):
         before = contents(root)
         with monkeypatch.context() as patch:
             patch.setattr(ranking, "score", heavy)
-            patch.setattr(stages.ExpertTask, "train", heavy)
-            patch.setattr(stages.Distiller, "distill", heavy)
-            patch.setattr(stages.evaluation, "score", heavy)
+            patch.setattr(recording.ExpertTask, "train", heavy)
+            patch.setattr(distilling.Distiller, "distill", heavy)
+            patch.setattr(evaluating.evaluation, "score", heavy)
             if not late:
-                patch.setattr(stages, "fit_preprocessing", heavy)
-                patch.setattr(stages, "initial_set", heavy)
+                patch.setattr(workbench, "fit_preprocessing", heavy)
+                patch.setattr(distilling, "initial_set", heavy)
             capfd.readouterr()
             code = door([str(word) for word in argv])
         out, err = capfd.readouterr()
@@ -475,13 +476,13 @@ def truncate(path: Path, share: float = 0.5) -> None:
     ids=lambda value: " ".join(value),
 )
 def test_the_first_stage_refuses(refused, images, tmp_path, more, words):
-    refused(cli.buffer, recording(images, tmp_path, *more), *words)
+    refused(cli.buffer, record_args(images, tmp_path, *more), *words)
 
 
 def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
     folder = tmp_path / "rankings"
     path = folder / "ImageFolder_GraNd.pt"
-    argv = recording(images, tmp_path)
+    argv = record_args(images, tmp_path)
     save_pt(path, torch.arange(50).view(10, 5))
     refused(cli.buffer, argv, path, "50 images", "36 images", late=True)
     save_pt(path, torch.arange(36).view(12, 3).T.contiguous())
@@ -493,31 +494,31 @@ def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
     torch.save([Hidden(tmp_path / "code ran")], path)
     refused(cli.buffer, argv, path, "run code", late=True)
     path.unlink()
-    assert cli.buffer(recording(make_images(tmp_path / "others", seed=1), tmp_path)) == 0  # leaves a ranking of theirs
+    assert cli.buffer(record_args(make_images(tmp_path / "others", seed=1), tmp_path)) == 0  # leaves a ranking of theirs
     shutil.rmtree(tmp_path / "buffer")
     refused(cli.buffer, argv, folder / "ImageFolder_GraNd.safetensors", "other images", late=True)
 
 
 def test_a_buffer_of_another_recipe_is_not_added_to(refused, images, buffer, tmp_path):
     shutil.copytree(buffer, tmp_path, dirs_exist_ok=True)
-    refused(cli.buffer, recording(images, tmp_path, "--lr_teacher", "0.5"), "lr_teacher: 0.05", "0.5 in the settings")
-    refused(cli.buffer, recording(images, tmp_path, "--seed", "1"), "seed")
+    refused(cli.buffer, record_args(images, tmp_path, "--lr_teacher", "0.5"), "lr_teacher: 0.05", "0.5 in the settings")
+    refused(cli.buffer, record_args(images, tmp_path, "--seed", "1"), "seed")
     truncate(experts_in(tmp_path) / "expert_0001.safetensors")
-    refused(cli.buffer, recording(images, tmp_path), "expert_0001.safetensors")
+    refused(cli.buffer, record_args(images, tmp_path), "expert_0001.safetensors")
 
 
 def test_folders_without_permission(refused, images, buffer, tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     access = os.access  # root may write anywhere, so the answer is made up
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
-    refused(cli.buffer, recording(images, tmp_path / "locked"), "locked may not be written to")
-    refused(cli.distill, distilling(images, buffer, tmp_path / "locked"), "locked may not be written to")
+    refused(cli.buffer, record_args(images, tmp_path / "locked"), "locked may not be written to")
+    refused(cli.distill, distil_args(images, buffer, tmp_path / "locked"), "locked may not be written to")
 
 
 def test_files_in_place_of_folders(refused, images, buffer, finished, tmp_path):
     (tmp_path / "file").touch()
-    refused(cli.buffer, recording(images, tmp_path, "--buffer_path", tmp_path / "file"), "file is not a folder")
-    refused(cli.distill, distilling(images, buffer, tmp_path / "file" / "runs"), "file is not a folder")
+    refused(cli.buffer, record_args(images, tmp_path, "--buffer_path", tmp_path / "file"), "file is not a folder")
+    refused(cli.distill, distil_args(images, buffer, tmp_path / "file" / "runs"), "file is not a folder")
     ours = run_folder(finished) / "Normal" / "synthetic_last.safetensors"
     argv = ["--synthetic", ours, "--data_path", images, "--out"]
     refused(cli.evaluate, [*argv, tmp_path / "file" / "out.json"], "file is not a folder")
@@ -547,14 +548,14 @@ def test_files_in_place_of_folders(refused, images, buffer, finished, tmp_path):
     ids=lambda value: " ".join(value),
 )
 def test_the_second_stage_refuses(refused, images, buffer, tmp_path, more, words):
-    refused(cli.distill, distilling(images, buffer, tmp_path / "runs", *more), *words)
+    refused(cli.distill, distil_args(images, buffer, tmp_path / "runs", *more), *words)
 
 
 def test_buffers_that_do_not_fit(refused, images, buffer, tmp_path):
     shutil.copytree(buffer / "buffer", tmp_path / "buffer")
-    argv = distilling(images, tmp_path, tmp_path / "runs")
+    argv = distil_args(images, tmp_path, tmp_path / "runs")
     others = make_images(tmp_path / "others", seed=1)
-    refused(cli.distill, distilling(others, tmp_path, tmp_path / "runs"), "fingerprint", experts_in(tmp_path))
+    refused(cli.distill, distil_args(others, tmp_path, tmp_path / "runs"), "fingerprint", experts_in(tmp_path))
     shutil.copytree(experts_in(tmp_path), experts_in(tmp_path, zca=True))  # claims to be of whitened images
     refused(cli.distill, [*argv, "--zca"], "preprocessing", "meanstd", "zca", late=True)
     shutil.copytree(experts_in(tmp_path), experts_in(tmp_path).with_name("ConvNetD1W16"))  # to be of another network
@@ -572,14 +573,14 @@ def test_buffers_that_do_not_fit(refused, images, buffer, tmp_path):
 
 
 def test_experts_that_know_too_little(refused, images, buffer, tmp_path):
-    argv = distilling(images, buffer, tmp_path / "runs", "--Label_Model_Timestamp", "0", "--ipc", "12")  # untrained
+    argv = distil_args(images, buffer, tmp_path / "runs", "--Label_Model_Timestamp", "0", "--ipc", "12")  # untrained
     refused(cli.distill, argv, "classify only", "ipc is 12", late=True)
 
 
 def test_runs_in_the_way(refused, images, buffer, finished, tmp_path, capfd):
     shutil.copytree(finished, tmp_path / "runs")
     folder = run_folder(tmp_path / "runs")
-    argv = distilling(images, buffer, tmp_path / "runs")
+    argv = distil_args(images, buffer, tmp_path / "runs")
     refused(cli.distill, argv, folder, "finished", "--overwrite")
     before = run_contents(folder)
     assert cli.distill([*argv, "--resume"]) == 0  # nothing is left to do
@@ -658,6 +659,6 @@ def test_a_full_disk_is_a_sentence_too(images, tmp_path, monkeypatch, capfd):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "expert"))
 
-    monkeypatch.setattr(stages, "write_expert", full)
-    assert cli.buffer(recording(images, tmp_path)) == 1
+    monkeypatch.setattr(recording, "write_expert", full)
+    assert cli.buffer(record_args(images, tmp_path)) == 1
     assert capfd.readouterr().err.splitlines()[-1] == f"error: No space left on device: {tmp_path / 'expert'}"

@@ -1,0 +1,151 @@
+"""Stage 2: optimise a synthetic set along the experts."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pad import evaluation, networks
+from pad.config import DistillSettings
+from pad.data.augment import DSA, NoAugmentation
+from pad.distiller import Distiller, Schedule, State
+from pad.errors import InputError
+from pad.functional import FlatModel, should_compile
+from pad.initialisation import Experts, class_order, initial_set
+from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
+from pad.stages.workbench import Workbench, check_writable, evaluation_protocol, experts_folder, set_up
+from pad.synthetic import SyntheticSet
+from pad.tracking import Run, finished_iterations, recorded_settings, run_folder, run_state
+from pad.trajectories import TrajectoryStore
+
+log = logging.getLogger("pad")
+
+# What a resumed run may change: how long it runs, how often it reports, where it runs.
+MAY_DIFFER_ON_RESUME = (
+    "Iteration", "eval_it", "save_it", "checkpoint_every", "num_eval", "device", "resume", "overwrite", "tracker", "project",
+    "data_path", "buffer_path", "log_dir", "experts", "max_bad_iterations", "batch_train", "epoch_eval_train", "eval_mode",
+)  # fmt: skip
+
+
+def distill(settings: DistillSettings) -> Path:
+    """Stage 2: optimise a synthetic set along the experts. Returns the run folder."""
+    bench = set_up(settings)
+    folder = run_folder(
+        settings.log_dir, bench.data.name, settings.ipc, settings.model, settings.name or f"pad-seed{settings.seed}"
+    )
+    before = recorded_settings(folder) if settings.resume and run_state(folder) != "absent" else {}
+    _settle_compile(settings, before, bench.device)
+    place = dict(
+        resume=settings.resume, overwrite=settings.overwrite, tracker=settings.tracker, may_differ=MAY_DIFFER_ON_RESUME
+    )
+    check_writable(folder)
+    Run.check(folder, settings.as_dict(), **place)
+    if settings.resume and finished_iterations(folder) > settings.Iteration:
+        log.info("the run in %s is finished", folder)
+        return folder
+    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
+    for network in pool:
+        bench.network(network, settings.seed)  # refuses one that does not fit
+    if settings.pix_init != "noise":
+        class_order(bench.labels, bench.data.num_classes, settings.ipc, settings.seed)  # refuses an ipc that is too large
+    count = settings.ipc * bench.data.num_classes
+    batch_syn = min(settings.batch_syn or count, count)
+    if (settings.batch_syn or 0) > count:
+        log.info("batch_syn: %d is more than the %d synthetic images; each step takes them all", settings.batch_syn, count)
+    model = bench.flat_model(settings.model, settings.compile == "on")
+    store = bench.open_experts(experts_folder(settings, bench.data), settings.model, model)
+    experts = _selected_experts(store, settings)
+    if "experts" in before:  # a buffer may have grown since; the run goes on with the experts it began with
+        if gone := sorted(set(before["experts"]) - set(store.experts)):
+            raise InputError(f"{folder} was started with expert {gone[0]}, which is not in {store.folder} any more")
+        experts = before["experts"]
+    sampler = SegmentSampler(
+        experts, settings.expert_epochs, settings.min_start_epoch, settings.max_start_epoch, settings.Sequential_Generation,
+        settings.current_max_start_epoch, settings.expansion_end_epoch, settings.seed,
+    )  # fmt: skip
+    sampler.check(store)
+    labellers = _labellers(settings, bench, model, store, experts)
+    store.check(bench.describe(settings.model, model))
+    images, labels = initial_set(
+        settings.pix_init, bench.images, bench.labels, bench.data.num_classes, settings.ipc, labellers, settings.seed,
+        noise_logit=settings.noise_logit,
+    )  # fmt: skip
+
+    augmentation = DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else NoAugmentation()
+    objective = TrajectoryObjective(
+        model, store, sampler, NoAugmentation() if settings.no_aug else augmentation, settings.syn_steps, batch_syn,
+        settings.depth_ratio, settings.loss_ratio, settings.seed,
+    )  # fmt: skip
+    schedule = Schedule(
+        settings.Iteration, settings.eval_it, settings.skip_first_eva, settings.save_it, settings.checkpoint_every,
+        settings.threshold, settings.max_bad_iterations, [settings.lr_img, settings.lr_y, settings.lr_lr],
+        settings.Momentum_y,
+    )  # fmt: skip
+    protocol = evaluation_protocol(settings)
+
+    def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
+        classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
+        metadata = {
+            "data": bench.data.identity, "class_names": list(bench.data.class_names), "model": settings.model,
+            "iteration": iteration, "seed": settings.seed, "provenance": {"buffer": store.header(experts[0])["settings"]},
+            "settings": {key: value for key, value in settings.as_dict().items() if key not in MAY_DIFFER_ON_RESUME},
+        }  # fmt: skip
+        return SyntheticSet(images, labels, lr, classes, metadata, bench.preprocessing)
+
+    def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
+        training_set = current.images, current.probabilities()
+        scores = {}
+        for network in pool:
+            *_, scores[network] = evaluation.score(
+                protocol, network, settings.num_eval, lambda j: training_set, current.lr.item(),
+                bench.test_images, bench.test_labels,
+            )  # fmt: skip
+        return {network: (s.mean, s.std, s.n) for network, s in scores.items()}
+
+    with Run.start(folder, settings.as_dict() | {"experts": experts}, **place) as run:
+        state = State(images.clone(), labels.clone(), torch.tensor(settings.lr_teacher, device=bench.device))
+        distiller = Distiller(run, state, objective, schedule, wrap, evaluate)
+        if settings.resume:
+            distiller.resume()
+        distiller.distill()
+        run.finish(iterations=distiller.state.iteration, best_accuracy=distiller.state.best, skipped=distiller.state.skipped)
+    log.info("the synthetic set is in %s", folder)
+    return folder
+
+
+def _settle_compile(settings: DistillSettings, before: dict, device: torch.device) -> None:
+    """Turn ``compile: auto`` into on or off; a resumed run keeps what it began with, since compiled code rounds otherwise."""
+    if settings.compile == "auto":
+        settings.compile = before.get("compile", "auto")
+    calls = settings.Iteration * settings.syn_steps
+    settings.compile = "on" if should_compile(settings.compile, device, calls) else "off"
+
+
+def _selected_experts(store: TrajectoryStore, settings: DistillSettings) -> list[int]:
+    """The experts that max_files and max_experts leave, in files of ``save_interval`` as published."""
+    files, within = settings.max_files or math.inf, settings.max_experts or math.inf
+    return [k for i, k in enumerate(store.experts) if i // settings.save_interval < files and i % settings.save_interval < within]
+
+
+def _labellers(
+    settings: DistillSettings, bench: Workbench, model: FlatModel, store: TrajectoryStore, experts: list[int]
+) -> Experts:
+    """The networks that choose and label the initial images, at the configured epoch."""
+    if settings.Initialize_Label_With_Another_Model:
+        name = settings.Initialize_Label_Model
+        model = bench.flat_model(name)
+        store = bench.open_experts(experts_folder(settings, bench.data, name), name, model)
+        store.check(bench.describe(name, model))
+        experts = store.experts
+    epoch = settings.Label_Model_Timestamp
+    for k in experts:
+        if not -store.epochs(k) - 1 <= epoch <= store.epochs(k):
+            raise InputError(f"Label_Model_Timestamp: {epoch} is not an epoch of expert {k}, which has {store.epochs(k)}")
+
+    def parameters(i: int) -> Tensor:
+        k = experts[i]
+        return store.rows(k, [epoch % (store.epochs(k) + 1)])[0].to(bench.device)
+
+    return Experts(model, parameters, len(experts))
