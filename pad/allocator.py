@@ -1,7 +1,10 @@
-"""How the C library hands out memory, which decides much of the speed of tensors on a CPU."""
+"""What a process sets up for speed before its first tensor: how memory is handed out, where compiled code is kept."""
 
 import ctypes
+import hashlib
+import os
 import platform
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
@@ -17,3 +20,26 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep what it compiles in ``$PAD_CACHE``, else ``~/.cache/pad``, for the next run.
+
+    Its own place for it is the folder of temporary files, which machines empty. Code is for one kind of CPU, and a home
+    folder may be shared by several, so each kind has a folder of its own. Does nothing when ``TORCHINDUCTOR_CACHE_DIR``
+    is set already or the folder cannot be written; makes no folder itself.
+    """
+    cache_dir = Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser().absolute()
+    parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
+    if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / f"compiled-{_cpu()}"))
+
+
+def _cpu() -> str:
+    """A name for the instructions this CPU has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

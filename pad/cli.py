@@ -1,17 +1,23 @@
 """The front doors: parse, run a stage, turn what went wrong into a sentence and an exit code.
 
 Exit codes: 0 done; 1 stopped because the numbers or a disk went wrong, what was finished is kept; 2 wrong input, nothing
-written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept.
+written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept. Of several processes all end with the
+code of the one that was first, and it alone says why.
 """
 
+import contextlib
 import logging
 import os
+import shlex
+import signal
 import sys
+import traceback
 from typing import Callable
 
-from pad import config, stages
-from pad.allocator import keep_freed_memory
+from pad import config, distributed, stages
+from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.distiller import Stopped
+from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError
 
 
@@ -25,69 +31,104 @@ class _Handler(logging.StreamHandler):
         tqdm.write(prefix + record.getMessage(), file=sys.stderr)
 
 
-def run(stage: Callable[[list[str]], object], argv: list[str] | None = None) -> int:
-    """Run ``stage(argv)``; returns the exit code."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as torchrun sends it to the processes that are left when one has ended."""
+
+
+def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = None) -> int:
+    """Run ``stage(argv, ranks)``; returns the exit code. Of several processes, one that fails ends here."""
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
+    keep_compiled_code()
     log, handler = logging.getLogger("pad"), _Handler()
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    ranks = distributed.ALONE
     try:
-        return _exit_code(stage, argv)
+        ranks = distributed.join()
+        with _one_voice(ranks, handler):
+            code = _exit_code(stage, argv, ranks)
+    except InputError as error:  # the other processes did not come
+        code = ranks.say(f"error: {error}", 2)
+    except KeyboardInterrupt as stop:
+        code = ranks.say("interrupted; what was finished is kept", 143 if isinstance(stop, _Terminated) else 130)
+    except Exception:
+        if ranks.size == 1:
+            raise
+        traceback.print_exc()
+        code = 1
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+    ranks.leave(code)
+    return code
 
 
-def _exit_code(stage: Callable[[list[str]], object], argv: list[str]) -> int:
+@contextlib.contextmanager
+def _one_voice(ranks: Ranks, handler: logging.Handler):
+    """Notices and results come from rank 0; how a run ends, from whoever knows first."""
+    if ranks.size > 1:
+        signal.signal(signal.SIGTERM, _terminate)
+    if ranks.is_main:
+        yield
+        return
+    handler.setLevel(logging.CRITICAL)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _terminate(number, frame) -> None:
+    raise _Terminated
+
+
+def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ranks: Ranks) -> int:
     try:
-        stage(argv)
+        stage(argv, ranks)
+        ranks.barrier()
         return 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return ranks.say(f"error: {' '.join(str(error).splitlines())}", 2)
     except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
-        return 1
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        if stop.code > 128:  # a signal; other stops need other settings
-            print(f"go on with: {_command(argv)}", file=sys.stderr)
-        return stop.code
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+        return ranks.say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except PeerLost as error:
+        return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
+    except Stopped as stop:  # those of a signal can be gone on with; others need other settings
+        return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks)}" if stop.code > 128 else str(stop), stop.code)
 
 
-def _command(argv: list[str]) -> str:
-    import shlex
-
+def _command(argv: list[str], ranks: Ranks) -> str:
+    if ranks.size > ranks.local_size:
+        return "the same commands, and --resume"
     replaced = ("--overwrite", "--resume")
     kept = [
         word for word, before in zip(argv, ["", *argv])
         if word.split("=")[0] not in replaced and (word.startswith("--") or before not in replaced)
     ]  # fmt: skip
-    return shlex.join([*_program(), *kept, "--resume"])
+    return shlex.join([*_program(ranks), *kept, "--resume"])
 
 
-def _program() -> list[str]:
-    return [sys.argv[0]] if os.access(sys.argv[0], os.X_OK) else [sys.executable, sys.argv[0]]
+def _program(ranks: Ranks) -> list[str]:
+    script = sys.argv[0]
+    if ranks.size > 1:
+        no_python = [] if script.endswith(".py") else ["--no-python"]
+        return ["torchrun", f"--nproc_per_node={ranks.size}", *no_python, script]
+    return [script] if os.access(script, os.X_OK) else [sys.executable, script]
 
 
-def _buffer(argv: list[str]) -> None:
+def _buffer(argv: list[str], ranks: Ranks) -> None:
     settings, _ = config.parse(config.BufferSettings, argv, "buffer_CL.py")
-    stages.record_experts(settings)
+    stages.record_experts(settings, ranks)
 
 
-def _distill(argv: list[str]) -> None:
+def _distill(argv: list[str], ranks: Ranks) -> None:
     settings, _ = config.parse(config.DistillSettings, argv, "PAD.py")
-    stages.distill(settings)
+    stages.distill(settings, ranks)
 
 
-def _evaluate(argv: list[str]) -> None:
+def _evaluate(argv: list[str], ranks: Ranks) -> None:
     settings, given = config.parse(config.EvaluationSettings, argv, "evaluation.py")
-    stages.evaluate(settings, given)
+    stages.evaluate(settings, given, ranks)
 
 
 def buffer(argv: list[str] | None = None) -> int:

@@ -52,7 +52,17 @@ class Common:
     siamese: bool = _setting(False, "all images of a batch share DSA's random numbers")
     batch_train: int = _setting(256, "batch size for training networks", low=1)
     seed: int = _setting(0, "seed of every random decision", low=0)
+    compile: str = _setting(
+        "auto", "compile the heavy functions; auto: on CUDA, and on a CPU where the run is long", choices=("auto", "on", "off")
+    )
     device: Device = _setting("auto", "auto, cpu, cuda, cuda:1, or a list of CUDA devices as [0,1]")
+    # Off although torch allows it in convolutions: float32 is the reference, which cards that have TF32 would otherwise
+    # miss by a thousandth (factors are rounded to 10 bits), and the gradients go through tens of steps.
+    tf32: bool = _setting(False, "on CUDA, compute in TF32: faster, and less exact")
+    images_on: str = _setting(
+        "auto", "where real images are kept; auto: on the device if they take at most half of its free memory",
+        choices=("auto", "device", "host"),
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise InputError when settings do not go together."""
@@ -102,7 +112,7 @@ class BufferSettings(Common):
     adaptive: bool = _setting(True, "scale GSAM's perturbation by the parameters (ASAM)")
     buffer_path: FilePath = _setting("./buffers", "folder of the trajectories")
     eval_every: int = _setting(1, "epochs between measurements of test accuracy; 0: never", low=0)
-    compile: str = _setting("auto", "compile the heavy functions", choices=("auto", "on", "off"))
+    micro_batch: int | None = _setting(None, "compute on so many images at a time: less memory, the same result", low=1)
 
     sort_method: str = _setting("", "difficulty ranking: GraNd, EL2N, or a file's stem as CIFAR10_GraNd; default: GraNd")
     ranking_path: FilePath | None = _setting(
@@ -185,7 +195,7 @@ class DistillSettings(_Evaluating):
     Momentum_y: float = _setting(0.9, "momentum of the labels", low=0, below=1)
     lr_teacher: float = _setting(0.01, "initial value of the learned learning rate", above=0)
     lr_lr: float = _setting(1e-5, "learning rate of the learning rate", low=0)
-    compile: str = _setting("auto", "compile the heavy functions", choices=("auto", "on", "off"))
+    micro_batch: int | None = _setting(None, "compute on so many images at a time: less memory, the same result", low=1)
 
     pix_init: str = _setting(
         "samples_predicted_correctly", "initial images", choices=("samples_predicted_correctly", "real", "noise")

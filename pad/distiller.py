@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.files import load_tensors, save_tensors
 from pad.matching.unroll import Gradients
@@ -71,17 +72,17 @@ class State:
     _COUNTERS = ("iteration", "best", "skipped", "bad_in_a_row")
     _TENSORS = ("images", "labels", "lr")
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, atomically."""
+    def save(self, path: Path, processes: int = 1) -> None:
+        """Write a checkpoint, atomically. ``processes``: how many share the matching."""
         tensors = dict(zip(self._TENSORS, self.variables)) | {
             f"momentum_{name}": buffer for name, buffer in zip(self._TENSORS, self.momentum)
         }
         counters = {name: getattr(self, name) for name in self._COUNTERS}
-        metadata = {"kind": "checkpoint", "format": _FORMAT, "arithmetic": _arithmetic(self.images), **counters}
-        save_tensors(path, tensors, metadata)
+        metadata = {"kind": "checkpoint", "format": _FORMAT, "arithmetic": _arithmetic(self.images, processes)}
+        save_tensors(path, tensors, metadata | counters)
 
     @classmethod
-    def load(cls, path: Path, like: "State") -> "State":
+    def load(cls, path: Path, like: "State", processes: int = 1) -> "State":
         """Read a checkpoint of the same shapes as ``like``, onto its device. Raises InputError on anything else.
 
         Logs one line when it was written where sums may round otherwise: the end may then differ in the last bits.
@@ -94,16 +95,18 @@ class State:
         for name, found, wanted in zip(cls._TENSORS * 2, variables + momentum, like.variables * 2):
             if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
                 raise InputError(f"{path}: {name} in the checkpoint is not of this run's shape {list(wanted.shape)}")
-        before, now = metadata["arithmetic"], _arithmetic(like.images)
+        before, now = metadata["arithmetic"], _arithmetic(like.images, processes)
         if before != now:
             log.warning("%s was written with %s, this is %s: results may differ by rounding", path, before, now)
         moved = [tensor.to(like.images.device) for tensor in (*variables, *momentum)]
         return cls(*moved[:3], moved[3:], **{name: metadata[name] for name in cls._COUNTERS})
 
 
-def _arithmetic(images: Tensor) -> dict:
+def _arithmetic(images: Tensor, processes: int) -> dict:
     """What the last bits of a result hang on."""
-    return {"torch": torch.__version__, "device": images.device.type, "threads": torch.get_num_threads()}
+    return {
+        "torch": torch.__version__, "device": images.device.type, "threads": torch.get_num_threads(), "processes": processes
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ class Distiller:
         synthetic: wraps tensors as a SyntheticSet, for files and pictures.
         evaluate: scores a synthetic set: network name -> (mean accuracy, std, n); the first network's mean picks the
             best.
+        ranks: the processes that run this together. All of them have the same state and take the same steps; rank 0
+            writes the files.
     """
 
     run: Run
@@ -138,10 +143,12 @@ class Distiller:
     schedule: Schedule
     synthetic: Callable[[Tensor, Tensor, Tensor, int], SyntheticSet]
     evaluate: Callable[[SyntheticSet], dict[str, tuple[float, float, int]]]
+    ranks: Ranks = ALONE
 
     def __post_init__(self):
-        self._first_pixels = self._set().pixels()
-        self._signal = None
+        self._first_pixels = self._set().pixels() if self.ranks.is_main else None
+        self._signal = 0  # that this process was sent
+        self._stop = 0  # the signal that stops the run
 
     @property
     def checkpoint(self) -> Path:
@@ -149,8 +156,12 @@ class Distiller:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if the run got as far as writing one."""
-        if self.checkpoint.exists():
-            self.state = State.load(self.checkpoint, self.state)
+        ranks = self.ranks
+        state = ranks.on_main(
+            lambda: State.load(self.checkpoint, self.state, ranks.size) if self.checkpoint.exists() else None
+        )
+        if state is not None:
+            self.state = state
             log.info("going on from iteration %d", self.state.iteration)
         self.run.truncate_metrics(self.state.iteration - 1)
 
@@ -161,8 +172,9 @@ class Distiller:
         last = "-"
         try:
             with tqdm(
-                total=schedule.iterations + 1, initial=state.iteration, desc="distilling", unit="it", dynamic_ncols=True
-            ) as bar:
+                total=schedule.iterations + 1, initial=state.iteration, desc="distilling", unit="it", dynamic_ncols=True,
+                disable=not self.ranks.is_main,
+            ) as bar:  # fmt: skip
                 while state.iteration <= schedule.iterations:
                     it = state.iteration
                     if it % schedule.eval_it == 0 and not (it == 0 and schedule.skip_first_eva):
@@ -176,11 +188,13 @@ class Distiller:
                     lr = f"{state.lr.item():.4g}"
                     bar.set_postfix(loss=f"{loss:.4f}", lr=lr, accuracy=last, skipped=state.skipped, refresh=False)
                     bar.update()
-                    if state.iteration % schedule.checkpoint_every == 0 or self._signal:
-                        state.save(self.checkpoint)
-                    if self._signal:
-                        raise Stopped(f"stopped after iteration {it}; the state is saved", 128 + self._signal)
-            state.save(self.checkpoint)  # without the last evaluation, which a run that is extended later does not have
+                    if self._stop:
+                        self._checkpoint()
+                        self.ranks.barrier()  # torchrun ends the others when one has left
+                        raise Stopped(f"stopped after iteration {it}; the state is saved", 128 + self._stop)
+                    if state.iteration % schedule.checkpoint_every == 0:
+                        self._checkpoint()
+            self._checkpoint()  # without the last evaluation, which a run that is extended later does not have
             self._evaluate(state.iteration)
             final = self._save("last")
             self._pictures(final, state.iteration)
@@ -190,10 +204,13 @@ class Distiller:
                 signal.signal(number, handler)
 
     def _remember(self, number, frame) -> None:
-        if self._signal:
+        if self.ranks.size > 1:  # torchrun passes on what a terminal has sent to all processes already
+            log.warning("finishing the iteration, then saving")
+        elif self._signal:
             raise KeyboardInterrupt
+        else:
+            log.warning("finishing the iteration, then saving (once more: stop at once)")
         self._signal = number
-        log.warning("finishing the iteration, then saving (once more: stop at once)")
 
     def _iterate(self, it: int) -> float:
         """Match and, when the loss is good enough, update. Returns the loss."""
@@ -201,7 +218,10 @@ class Distiller:
         g = self.objective.gradients(it, state.images, state.labels, state.lr)
         gradients = [g.images, g.labels, g.lr]
         # One synchronisation an iteration: everything that decides comes over together.
-        loss, *finite = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
+        found = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
+        # Of several ranks the main one decides, even if their machines should round differently, and all stop together.
+        reports = self.ranks.gather((found, self._signal))
+        (loss, *finite), self._stop = reports[0][0], max(sent for _, sent in reports)
         finite = all(finite) and math.isfinite(loss)
         updated = finite and loss <= schedule.threshold
         if updated:
@@ -213,13 +233,18 @@ class Distiller:
         if state.bad_in_a_row >= schedule.max_bad_iterations:
             bad, state.bad_in_a_row = state.bad_in_a_row, 0
             state.iteration += 1
-            state.save(self.checkpoint)
+            self._checkpoint()
+            self.ranks.barrier()
             raise Stopped(
                 f"{bad} iterations in a row gave no finite gradient; the state is saved. "
                 "Start another run (--name, or --overwrite) with a lower lr_lr or lr_img, or earlier start epochs",
                 1,
             )
         return loss
+
+    def _checkpoint(self) -> None:
+        if self.ranks.is_main:
+            self.state.save(self.checkpoint, self.ranks.size)
 
     def _set(self) -> SyntheticSet:
         state = self.state
@@ -234,20 +259,23 @@ class Distiller:
             self.run.record("evaluation", it, network=network, accuracy=mean, std=std, n=n)
         self.run.record_time("evaluation", it, time.perf_counter() - started)
         network, (mean, std, n) = next(iter(scores.items()))
-        tqdm.write(f"iteration {it}: {network} {100 * mean:.2f} +- {100 * std:.2f} % (n = {n})")
         if mean > self.state.best:
             self.state.best = mean
             self._save("best")
-        self.run.save_picture("synthetic", image_grid(
-            current.pixels(), current.classes, current.class_names, caption=f"iteration {it}"), it)  # fmt: skip
+        if self.ranks.is_main:
+            tqdm.write(f"iteration {it}: {network} {100 * mean:.2f} +- {100 * std:.2f} % (n = {n})")
+            self.run.save_picture("synthetic", image_grid(
+                current.pixels(), current.classes, current.class_names, caption=f"iteration {it}"), it)  # fmt: skip
         return f"{100 * mean:.2f}%"
 
     def _save(self, tag: int | str) -> SyntheticSet:
         current = self._set()
-        current.save(self.run.artifacts / f"synthetic_{tag}.safetensors")
-        current.export_published(self.run.artifacts, tag)
+        if self.ranks.is_main:
+            current.save(self.run.artifacts / f"synthetic_{tag}.safetensors")
+            current.export_published(self.run.artifacts, tag)
         return current
 
     def _pictures(self, final: SyntheticSet, it: int) -> None:
-        self.run.save_picture("before_after", before_after(
-            self._first_pixels, final.pixels(), final.classes, final.class_names, it), it)  # fmt: skip
+        if self.ranks.is_main:
+            self.run.save_picture("before_after", before_after(
+                self._first_pixels, final.pixels(), final.classes, final.class_names, it), it)  # fmt: skip

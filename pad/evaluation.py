@@ -1,7 +1,8 @@
 """Scoring a training set: train fresh networks on it by the published protocol, test them on real images."""
 
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
+from functools import cache
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor, nn
 
 from pad import networks
 from pad.data.augment import augment
-from pad.functional import cross_entropy
+from pad.data.placement import Images, to_device
+from pad.distributed import ALONE, Ranks
+from pad.functional import FlatModel, cross_entropy
 from pad.rng import generator
+
+TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Protocol:
         augmentation: draws the augmentation of a batch.
         seed: network j is drawn and trained from streams of (seed, network name, j), whatever it is trained on, so two
             training sets are compared on the same networks.
+        compile: train by compiled code.
+        together: how many networks are trained at once. They see what they would see alone, so their number changes
+            rounding only.
     """
 
     augmentation: object
@@ -32,27 +40,67 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
+    compile: bool = False
+    together: int = 1
 
-    def train(self, network: nn.Module, images: Tensor, p: Tensor, lr: float, rng: torch.Generator) -> None:
-        """Train in place on images ``[N, C, H, W]``, target probabilities ``p [N, K]`` (one-hot for hard labels)."""
+    def train(
+        self, model: FlatModel, nets: Sequence[nn.Module], sets: Sequence[TrainingSet], lr: float,
+        rngs: Sequence[torch.Generator],
+    ) -> None:  # fmt: skip
+        """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
 
+        Args:
+            model: their structure, which decides how. BatchNorm's running statistics are no part of flat parameters, so
+                networks that have them are trained as modules, one after the other.
+        """
+        if model.separable:
+            self._train_flat(model, nets, sets, lr, rngs)
+        else:
+            for net, training_set, rng in zip(nets, sets, rngs):
+                self._train_module(net, training_set, lr, rng)
+
+    def _train_flat(self, model, nets, sets, lr, rngs) -> None:
+        """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
+        theta, velocity = torch.stack([model.flatten(net) for net in nets]), None
+        for epoch in range(self.epochs + 1):
+            passes = [self._batches(training_set, rng) for training_set, rng in zip(sets, rngs)]
+            for batches in zip(*passes, strict=True):
+                if len(nets) > 1:
+                    g = model.grads(theta, *(torch.stack(parts) for parts in zip(*batches)))
+                else:
+                    g = model.grad(theta[0], *batches[0])[None]
+                g = g.add(theta, alpha=self.weight_decay)
+                velocity = g if velocity is None else velocity.mul_(self.momentum).add_(g)
+                theta.sub_(velocity, alpha=lr)
+            if epoch == self.epochs // 2 + 1:
+                lr, velocity = 0.1 * lr, None
+        for net, row in zip(nets, theta):
+            nn.utils.vector_to_parameters(row, net.parameters())
+
+    def _train_module(self, net, training_set, lr, rng) -> None:
         def optimiser(lr: float) -> torch.optim.SGD:
-            return torch.optim.SGD(network.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(net.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
-        network.train()
+        net.train()
         sgd = optimiser(lr)
         for epoch in range(self.epochs + 1):
-            for batch in torch.randperm(len(images), generator=rng).to(images.device).split(self.batch_size):
-                x = augment(images[batch], self.augmentation.draw(len(batch), rng))
+            for x, p in self._batches(training_set, rng):
                 sgd.zero_grad()
-                cross_entropy(network(x), p[batch]).backward()
+                cross_entropy(net(x), p).backward()
                 sgd.step()
             if epoch == self.epochs // 2 + 1:
                 sgd = optimiser(0.1 * lr)
 
+    def _batches(self, training_set: TrainingSet, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch's batches, in a new order, augmented."""
+        images, p = training_set
+        order = to_device(torch.randperm(len(images), generator=rng), images.device)
+        for batch in order.split(self.batch_size):
+            yield augment(images[batch], self.augmentation.draw(len(batch), rng)), p[batch]
+
 
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch: int = 512) -> float:
+def accuracy(network: nn.Module, images: Images, labels: Tensor, batch: int = 512) -> float:
     """Share of ``images [N, C, H, W]`` that the network, in eval mode, classifies as ``labels [N]``; 0..1."""
     network.eval()
     right = sum((network(x).argmax(dim=1) == y).sum() for x, y in zip(images.split(batch), labels.split(batch)))
@@ -84,27 +132,66 @@ class Score:
         return {"network": self.network, "mean": self.mean, "std": self.std, "n": self.n, "accuracies": self.accuracies}
 
 
+@cache
+def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: bool) -> FlatModel:
+    """One for each architecture, so that all its networks, now and later in this process, run the same compiled code."""
+    return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
+
+
 def score(
     protocol: Protocol,
     network: str,
-    num_eval: int,
-    training_set: Callable[[int], tuple[Tensor, Tensor]],
+    indices: Sequence[int],
+    training_set: Callable[[int], TrainingSet],
     lr: float,
-    test_images: Tensor,
+    test_images: Images,
     test_labels: Tensor,
 ) -> Iterator[Score]:
-    """Train ``num_eval`` networks of one architecture; yields the score so far after each.
+    """Train networks ``indices`` of one architecture; yields the score so far after each.
 
     Args:
-        training_set: for network j, its images ``[N, C, H, W]`` and target probabilities ``[N, K]``: the same for every
-            j, or another random draw of real images for each.
+        indices: the numbers j of the networks to train, such as range(5), or one process's share of them.
+        training_set: for network j, its images and target probabilities: the same for every j, or another random draw
+            of real images, of the same number, for each.
     """
     result = Score(network)
-    for j in range(num_eval):
-        images, p = training_set(j)
-        net = networks.build(
-            network, images.shape[1], p.shape[1], tuple(images.shape[2:]), protocol.seed, "evaluation", j
-        ).to(images.device)
-        protocol.train(net, images, p, lr, generator(protocol.seed, "evaluation", network, j))
-        result.accuracies.append(accuracy(net, test_images, test_labels))
-        yield result
+    for first in range(0, len(indices), protocol.together):
+        group = indices[first : first + protocol.together]
+        sets = [training_set(j) for j in group]
+        images, p = sets[0]
+        shape = images.shape[1], p.shape[1], tuple(images.shape[2:])
+        nets = [networks.build(network, *shape, protocol.seed, "evaluation", j).to(images.device) for j in group]
+        rngs = [generator(protocol.seed, "evaluation", network, j) for j in group]
+        protocol.train(_flat_model(network, *shape, protocol.compile), nets, sets, lr, rngs)
+        for net in nets:
+            result.accuracies.append(accuracy(net, test_images, test_labels))
+            yield result
+
+
+def score_all(
+    protocol: Protocol,
+    cases: Sequence[tuple[str, Callable[[int], TrainingSet]]],
+    num_eval: int,
+    lr: float,
+    test_images: Images,
+    test_labels: Tensor,
+    ranks: Ranks = ALONE,
+    progress: Callable[[int, Score], None] = lambda case, so_far: None,
+) -> list[Score]:
+    """:func:`score` of ``num_eval`` networks for each case, an architecture and its training sets, in order.
+
+    The networks are dealt to ``ranks``; those that are trained together stay so, whatever the number of ranks, so that
+    all of them get what one would. ``progress(case, score so far)`` is called after each network of this rank.
+    """
+    together = range(0, num_eval, protocol.together)
+    mine = ranks.deal([(case, first) for case in range(len(cases)) for first in together])
+    found: dict[tuple[int, int], float] = {}
+    for case, (network, training_set) in enumerate(cases):
+        indices = [j for c, first in mine if c == case for j in range(num_eval)[first : first + protocol.together]]
+        for so_far in score(protocol, network, indices, training_set, lr, test_images, test_labels):
+            found[case, indices[so_far.n - 1]] = so_far.accuracies[-1]
+            progress(case, so_far)
+    everywhere = {key: accuracy for part in ranks.gather(found) for key, accuracy in part.items()}
+    return [
+        Score(network, [everywhere[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
+    ]

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from pad.errors import InputError
 
 log = logging.getLogger("pad")
 
+_FIRST = "body.0.0."  # the first layer of all networks of pad.networks but MLP
 COMPILE_CALLS = 4000  # derivatives after which compiling for the CPU (about a minute) has paid for itself
 
 
@@ -47,19 +49,78 @@ class FlatModel:
 
     Args:
         module: gives the structure; its own numbers are not used (see :meth:`flatten`).
-        compile: compile ``grad`` and ``hvp`` (one graph each, some 30 s on a CPU; pays for itself on long runs).
+        compile: compile the derivatives (one graph each, some 40 s on a CPU; pays for itself on long runs).
+        micro_batch: work on at most so many images at a time and add up: the same result up to rounding, in less
+            memory. A network with BatchNorm takes every batch whole, since its images depend on each other.
     """
 
-    def __init__(self, module: nn.Module, compile: bool = False):
+    def __init__(self, module: nn.Module, compile: bool = False, micro_batch: int | None = None):
         self.module = _stateless(module)
         named = list(self.module.named_parameters())
         self.names = [name for name, _ in named]
         self.shapes = [tuple(p.shape) for _, p in named]
         self._sizes = [p.numel() for _, p in named]
         self.num_parameters = sum(self._sizes)
-        self.grad, self.hvp = _derivatives(self)
-        if compile and compiler_available():
-            self.grad, self.hvp = (torch.compile(f, fullgraph=True) for f in (self.grad, self.hvp))
+        self.separable = not self._contains(nn.modules.batchnorm._BatchNorm)
+        self.compiled = compile and compiler_available()
+        self.micro_batch = micro_batch if self.separable else None
+        # torch differentiates the forward derivative of these norms as if their statistics were constants (2.14).
+        wrong = self._contains(nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+        begins_with_convolution = isinstance(dict(self.module.named_modules()).get(_FIRST[:-1]), nn.Conv2d)
+        if begins_with_convolution:
+            self._after_first = copy.deepcopy(self.module)
+            self._after_first.set_submodule(_FIRST[:-1], nn.Identity())
+        forward_first = self.compiled and begins_with_convolution and not wrong
+        self._grad, self._hvp = _derivatives(self, forward_first)
+        self._grads = torch.func.vmap(self._grad)
+        if self.compiled:
+            # Every network and batch size is a graph of its own, all of them of the same few lines of code.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self._grad, self._hvp, self._grads = (
+                torch.compile(f, fullgraph=True, dynamic=False) for f in (self._grad, self._hvp, self._grads)
+            )
+        self._compiled_sizes: set[int] = set()
+
+    def grad(self, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        """The gradient ``[P]`` in ``theta [P]`` of :func:`cross_entropy` on images ``x [B, C, H, W]``, ``p [B, K]``.
+
+        ``p`` need not add up to one: a share of a batch counts as such when its p are scaled by its share.
+        """
+        pieces = self._pieces(x, p / len(x))
+        return sum(self._grad(theta, *piece) for piece in pieces[1:]) + self._grad(theta, *pieces[0])
+
+    def grads(self, thetas: Tensor, xs: Tensor, ps: Tensor) -> Tensor:
+        """:meth:`grad` of J networks at once: ``[J, P]``, ``[J, B, C, H, W]``, ``[J, B, K]`` -> ``[J, P]``."""
+        return self._grads(thetas, xs, ps / xs.shape[1])
+
+    def hvp(self, theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The slope <grad(theta, x, p), lam> and its gradients in theta ``[P]``, x ``[B, C, H, W]`` and p ``[B, K]``."""
+        n = len(x)
+        slopes, h_thetas, h_xs, h_ps = zip(*(self._hvp(theta, *piece, lam) for piece in self._pieces(x, p / n)))
+        if len(slopes) == 1:
+            return slopes[0], h_thetas[0], h_xs[0][:n], h_ps[0][:n] / n
+        return sum(slopes), sum(h_thetas), torch.cat(h_xs)[:n], torch.cat(h_ps)[:n] / n
+
+    def _pieces(self, x: Tensor, p: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A batch in micro-batches; where code is compiled, a short one is filled up, with images that do not count.
+
+        So a ragged last batch runs in the graph that is there already.
+        """
+        size = self.micro_batch or len(x)
+        pieces = list(zip(x.split(size), p.split(size)))
+        if not self.compiled:
+            return pieces
+        last, weights = pieces[-1]
+        full = min((size for size in self._compiled_sizes if size >= len(last)), default=len(last))
+        if not self.separable or full == len(last):
+            self._compiled_sizes.update(len(x) for x, _ in pieces)
+            return pieces
+        more = full - len(last)
+        padded = torch.cat([last, last.new_zeros(more, *last.shape[1:])])
+        return pieces[:-1] + [(padded, torch.cat([weights, weights.new_zeros(more, weights.shape[1])]))]
+
+    def _contains(self, *kinds: type[nn.Module]) -> bool:
+        return any(isinstance(module, kinds) for module in self.module.modules())
 
     def flatten(self, module: nn.Module) -> Tensor:
         """The parameters of a module of this structure as one vector ``[P]`` (a copy)."""
@@ -73,6 +134,16 @@ class FlatModel:
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """Logits ``[B, K]`` of images ``x [B, C, H, W]`` under parameters ``theta [P]``."""
         return torch.func.functional_call(self.module, self.unflatten(theta), (x,))
+
+    def first(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The output of the first layer, a convolution: linear in ``theta``."""
+        parameters = {name.removeprefix(_FIRST): p for name, p in self.unflatten(theta).items() if name.startswith(_FIRST)}
+        return torch.func.functional_call(self.module.get_submodule(_FIRST[:-1]), parameters, (x,))
+
+    def after_first(self, theta: Tensor, y: Tensor) -> Tensor:
+        """Logits ``[B, K]`` from the first layer's output: ``f(theta, x) = after_first(theta, first(theta, x))``."""
+        parameters = {name: p for name, p in self.unflatten(theta).items() if not name.startswith(_FIRST)}
+        return torch.func.functional_call(self._after_first, parameters, (y,))
 
     @torch.no_grad()
     def logits(self, theta: Tensor, images: Tensor, batch: int = 512) -> Tensor:
@@ -92,27 +163,38 @@ class FlatModel:
         return (self.logits(theta, images).argmax(dim=1) == labels).double().mean().item()
 
 
-def _derivatives(f):
-    """``grad(theta, x, p) -> [P]`` and ``hvp(theta, x, p, lam) -> (g, h_theta, h_x, h_p)`` of ``f``'s cross-entropy.
+def _derivatives(f, forward_first: bool = False):
+    """``grad(theta, x, p) -> g [P]`` and ``hvp(theta, x, p, lam) -> (<g, lam>, h_theta, h_x, h_p)`` of -sum p . log f(x).
 
-    ``hvp`` is one reverse-over-reverse pass: with g = dl/dtheta, (h_theta, h_x, h_p) is the gradient of <g, lam> in
-    (theta, x, p). By the symmetry of second derivatives it is the derivative of dl/d(theta, x, p) along (lam, 0, 0).
+    (h_theta, h_x, h_p) is the gradient of the slope <g, lam> in (theta, x, p); by the symmetry of second derivatives it
+    is also the derivative of dl/d(theta, x, p) along (lam, 0, 0). Two ways lead there. The slope is a derivative along
+    one direction, so it can be had forwards (``forward_first``), with the loss itself, and differentiated backwards
+    once: of each convolution that takes eight passes, all native kernels. Or g is formed backwards and differentiated
+    backwards again: nine passes, two of them slow, but fewer and larger operations between them, so it is the faster
+    one where these are not fused.
     """
 
-    def loss(theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        return cross_entropy(f(theta, x), p)
+    def loss(f, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        return -(p * F.log_softmax(f(theta, x), dim=1)).sum()
 
-    grad = torch.func.grad(loss)
+    grad = torch.func.grad(partial(loss, f))
 
-    def directional(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-        g = grad(theta, x, p)
-        return g @ lam, g
+    def slope(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        if forward_first:
+            # Clones, which are compiled away: a dual number of views, such as rows of a path, fails an assertion of torch.
+            at, along = theta.clone(), lam.clone()
+            # The first layer is linear in theta; by torch.func.jvp its images, which do not move, would move by zeros.
+            y, y_along = f.first(at, x), f.first(along, x)
+            value = torch.func.jvp(lambda at, y: loss(f.after_first, at, y, p), (at, y), (along, y_along))[1]
+        else:
+            value = grad(theta, x, p) @ lam
+        return value, value
 
-    second = torch.func.grad(directional, argnums=(0, 1, 2), has_aux=True)
+    second = torch.func.grad(slope, argnums=(0, 1, 2), has_aux=True)
 
     def hvp(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        (h_theta, h_x, h_p), g = second(theta, x, p, lam)
-        return g, h_theta, h_x, h_p
+        (h_theta, h_x, h_p), value = second(theta, x, p, lam)
+        return value, h_theta, h_x, h_p
 
     return grad, hvp
 

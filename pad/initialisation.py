@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pad.data.placement import Images
 from pad.errors import InputError
 from pad.functional import FlatModel
 from pad.rng import generator
@@ -35,7 +36,7 @@ def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: 
     return rows
 
 
-def predicted_correctly(experts: Experts, images: Tensor, rows: list[Tensor], ipc: int) -> Tensor:
+def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ipc: int) -> Tensor:
     """Indices ``[num_classes * ipc]`` of real images that an expert classifies correctly.
 
     Of each class, in the order of its row, those the first expert gets right; while a class runs short the next expert
@@ -52,7 +53,7 @@ def predicted_correctly(experts: Experts, images: Tensor, rows: list[Tensor], ip
         # A batch mixes the classes: BatchNorm, which has the batch's statistics, errs on batches of a single class.
         share = max(1, _BATCH // len(short))
         for parts in zip_longest(*(left[c].split(share) for c in short), fillvalue=rows[0][:0]):
-            logits = experts.model.logits(theta, images[torch.cat(parts).to(images.device)])
+            logits = experts.model.logits(theta, images[torch.cat(parts)])
             predictions = logits.argmax(dim=1).cpu().split([len(part) for part in parts])
             for c, part, prediction in zip(short, parts, predictions):
                 chosen[c] += part[prediction == c].tolist()
@@ -85,7 +86,7 @@ def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor
 
 def initial_set(
     kind: str,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     num_classes: int,
     ipc: int,
@@ -108,10 +109,10 @@ def initial_set(
     if kind == "noise":
         rng = generator(seed, "initial images", *stream)
         noise = torch.randn(len(classes), *images.shape[1:], generator=rng)
-        return noise.to(images), noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+        return noise.to(images.device, images.dtype), noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
     rows = class_order(labels, num_classes, ipc, seed, *stream)
     if kind == "samples_predicted_correctly":
-        chosen = images[predicted_correctly(experts, images, rows, ipc).to(images.device)]
+        chosen = images[predicted_correctly(experts, images, rows, ipc)]
         return chosen, averaged_logits(experts, chosen, classes)
-    chosen = images[torch.cat([row[:ipc] for row in rows]).to(images.device)]
+    chosen = images[torch.cat([row[:ipc] for row in rows])]
     return chosen, experts.model.logits(experts.parameters(0), chosen)

@@ -201,6 +201,17 @@ class Run:
         self.close()
 
 
+class Follower(Run):
+    """A run as seen by a process that leaves its files to another: takes everything, writes nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._sink = folder, _NoSink()
+
+    def _nothing(self, *_, **__) -> None: ...
+
+    record = record_time = truncate_metrics = save_picture = finish = _nothing
+
+
 def _plain(value, finite: bool = False):
     """``value`` as what JSON and YAML know; ``finite``: with None for NaN and infinity, which JSON has not."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)):

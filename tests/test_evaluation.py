@@ -2,12 +2,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 
+from pad import evaluation
+from pad.config import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.evaluation import Protocol, Score, accuracy, score
+from pad.functional import COMPILE_CALLS, FlatModel, compiler_available
 from pad.networks import build
 from pad.rng import generator
+from pad.stages.workbench import evaluation_protocol
 
 K, SHAPE = 3, (3, 8, 8)
 
@@ -16,12 +22,34 @@ def randn(seed, shape):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def training_set(n=10, seed=0):
-    return randn(seed, (n, *SHAPE)), (2 * randn(seed + 1, (n, K))).softmax(dim=1)
+def training_set(n=10, seed=0, hard=False):
+    logits = 2 * randn(seed + 1, (n, K))
+    return randn(seed, (n, *SHAPE)), F.one_hot(logits.argmax(dim=1), K).double() if hard else logits.softmax(dim=1)
 
 
 def network(name="ConvNetD1W8", seed=0):
     return build(name, SHAPE[0], K, SHAPE[1:], seed).double()
+
+
+def train(protocol, nets, sets, lr, rngs):
+    """Train networks by the gradient of their structure; returns how often it was formed, of one and of several."""
+    model, calls = FlatModel(nets[0], protocol.compile), {"grad": 0, "grads": 0}
+
+    def counted(name, f):
+        def call(*args):
+            calls[name] += 1
+            return f(*args)
+
+        return call
+
+    model.grad, model.grads = counted("grad", model.grad), counted("grads", model.grads)
+    protocol.train(model, nets, sets, lr, rngs)
+    return calls["grad"], calls["grads"]
+
+
+def assert_same_state(ours, theirs):
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-10, atol=1e-12)
 
 
 class Recorded:
@@ -59,20 +87,56 @@ def plain_training(net, images, p, lr, epochs, batch_size, augmentation, rng):
     return rates
 
 
-@pytest.mark.parametrize("name", ["ConvNetD1W8", "ConvNetD1W8BN"])
-@pytest.mark.parametrize("epochs, batch_size, augmentation", [
-    (5, 4, NoAugmentation()), (4, 10, NoAugmentation()), (3, 64, DSA()), (6, 3, DSA(siamese=True)),
-    (1, 4, DSA()), (0, 4, DSA()),
+@pytest.mark.parametrize("name", ["ConvNetW8", "MLP", "ConvNetD1W8BN"])
+@pytest.mark.parametrize("epochs, batch_size, augmentation, hard", [
+    (5, 4, NoAugmentation(), False), (4, 10, NoAugmentation(), True), (3, 64, DSA(), False),
+    (6, 3, DSA(siamese=True), False), (1, 4, DSA(), True), (0, 4, DSA(), False),
 ])  # fmt: skip
-def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation):
-    images, p = training_set()
+def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard):
+    images, p = training_set(hard=hard)
     ours, theirs = network(name), network(name)
-    Protocol(augmentation, epochs, batch_size).train(ours, images, p, 0.05, generator(1, "x"))
+    calls = train(Protocol(augmentation, epochs, batch_size), [ours], [(images, p)], 0.05, [generator(1, "x")])
     rates = plain_training(theirs, images, p, 0.05, epochs, batch_size, augmentation, generator(1, "x"))
     dropped = epochs - (epochs // 2 + 1) if epochs > 1 else 0
     assert [math.isclose(rate, 0.05) for rate in rates] == [True] * (epochs + 1 - dropped) + [False] * dropped
-    for key, value in ours.state_dict().items():
-        torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-10, atol=1e-12)
+    assert_same_state(ours, theirs)
+    steps = (epochs + 1) * math.ceil(10 / batch_size)
+    assert calls == ((0, 0) if "BN" in name else (steps, 0)), "networks with running statistics are trained as modules"
+
+
+@pytest.mark.parametrize("name", ["ConvNetW8", "ConvNetD2W8ASLN", "LeNet", "MLP", "ConvNetD1W8BN"])
+def test_networks_trained_together_are_those_trained_alone(name):
+    """Each has its own start, training set, order and augmentation; the last batch of an epoch is a short one."""
+    shape = (3, 16, 16)
+    sets = [(randn(j, (10, *shape)), training_set(10, 10 * j, hard=j == 1)[1]) for j in range(3)]
+    together, alone = ([build(name, 3, K, shape[1:], j).double() for j in range(3)] for _ in range(2))
+    protocol = Protocol(DSA(), epochs=4, batch_size=4)
+    assert train(protocol, together, sets, 0.05, [generator(j, "x") for j in range(3)]) == (0, 0 if "BN" in name else 15)
+    for j, net in enumerate(alone):
+        start = {key: value.clone() for key, value in net.state_dict().items()}
+        train(protocol, [net], [sets[j]], 0.05, [generator(j, "x")])
+        assert any((value != start[key]).any() for key, value in net.state_dict().items())
+        assert_same_state(together[j], net)
+
+
+@pytest.mark.skipif(not compiler_available(), reason="no compiler")
+@pytest.mark.parametrize("together", [1, 2])
+def test_compiled_training_is_the_same_by_few_graphs(together, monkeypatch):
+    """The graphs are those of a real compilation, which would take long; tests/test_functional.py has one."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
+    graphs = []
+    for compiled in (True, False):
+        nets = [network("ConvNetD1W8", seed) for seed in range(together)]
+        before = counters["stats"]["unique_graphs"]
+        protocol = Protocol(DSA(), epochs=3, batch_size=4, compile=compiled)
+        sets, rngs = [training_set()] * together, [generator(j, "x") for j in range(together)]
+        train(protocol, nets, sets, 0.05, rngs)
+        graphs.append((counters["stats"]["unique_graphs"] - before, nets))
+    (count, ours), (none, theirs) = graphs
+    assert none == 0 and 1 <= count <= together, "a short last batch of one network has a graph of its own"
+    for net, same in zip(ours, theirs):
+        assert_same_state(net, same)
 
 
 def test_every_epoch_takes_all_images_in_batches_in_another_order():
@@ -90,7 +154,7 @@ def test_every_epoch_takes_all_images_in_batches_in_another_order():
     augmentation = Recorded()
     images = torch.arange(10.0).view(10, 1, 1, 1)
     p = torch.full((10, K), 1 / 3)
-    Protocol(augmentation, epochs=3, batch_size=4).train(Net(), images, p, 0.1, generator(0, "x"))
+    train(Protocol(augmentation, epochs=3, batch_size=4), [Net()], [(images, p)], 0.1, [generator(0, "x")])
     assert augmentation.sizes == [4, 4, 2] * 4 == [len(batch) for batch in seen]
     passes = [sum(seen[i : i + 3], []) for i in range(0, 12, 3)]
     assert all(sorted(one) == list(range(10)) for one in passes)
@@ -99,8 +163,7 @@ def test_every_epoch_takes_all_images_in_batches_in_another_order():
 
 def test_accuracy_is_the_share_of_right_answers_and_uses_running_statistics():
     net = network("ConvNetD1W8BN")
-    images, p = training_set(12)
-    Protocol(NoAugmentation(), epochs=2, batch_size=6).train(net, images, p, 0.05, generator(0, "x"))
+    train(Protocol(NoAugmentation(), epochs=2, batch_size=6), [net], [training_set(12)], 0.05, [generator(0, "x")])
     test_images = randn(9, (23, *SHAPE)) + 1
     net.eval()
     alone = torch.cat([net(image[None]) for image in test_images]).argmax(dim=1)
@@ -130,42 +193,46 @@ TEST_IMAGES = randn(20, (400, *SHAPE)).float()
 TEST_LABELS = torch.randint(K, (400,), generator=torch.Generator().manual_seed(0))
 
 
-def scores(name="ConvNetD1W8", num_eval=3, seed=0, sets=None):
-    protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=seed)
+def scores(name="ConvNetD1W8", indices=range(3), seed=0, sets=None, **how):
+    protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=seed, **how)
     images, p = training_set()
     sets = sets or (lambda j: (images.float(), p.float()))
-    *_, last = score(protocol, name, num_eval, sets, 0.1, TEST_IMAGES, TEST_LABELS)
+    *_, last = score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)
     return last.accuracies
 
 
-def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set():
-    asked = []
+@pytest.mark.parametrize("name, together", [("ConvNetD1W8BN", 1), ("ConvNetD1W8", 1), ("ConvNetD1W8", 2)])
+def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set(name, together):
+    asked, indices = [], [0, 1, 4]
 
     def sets(j):
         asked.append(j)
         images, p = training_set(seed=10 * j)
         return images.float(), p.float()
 
-    protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5)
+    protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5, together=together)
     progress = [(s.network, s.n, list(s.accuracies), list(asked))
-                for s in score(protocol, "ConvNetD1W8BN", 3, sets, 0.1, TEST_IMAGES, TEST_LABELS)]  # fmt: skip
+                for s in score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)]  # fmt: skip
     expected = []
-    for j in range(3):
-        net = build("ConvNetD1W8BN", SHAPE[0], K, SHAPE[1:], 5, "evaluation", j)
-        protocol.train(net, *sets(j), 0.1, generator(5, "evaluation", "ConvNetD1W8BN", j))
+    for at, j in enumerate(indices):
+        net = build(name, SHAPE[0], K, SHAPE[1:], 5, "evaluation", j)
+        images, p = (tensor.float() for tensor in training_set(seed=10 * j))
+        plain_training(net, images, p, 0.1, 3, 4, DSA(), generator(5, "evaluation", name, j))
         right = 0
         for image, label in zip(TEST_IMAGES, TEST_LABELS):
             right += int(net.eval()(image[None]).argmax() == label)
         expected.append(right / 400)
-        assert progress[j] == ("ConvNetD1W8BN", j + 1, pytest.approx(expected), list(range(j + 1)))
-    assert len(set(expected)) > 1
+        begun = math.ceil((at + 1) / together) * together
+        assert progress[at] == (name, at + 1, pytest.approx(expected), indices[:begun])
+    assert len(progress) == 3 and len(set(expected)) > 1
 
 
 def test_a_network_depends_on_seed_name_and_number_only():
     three = scores()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert scores(num_eval=2) == three[:2]
+    assert scores(indices=[2, 0]) == [three[2], three[0]]
+    assert scores(together=2) == scores(together=3) == three
     assert torch.equal(torch.get_rng_state(), state)
     assert len(set(three)) > 1 and scores(seed=1) != three
 
@@ -181,6 +248,37 @@ def test_two_training_sets_are_compared_on_the_same_networks():
     accuracies = []
     for images, p in (a, b):
         sets = images.float(), p.float()
-        *_, last = score(protocol, "ConvNetD1W8", 3, lambda j: sets, 0.0, TEST_IMAGES, TEST_LABELS)
+        *_, last = score(protocol, "ConvNetD1W8", range(3), lambda j: sets, 0.0, TEST_IMAGES, TEST_LABELS)
         accuracies.append(last.accuracies)
     assert accuracies[0] == accuracies[1] and len(set(accuracies[0])) > 1
+
+
+def test_all_networks_of_one_architecture_and_image_size_share_one_structure(monkeypatch):
+    built, made = [], evaluation.FlatModel
+
+    def recorded(module, compile):
+        built.append((type(module.body[0]).__name__, module.classifier.in_features, compile))
+        return made(module)  # nothing compiled
+
+    monkeypatch.setattr(evaluation, "FlatModel", recorded)
+    evaluation._flat_model.cache_clear()
+    try:
+        for _ in range(2):
+            scores(), scores(together=2), scores("MLP"), scores(compile=True)
+        assert built == [("Sequential", 128, False), ("Sequential", 128, False), ("Sequential", 128, True)]
+        assert evaluation._flat_model.cache_info().currsize == 3
+    finally:
+        evaluation._flat_model.cache_clear()
+
+
+@pytest.mark.parametrize("mode, device, num_sets, expected", [
+    ("auto", "cpu", 1, False), ("auto", "cpu", 2, True), ("auto", "cuda", 1, True), ("off", "cuda", 2, False),
+    ("on", "cpu", 1, True),
+])  # fmt: skip
+def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
+    """Ten networks a set, two batches an epoch."""
+    epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
+    settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
+    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile is expected
+    settings.epoch_eval_train += 1
+    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile is (expected or mode == "auto")

@@ -1,4 +1,5 @@
 import logging
+import math
 
 import pytest
 import torch
@@ -65,8 +66,15 @@ def autograd_on_the_module(module, x, p, lam):
         loss = loss - (p[i] * log_probabilities).sum() / len(x)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     g = torch.cat([gradient.flatten() for gradient in gradients])
-    *h_theta, h_x, h_p = torch.autograd.grad(g @ lam, [*parameters, x, p])
-    return g.detach(), torch.cat([h.flatten() for h in h_theta]), h_x, h_p
+    slope = g @ lam
+    *h_theta, h_x, h_p = torch.autograd.grad(slope, [*parameters, x, p])
+    return g.detach(), slope.detach(), torch.cat([h.flatten() for h in h_theta]), h_x, h_p
+
+
+def check_hvp(model, theta, x, p, lam, expected):
+    for what, ours, theirs in zip(("slope", "h_theta", "h_x", "h_p"), model.hvp(theta, x, p, lam), expected, strict=True):
+        assert ours.shape == theirs.shape, what
+        assert relative(ours, theirs) < 1e-11, what
 
 
 NETWORKS = ["ConvNetW8", "MLP", "LeNet", "ConvNetD2W8BN", "ConvNetD2W8ASLN", "ConvNetD1W8ALGNMP", "SmallResNet"]
@@ -80,9 +88,53 @@ def test_grad_and_hvp_equal_autograd_on_the_ordinary_module(name):
     lam = direction(theta)
     expected = autograd_on_the_module(module, x, p, lam)
     assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
-    for what, ours, theirs in zip(("g", "h_theta", "h_x", "h_p"), model.hvp(theta, x, p, lam), expected, strict=True):
-        assert ours.shape == theirs.shape, what
-        assert relative(ours, theirs) < 1e-11, what
+    check_hvp(model, theta, x, p, lam, expected[1:])
+    if name in ("ConvNetW8", "LeNet", "ConvNetD1W8ALGNMP"):
+        model._hvp = functional._derivatives(model, forward_first=True)[1]  # as where it is compiled
+        check_hvp(model, theta, x, p, lam, expected[1:])
+
+
+def test_instance_norm_as_it_is_compiled_has_the_same_derivatives(monkeypatch):
+    module = network("ConvNetD2W8")
+    model = FlatModel(module)
+    theta, (x, p) = model.flatten(module) + 0.1, batch()
+    x[:2] += 50  # a mean far from zero, where a variance by E(x^2) - E(x)^2 would cancel
+    x[2] = 1.0  # no variance but for the border
+    lam = direction(theta)
+    grad, hvp = model.grad(theta, x, p), model.hvp(theta, x, p, lam)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert relative(model.grad(theta, x, p), grad) < 1e-12
+    check_hvp(model, theta, x, p, lam, hvp)
+    model._hvp = functional._derivatives(model, forward_first=True)[1]
+    check_hvp(model, theta, x, p, lam, hvp)
+
+
+@pytest.mark.parametrize("name", ["ConvNetW8", "ConvNetD2W8BN"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 7, 100])
+def test_micro_batches_add_up(name, micro_batch):
+    module = network(name)
+    whole, model = FlatModel(module), FlatModel(module, micro_batch=micro_batch)
+    theta, (x, p) = whole.flatten(module), batch()
+    lam, largest = direction(theta), []
+    call = torch.func.functional_call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.func, "functional_call", lambda m, params, x: largest.append(len(x[0])) or call(m, params, x))
+        assert relative(model.grad(theta, x, p), whole.grad(theta, x, p)) < 1e-12
+        largest, most = [], max(largest[: math.ceil(7 / micro_batch)])
+    assert most == (min(micro_batch, 7) if name == "ConvNetW8" else 7)  # statistics of a batch cannot be had in parts
+    check_hvp(model, theta, x, p, lam, whole.hvp(theta, x, p, lam))
+
+
+def test_gradients_of_several_networks_at_once():
+    modules = [network("ConvNetW8"), network("ConvNetW8")]
+    with torch.no_grad():
+        modules[1].classifier.weight.mul_(3)
+    model = FlatModel(modules[0])
+    thetas = torch.stack([model.flatten(module) for module in modules])
+    (x0, p0), (x1, p1) = batch(), batch(seed=5)
+    together = model.grads(thetas, torch.stack([x0, x1]), torch.stack([p0, p1]))
+    assert relative(together[0], model.grad(thetas[0], x0, p0)) < 1e-12
+    assert relative(together[1], model.grad(thetas[1], x1, p1)) < 1e-12
 
 
 def test_hvp_equals_finite_differences_of_grad():
@@ -184,14 +236,17 @@ def compiled(monkeypatch):
 
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 def test_compiled_equals_eager(compiled):
-    module = network("MLP")
+    """One graph each, for the whole batch and for a ragged one, which is filled up."""
+    module = network("ConvNetD1W8")
     eager, model = FlatModel(module), FlatModel(module, compile=True)
-    assert compiled == [{"fullgraph": True}] * 2  # grad and hvp of the second
-    theta, (x, p) = eager.flatten(module), batch()
-    lam = direction(theta)
-    assert relative(model.grad(theta, x, p), eager.grad(theta, x, p)) < 1e-10
-    for ours, theirs in zip(model.hvp(theta, x, p, lam), eager.hvp(theta, x, p, lam), strict=True):
-        assert relative(ours, theirs) < 1e-10
+    assert compiled == [{"fullgraph": True, "dynamic": False}] * 3  # grad, hvp and grads of the second
+    theta, lam = torch.stack([eager.flatten(module)] * 2)[1], direction(eager.flatten(module))  # a view, as in a path
+    torch._dynamo.utils.counters.clear()
+    for n in (7, 3):
+        x, p = batch(n)
+        assert relative(model.grad(theta, x, p), eager.grad(theta, x, p)) < 1e-10
+        check_hvp(model, theta, x, p, lam, eager.hvp(theta, x, p, lam))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("cuda, variable", [(False, "CXX"), (True, "CC")])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pad.data.placement import to_device
 from pad.errors import InputError
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -26,6 +27,10 @@ class Draw:
 
     kind: str
     u: Tensor
+
+    def to(self, device: torch.device | str) -> "Draw":
+        """The same draw with its numbers on ``device``, for one that is applied more than once."""
+        return Draw(self.kind, to_device(self.u, device))
 
 
 def _pick(u: Tensor, count: int) -> Tensor:
@@ -109,9 +114,10 @@ def _crop_scale_rotate(x: Tensor, u: Tensor) -> Tensor:
     kind = _pick(u[:, 0], 3)
     shift = _pick(u[:, 1:], 2 * _DC_CROP + 1).to(x.dtype) - _DC_CROP
     u = u.to(x.dtype)
-    dx, dy = (torch.where(kind == 0, 2 * shift[:, i] / (x.shape[3 - i] - 1), 0.0) for i in range(2))
-    factor = torch.where((kind == 1)[:, None], 1 / (1 + _DC_SCALE * (2 * u[:, 1:] - 1)), 1.0)
-    angle = torch.where(kind == 2, (2 * u[:, 1] - 1) * math.radians(_DC_ROTATE), 0.0)
+    # masked_fill: on CUDA torch.where copies a number to the device, and waits for that
+    dx, dy = ((2 * shift[:, i] / (x.shape[3 - i] - 1)).masked_fill(kind != 0, 0.0) for i in range(2))
+    factor = (1 / (1 + _DC_SCALE * (2 * u[:, 1:] - 1))).masked_fill((kind != 1)[:, None], 1.0)
+    angle = ((2 * u[:, 1] - 1) * math.radians(_DC_ROTATE)).masked_fill(kind != 2, 0.0)
     cos, sin = angle.cos(), angle.sin()
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     return _sample(x - mean, _affine(cos * factor[:, 0], -sin, sin, cos * factor[:, 1], dx, dy)) + mean
@@ -127,7 +133,7 @@ def augment(x: Tensor, draw: Draw | None) -> Tensor:
     """Apply a draw to images ``[n, C, H, W]``; differentiable in the images. ``None`` returns them as they are."""
     if draw is None:
         return x
-    u = draw.u.to(x.device, non_blocking=True)
+    u = to_device(draw.u, x.device)
     return _KINDS[draw.kind](x, u.expand(x.shape[0], -1))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pad.difficulty.scores import METHODS, ScoringSettings, nearest_method, score
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.files import load_pt, load_tensors, save_pt, save_tensors
 
@@ -209,6 +210,7 @@ def obtain_ranking(
     preprocessing: dict,
     progress: Callable[[int, int], None] | None = None,
     convert_flat: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Ranking:
     """The ranking of ``data`` by ``sort_method``: read from ``folder`` if it is there, else computed and written there.
 
@@ -222,6 +224,7 @@ def obtain_ranking(
         preprocessing: identity of what made ``images``, for the record.
         progress: called as ``progress(repeat, epoch)`` after each epoch of each scoring network.
         convert_flat: see :func:`read_published`.
+        ranks: share the scoring; rank 0 reads and writes the files.
 
     Raises InputError for an unknown method, and for a file that is damaged or ranks other data.
     """
@@ -229,23 +232,29 @@ def obtain_ranking(
     method = stem.name.rpartition("_")[2]
     ours, published = _files(stem)
     settings = {**asdict(scoring), "seed": seed, "preprocessing": preprocessing["kind"]}
-    if ours.is_file():
-        return _reuse(ours, data, settings)
-    if published.is_file():
-        ranking = read_published(published, data.train_labels, data.num_classes, convert_flat)
-        log.info("difficulty ranking: using %s", published)
-        return ranking
 
-    _check_writable(stem.parent)
-    scores = score([method], images, labels, data.num_classes, scoring, seed, progress)[method]
+    def there() -> Ranking | None:
+        if ours.is_file():
+            return _reuse(ours, data, settings)
+        if published.is_file():
+            ranking = read_published(published, data.train_labels, data.num_classes, convert_flat)
+            log.info("difficulty ranking: using %s", published)
+            return ranking
+        _check_writable(stem.parent)
+        return None
+
+    if (ranking := ranks.on_main(there)) is not None:
+        return ranking
+    scores = score([method], images, labels, data.num_classes, scoring, seed, progress, ranks)[method]
     metadata = {"method": method, "data": data.identity, "preprocessing": preprocessing, "settings": settings}
     ranking = Ranking.from_scores(scores, data.train_labels, data.num_classes, metadata)
-    written = [ours]
-    ranking.save(ours)
-    if len({len(row) for row in ranking.rows}) == 1:
-        ranking.write_published(published)
-        written.append(published)
-    log.info("difficulty ranking: computed %s and wrote %s", method, " and ".join(map(str, written)))
+    if ranks.is_main:
+        written = [ours]
+        ranking.save(ours)
+        if len({len(row) for row in ranking.rows}) == 1:
+            ranking.write_published(published)
+            written.append(published)
+        log.info("difficulty ranking: computed %s and wrote %s", method, " and ".join(map(str, written)))
     return ranking
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
+from pad.data.placement import Images, batches, to_device
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.networks import Network, build
 from pad.rng import generator
@@ -100,7 +102,7 @@ def nearest_method(name: str) -> str:
 
 
 def train_scoring_network(
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     num_classes: int,
     settings: ScoringSettings,
@@ -126,11 +128,12 @@ def train_scoring_network(
     augmentation = NoAugmentation() if settings.augmentation == "none" else DSA(settings.augmentation)
     for epoch in range(settings.epochs):
         rng = generator(seed, "score", repeat, epoch)
-        order = torch.randperm(len(images), generator=rng).to(images.device)
-        for batch in order.split(settings.batch):
-            x = augment(images[batch], augmentation.draw(len(batch), rng))
+        order = torch.randperm(len(images), generator=rng)
+        targets = labels[to_device(order, labels.device)].split(settings.batch)
+        for x, y in zip(batches(images, order, settings.batch), targets):
+            x = augment(x, augmentation.draw(len(x), rng))
             optimiser.zero_grad()
-            F.cross_entropy(network(x), labels[batch]).backward()
+            F.cross_entropy(network(x), y).backward()
             optimiser.step()
         if progress is not None:
             progress(repeat, epoch)
@@ -139,7 +142,7 @@ def train_scoring_network(
 
 @torch.no_grad()
 def score_network(
-    methods: Sequence[str], network: Network, images: Tensor, labels: Tensor, batch: int = 512
+    methods: Sequence[str], network: Network, images: Images, labels: Tensor, batch: int = 512
 ) -> dict[str, Tensor]:
     """The scores that one trained network gives, ``[N]`` float64 on the CPU per method, all from one forward pass.
 
@@ -156,24 +159,26 @@ def score_network(
 
 def score(
     methods: Sequence[str],
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     num_classes: int,
     settings: ScoringSettings,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Difficulty of every image, ``[N]`` float64 on the CPU for each of ``methods``; low is easy.
 
     images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 on one device. The methods share the
     training of ``settings.repeats`` networks; ``progress(repeat, epoch)`` is called after each epoch of each.
+    Networks are dealt to ``ranks``, which all get the same result as one would.
     Raises InputError for an unknown method or model, and when a network diverges.
     """
     for method in methods:
         if method not in METHODS:
             raise InputError(f"there is no difficulty score {method!r}; the nearest name is {nearest_method(method)}")
-    per_network = {method: torch.empty(settings.repeats, len(images), dtype=torch.float64) for method in methods}
-    for repeat in range(settings.repeats):
+    per_network = {method: torch.zeros(settings.repeats, len(images), dtype=torch.float64) for method in methods}
+    for repeat in ranks.deal(range(settings.repeats)):
         network = train_scoring_network(images, labels, num_classes, settings, seed, repeat, progress)
         for method, values in score_network(methods, network, images, labels).items():
             if not values.isfinite().all():
@@ -182,4 +187,5 @@ def score(
                     f"a learning rate below {settings.lr:g} may help"
                 )
             per_network[method][repeat] = values
+    ranks.all_reduce_(*per_network.values())  # each row is of one rank, and zero for the others
     return {method: values.mean(dim=0) for method, values in per_network.items()}

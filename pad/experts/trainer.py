@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pad.data.augment import augment
+from pad.data.placement import Images, batches, to_device
 from pad.experts.gsam import GSAM
 from pad.functional import FlatModel
 from pad.rng import generator
@@ -18,13 +19,13 @@ class ExpertTask:
     """What all experts of a buffer share: the model, the training images and how they are trained on.
 
     Args:
-        images, labels: ``[N, C, H, W]`` preprocessed, ``[N]`` int64, on the model's device.
+        images, labels: ``[N, C, H, W]`` preprocessed, ``[N]`` int64, on the device that trains.
         epoch_indices: which images epoch e trains on, as data-set indices on the CPU.
         augmentation: draws a batch's augmentation (DSA or DC's).
     """
 
     model: FlatModel
-    images: Tensor
+    images: Images
     labels: Tensor
     num_classes: int
     epoch_indices: Callable[[int], Tensor]
@@ -39,14 +40,15 @@ class ExpertTask:
 
         Depends on (seed, expert) only, so an expert is the same however many are trained, and where.
         """
-        w, momentum = start.to(self.images.device), None
+        w, momentum = to_device(start, self.images.device), None
         yield w
         for epoch in range(self.epochs):
             rng = generator(self.seed, "expert", expert, epoch)
             indices = self.epoch_indices(epoch)
-            order = indices[torch.randperm(len(indices), generator=rng)].to(self.images.device, non_blocking=True)
-            for batch in order.split(self.batch_size):
-                x = augment(self.images[batch], self.augmentation.draw(len(batch), rng))
-                p = F.one_hot(self.labels[batch], self.num_classes).to(x.dtype)
+            order = indices[torch.randperm(len(indices), generator=rng)]
+            labels = self.labels[to_device(order, self.labels.device)].split(self.batch_size)
+            for x, y in zip(batches(self.images, order, self.batch_size), labels):
+                x = augment(x, self.augmentation.draw(len(x), rng))
+                p = F.one_hot(y, self.num_classes).to(x.dtype)
                 w, momentum = self.optimiser.step(w, momentum, lambda at: self.model.grad(at, x, p))
             yield w

@@ -25,7 +25,8 @@ def matching_loss(
     weight[: math.floor(depth_ratio * theta.numel())] = 0
     dropped = math.floor(loss_ratio * theta.numel())
     if dropped:
-        weight[difference.square().argsort(stable=True)[:dropped]] = 0
+        # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
+        weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)
     kept = difference * weight
     scale = ((start - target).square() * weight).sum()
     return kept @ difference / scale, 2 * kept / scale

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pad.data.placement import to_device
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.functional import FlatModel
 from pad.matching.objective import matching_loss
@@ -71,7 +73,10 @@ class SegmentSampler:
 
 @dataclass(frozen=True)
 class TrajectoryObjective:
-    """The exact gradients of one outer iteration, as a function of (seed, iteration, synthetic set)."""
+    """The exact gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
+
+    ``ranks`` share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
+    """
 
     model: FlatModel
     store: TrajectoryStore
@@ -82,15 +87,22 @@ class TrajectoryObjective:
     depth_ratio: float
     loss_ratio: float
     seed: int
+    ranks: Ranks = ALONE
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
         """Matching loss and its gradients in images ``[N, C, H, W]``, label logits ``[N, K]`` and learning rate."""
+        if self.model.separable:
+            return self._gradients(it, images, labels, lr, self.ranks)
+        return self.ranks.on_main(lambda: self._gradients(it, images, labels, lr, ALONE))
+
+    def _gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor, ranks: Ranks) -> Gradients:
         segment = self.sampler.segment(it)
         rows = self.store.rows(segment.expert, [segment.start, segment.end])
-        start, target = rows.to(images, non_blocking=True)
+        start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng, images.device)
         return unrolled_gradients(
             self.model, start, images, labels, lr, steps,
             lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            ranks,
         )  # fmt: skip

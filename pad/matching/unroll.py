@@ -10,6 +10,10 @@ With lam = dL/dtheta_N, for i = N-1..0 and (h_theta, h_x, h_p) the derivative of
 (p = softmax(Y)):
 
     dL/dlr -= <g_i, lam>;   dL/dX[b_i] -= lr (dA_i)^T h_x;   dL/dp[b_i] -= lr h_p;   lam -= lr h_theta
+
+Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them, and g_i, <g_i, lam>
+and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the same result, up to float rounding. This
+needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
 """
 
 from dataclasses import dataclass
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor
 
 from pad.data.augment import Draw, augment
+from pad.data.placement import to_device
+from pad.distributed import ALONE, Ranks
 from pad.functional import FlatModel
 
 
@@ -28,6 +34,15 @@ class Step:
 
     indices: Tensor
     draw: Draw | None
+
+    def share(self, ranks: Ranks) -> tuple["Step", float]:
+        """What this rank takes of the mini-batch, and how much of it that is, in 0..1 (0 where images are too few)."""
+        n = len(self.indices)
+        part = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
+        indices, draw = self.indices[part], self.draw
+        if draw is not None and len(draw.u) == n:  # otherwise all images share one row
+            draw = Draw(draw.kind, draw.u[part])
+        return Step(indices, draw), len(indices) / n
 
 
 @dataclass(frozen=True)
@@ -49,42 +64,63 @@ def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.G
     chunks: list[Tensor] = []
     for _ in range(steps):
         if not chunks:
-            chunks = list(torch.randperm(n, generator=generator).split(batch))
+            chunks = list(to_device(torch.randperm(n, generator=generator), device).split(batch))
         indices = chunks.pop()
-        plan.append(Step(indices.to(device, non_blocking=True), augmentation.draw(len(indices), generator)))
+        draw = augmentation.draw(len(indices), generator)
+        plan.append(Step(indices, draw and draw.to(device)))
     return plan
 
 
 @torch.no_grad()
-def unroll(model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step]) -> Tensor:
-    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set."""
+def unroll(
+    model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step], ranks: Ranks = ALONE
+) -> Tensor:
+    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, the steps shared by ``ranks``."""
     path = theta.new_empty(len(steps) + 1, theta.numel())
     path[0] = theta
     p = labels.softmax(dim=1)
     for i, step in enumerate(steps):
-        x = augment(images[step.indices], step.draw)
-        torch.sub(path[i], lr * model.grad(path[i], x, p[step.indices]), out=path[i + 1])
+        step, share = step.share(ranks)
+        if share:
+            x = augment(images[step.indices], step.draw)
+            g = model.grad(path[i], x, p[step.indices] * share)
+        else:
+            g = torch.zeros_like(theta)
+        ranks.all_reduce_(g)
+        torch.sub(path[i], lr * g, out=path[i + 1])
     return path
 
 
 @torch.no_grad()
 def adjoint(
-    model: FlatModel, path: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step], lam: Tensor
+    model: FlatModel,
+    path: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: list[Step],
+    lam: Tensor,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pull ``lam = dL/dtheta_N [P]`` back through the steps of :func:`unroll`: (dL/dimages, dL/dlabels, dL/dlr)."""
     p = labels.softmax(dim=1)
     d_images, d_p, d_lr = torch.zeros_like(images), torch.zeros_like(p), torch.zeros_like(lr)
     for i in reversed(range(len(steps))):
-        step = steps[i]
-        with torch.enable_grad():
-            x = images[step.indices].requires_grad_()
-            augmented = augment(x, step.draw)
-        g, h_theta, h_x, h_p = model.hvp(path[i], augmented.detach(), p[step.indices], lam)
-        d_lr -= g @ lam
-        pulled = h_x if step.draw is None else torch.autograd.grad(augmented, x, h_x)[0]
-        d_images.index_add_(0, step.indices, pulled, alpha=-1)
-        d_p.index_add_(0, step.indices, h_p, alpha=-1)
+        step, share = steps[i].share(ranks)
+        if share:
+            with torch.enable_grad():
+                x = images[step.indices].requires_grad_()
+                augmented = augment(x, step.draw)
+            slope, h_theta, h_x, h_p = model.hvp(path[i], augmented.detach(), p[step.indices] * share, lam)
+            pulled = h_x if step.draw is None else torch.autograd.grad(augmented, x, h_x)[0]
+            d_images.index_add_(0, step.indices, pulled, alpha=-1)
+            d_p.index_add_(0, step.indices, h_p, alpha=-share)
+        else:
+            slope, h_theta = torch.zeros_like(lr), torch.zeros_like(lam)
+        ranks.all_reduce_(slope, h_theta)
+        d_lr -= slope
         lam = lam - lr * h_theta
+    ranks.all_reduce_(d_images, d_p)
     # d_images and d_p were collected without their common factor lr; through the softmax: dY = p * (dp - <dp, p>).
     d_labels = p * (d_p - (d_p * p).sum(dim=1, keepdim=True))
     return d_images * lr, d_labels * lr, d_lr
@@ -98,8 +134,12 @@ def unrolled_gradients(
     lr: Tensor,
     steps: list[Step],
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ranks: Ranks = ALONE,
 ) -> Gradients:
-    """Loss and exact gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``."""
-    path = unroll(model, theta, images, labels, lr, steps)
+    """Loss and exact gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
+
+    Several ``ranks`` share each step's mini-batch; all of them have the same arguments and get the same result.
+    """
+    path = unroll(model, theta, images, labels, lr, steps, ranks)
     loss, lam = objective(path[-1])
-    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam))
+    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam, ranks))

@@ -11,13 +11,14 @@ from pad import evaluation, networks
 from pad.config import DistillSettings
 from pad.data.augment import DSA, NoAugmentation
 from pad.distiller import Distiller, Schedule, State
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.functional import FlatModel, should_compile
 from pad.initialisation import Experts, class_order, initial_set
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.stages.workbench import Workbench, check_writable, evaluation_protocol, experts_folder, set_up
 from pad.synthetic import SyntheticSet
-from pad.tracking import Run, finished_iterations, recorded_settings, run_folder, run_state
+from pad.tracking import Follower, Run, finished_iterations, recorded_settings, run_folder, run_state
 from pad.trajectories import TrajectoryStore
 
 log = logging.getLogger("pad")
@@ -26,23 +27,33 @@ log = logging.getLogger("pad")
 MAY_DIFFER_ON_RESUME = (
     "Iteration", "eval_it", "save_it", "checkpoint_every", "num_eval", "device", "resume", "overwrite", "tracker", "project",
     "data_path", "buffer_path", "log_dir", "experts", "max_bad_iterations", "batch_train", "epoch_eval_train", "eval_mode",
+    "images_on",
 )  # fmt: skip
 
 
-def distill(settings: DistillSettings) -> Path:
-    """Stage 2: optimise a synthetic set along the experts. Returns the run folder."""
-    bench = set_up(settings)
+def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
+    """Stage 2: optimise a synthetic set along the experts. Returns the run folder.
+
+    The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder.
+    """
+    bench = set_up(settings, ranks)
     folder = run_folder(
         settings.log_dir, bench.data.name, settings.ipc, settings.model, settings.name or f"pad-seed{settings.seed}"
     )
-    before = recorded_settings(folder) if settings.resume and run_state(folder) != "absent" else {}
+    before = ranks.on_main(
+        lambda: recorded_settings(folder) if settings.resume and run_state(folder) != "absent" else {}
+    )
     _settle_compile(settings, before, bench.device)
     place = dict(
         resume=settings.resume, overwrite=settings.overwrite, tracker=settings.tracker, may_differ=MAY_DIFFER_ON_RESUME
     )
-    check_writable(folder)
-    Run.check(folder, settings.as_dict(), **place)
-    if settings.resume and finished_iterations(folder) > settings.Iteration:
+
+    def is_finished() -> bool:
+        check_writable(folder)
+        Run.check(folder, settings.as_dict(), **place)
+        return settings.resume and finished_iterations(folder) > settings.Iteration
+
+    if ranks.on_main(is_finished):
         log.info("the run in %s is finished", folder)
         return folder
     pool = networks.evaluation_pool(settings.eval_mode, settings.model)
@@ -54,7 +65,7 @@ def distill(settings: DistillSettings) -> Path:
     batch_syn = min(settings.batch_syn or count, count)
     if (settings.batch_syn or 0) > count:
         log.info("batch_syn: %d is more than the %d synthetic images; each step takes them all", settings.batch_syn, count)
-    model = bench.flat_model(settings.model, settings.compile == "on")
+    model = bench.flat_model(settings.model, settings.compile == "on", settings.micro_batch)
     store = bench.open_experts(experts_folder(settings, bench.data), settings.model, model)
     experts = _selected_experts(store, settings)
     if "experts" in before:  # a buffer may have grown since; the run goes on with the experts it began with
@@ -66,24 +77,29 @@ def distill(settings: DistillSettings) -> Path:
         settings.current_max_start_epoch, settings.expansion_end_epoch, settings.seed,
     )  # fmt: skip
     sampler.check(store)
+    ranks.same(lambda: [store.header(k) for k in experts], f"the experts in {store.folder}")
     labellers = _labellers(settings, bench, model, store, experts)
     store.check(bench.describe(settings.model, model))
-    images, labels = initial_set(
-        settings.pix_init, bench.images, bench.labels, bench.data.num_classes, settings.ipc, labellers, settings.seed,
-        noise_logit=settings.noise_logit,
-    )  # fmt: skip
+    images, labels = ranks.on_main(
+        lambda: initial_set(
+            settings.pix_init, bench.images, bench.labels, bench.data.num_classes, settings.ipc, labellers, settings.seed,
+            noise_logit=settings.noise_logit,
+        )  # fmt: skip
+    )
 
     augmentation = DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else NoAugmentation()
     objective = TrajectoryObjective(
         model, store, sampler, NoAugmentation() if settings.no_aug else augmentation, settings.syn_steps, batch_syn,
-        settings.depth_ratio, settings.loss_ratio, settings.seed,
+        settings.depth_ratio, settings.loss_ratio, settings.seed, ranks,
     )  # fmt: skip
+    if ranks.size > 1 and not model.separable:
+        log.info("%s needs whole batches, so that one process does the matching; evaluation is shared", settings.model)
     schedule = Schedule(
         settings.Iteration, settings.eval_it, settings.skip_first_eva, settings.save_it, settings.checkpoint_every,
         settings.threshold, settings.max_bad_iterations, [settings.lr_img, settings.lr_y, settings.lr_lr],
         settings.Momentum_y,
     )  # fmt: skip
-    protocol = evaluation_protocol(settings)
+    protocol = evaluation_protocol(settings, bench.device, count)
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
@@ -96,17 +112,16 @@ def distill(settings: DistillSettings) -> Path:
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
         training_set = current.images, current.probabilities()
-        scores = {}
-        for network in pool:
-            *_, scores[network] = evaluation.score(
-                protocol, network, settings.num_eval, lambda j: training_set, current.lr.item(),
-                bench.test_images, bench.test_labels,
-            )  # fmt: skip
-        return {network: (s.mean, s.std, s.n) for network, s in scores.items()}
+        scores = evaluation.score_all(
+            protocol, [(network, lambda j: training_set) for network in pool], settings.num_eval, current.lr.item(),
+            bench.test_images, bench.test_labels, ranks,
+        )  # fmt: skip
+        return {s.network: (s.mean, s.std, s.n) for s in scores}
 
-    with Run.start(folder, settings.as_dict() | {"experts": experts}, **place) as run:
+    recorded = settings.as_dict() | {"experts": experts}
+    with Run.start(folder, recorded, **place) if ranks.is_main else Follower(folder) as run:
         state = State(images.clone(), labels.clone(), torch.tensor(settings.lr_teacher, device=bench.device))
-        distiller = Distiller(run, state, objective, schedule, wrap, evaluate)
+        distiller = Distiller(run, state, objective, schedule, wrap, evaluate, ranks)
         if settings.resume:
             distiller.resume()
         distiller.distill()

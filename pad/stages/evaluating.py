@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from pad import evaluation, networks
 from pad.config import EvaluationSettings
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.files import write_text
 from pad.initialisation import Experts, class_order, initial_set
@@ -21,16 +23,19 @@ from pad.tracking import result_table
 log = logging.getLogger("pad")
 
 
-def evaluate(settings: EvaluationSettings, given: set[str]) -> dict:
-    """Stage 3: score a synthetic set, and real images of the same number, on fresh networks. Returns the results."""
+def evaluate(settings: EvaluationSettings, given: set[str], ranks: Ranks = ALONE) -> dict:
+    """Stage 3: score a synthetic set, and real images of the same number, on fresh networks. Returns the results.
+
+    The networks are dealt to the ranks; rank 0 writes.
+    """
     synthetic = _read_set(settings, given)
     out = Path(settings.out or Path(settings.synthetic or settings.data_dir).with_suffix(".evaluation.json"))
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; name a file")
-    check_writable(out.parent)
-    bench = set_up(settings)
+    ranks.on_main(lambda: check_writable(out.parent))
+    bench = set_up(settings, ranks)
     _check_fits(synthetic, bench)
-    protocol, pool = evaluation_protocol(settings), networks.evaluation_pool(settings.eval_mode, settings.model)
+    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
     for network in pool:
         bench.network(network, settings.seed)  # refuses one that does not fit before any is trained
     sets = {"synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))}
@@ -38,21 +43,28 @@ def evaluate(settings: EvaluationSettings, given: set[str]) -> dict:
     _check_same("preprocessing", synthetic, bench.preprocessing.identity)
     for training_set in sets.values():
         training_set(0)  # refuses experts that get too few images right
+    protocol = evaluation_protocol(settings, bench.device, len(synthetic.images), len(sets))
 
-    rows, lr = [], synthetic.lr.item()
-    with tqdm(total=len(pool) * len(sets) * settings.num_eval, desc="evaluating", unit="network", dynamic_ncols=True) as bar:
-        for network in pool:
-            for name, training_set in sets.items():
-                for score in evaluation.score(
-                    protocol, network, settings.num_eval, training_set, lr, bench.test_images, bench.test_labels
-                ):
-                    bar.set_postfix(set=name, network=network, accuracy=f"{100 * score.mean:.2f}%", refresh=False)
-                    bar.update()
-                rows.append({"set": name, **score.as_dict()})
+    cases, lr = [(network, name) for network in pool for name in sets], synthetic.lr.item()
+    total = math.ceil(len(cases) * settings.num_eval / ranks.size)
+    with tqdm(total=total, desc="evaluating", unit="network", dynamic_ncols=True, disable=not ranks.is_main) as bar:
+
+        def progress(case: int, so_far: evaluation.Score) -> None:
+            network, name = cases[case]
+            bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
+            bar.update()
+
+        scores = evaluation.score_all(
+            protocol, [(network, sets[name]) for network, name in cases], settings.num_eval, lr, bench.test_images,
+            bench.test_labels, ranks, progress,
+        )  # fmt: skip
+    rows = [{"set": name, **score.as_dict()} for (_, name), score in zip(cases, scores)]
     results = {
         "dataset": bench.data.name, "ipc": synthetic.ipc, "lr": lr, "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind, "seed": settings.seed, "results": rows,
     }  # fmt: skip
+    if not ranks.is_main:
+        return results
     write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
     table = [
         {"training set": row["set"], "network": row["network"], "accuracy %": f"{100 * row['mean']:.2f}",

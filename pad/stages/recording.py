@@ -10,6 +10,7 @@ from pad.config import BufferSettings, checkout
 from pad.data.augment import DSA, CropScaleRotate
 from pad.difficulty.ranking import Ranking, obtain_ranking, ranking_file
 from pad.difficulty.scores import ScoringSettings
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
@@ -21,12 +22,13 @@ from pad.trajectories import recorded, write_expert
 log = logging.getLogger("pad")
 
 
-def record_experts(settings: BufferSettings) -> Path:
+def record_experts(settings: BufferSettings, ranks: Ranks = ALONE) -> Path:
     """Stage 1: rank the real images, train experts on the curriculum, record them. Returns the folder of trajectories.
 
-    Experts that are there already are kept, so a stopped run goes on and a buffer can grow.
+    Experts that are there already are kept, so a stopped run goes on and a buffer can grow. Those that are missing are
+    dealt to the ranks, each of which writes its own files.
     """
-    bench = set_up(settings)
+    bench = set_up(settings, ranks)
     n = len(bench.labels)
     if settings.batch_train > n:
         raise InputError(f"batch_train: {settings.batch_train} is more than the {n} training images of {bench.data.name}")
@@ -41,14 +43,15 @@ def record_experts(settings: BufferSettings) -> Path:
     check_writable(folder)
     uses_ranking = curriculum.uses_ranking(settings.train_epochs)
     if uses_ranking:  # refuse one that cannot be had; spell its name in one way, since it is part of the recipe
-        stem = ranking_file(_ranking_folder(settings), bench.data.name, settings.sort_method or "GraNd")
-        settings.sort_method = stem.name
+        folders = _ranking_folder(settings), bench.data.name, settings.sort_method or "GraNd"
+        settings.sort_method = ranks.on_main(lambda: ranking_file(*folders)).name
         bench.network(settings.score_model or settings.model, 0)
     else:
         settings.sort_method = ""
     # One expert's steps, not those of all: compiled code rounds differently, and an expert must not depend on their number.
     steps = settings.train_epochs * math.ceil(n / settings.batch_train)
-    model = bench.flat_model(settings.model, should_compile(settings.compile, bench.device, 2 * steps))
+    compile = should_compile(settings.compile, bench.device, 2 * steps)
+    model = bench.flat_model(settings.model, compile, settings.micro_batch)
     missing = _missing_experts(folder, settings, bench, model)
     if not missing:
         log.info("all %d experts are in %s", settings.num_experts, folder)
@@ -64,9 +67,12 @@ def record_experts(settings: BufferSettings) -> Path:
         settings.batch_train, settings.train_epochs, settings.seed,
     )  # fmt: skip
     description = bench.describe(settings.model, model)
+    mine = ranks.deal(missing)
     recipe = {key: value for key, value in settings.as_dict().items() if key in _EXPERT_RECIPE}
-    with tqdm(total=len(missing) * settings.train_epochs, desc="experts", unit="epoch", dynamic_ncols=True) as bar:
-        for expert in missing:
+    with tqdm(
+        total=len(mine) * settings.train_epochs, desc="experts", unit="epoch", dynamic_ncols=True, disable=not ranks.is_main
+    ) as bar:
+        for expert in mine:
             start = model.flatten(bench.network(settings.model, settings.seed, "expert", expert))
             with write_expert(
                 folder, expert, description, epochs=settings.train_epochs, seed=settings.seed, settings=recipe,
@@ -81,6 +87,7 @@ def record_experts(settings: BufferSettings) -> Path:
                     else:
                         record(theta)
                     bar.update(epoch > 0)
+    ranks.barrier()
     log.info("%d experts are in %s", len(recorded(folder)), folder)
     return folder
 
@@ -93,7 +100,7 @@ _EXPERT_RECIPE = frozenset(
 
 
 def _missing_experts(folder: Path, settings: BufferSettings, bench: Workbench, model: FlatModel) -> list[int]:
-    """Experts still to train. Raises InputError when those in the folder were made with another recipe."""
+    """Experts that no rank has in its folder. Raises InputError when those there were made with another recipe."""
     present = recorded(folder)
     if present:
         store = bench.open_experts(folder, settings.model, model)
@@ -107,8 +114,12 @@ def _missing_experts(folder: Path, settings: BufferSettings, bench: Workbench, m
                     f"{folder}: {key}: {value} in the buffer, {wanted[key]} in the settings; "
                     "give another --buffer_path, or the same settings to add experts"
                 )
-        store.check(bench.describe(settings.model, model))
-    return [k for k in range(settings.num_experts) if k not in set(present)]
+    everywhere = set().union(*bench.ranks.gather(present))
+    if everywhere:
+        description = bench.describe(settings.model, model)
+        if present:
+            store.check(description)
+    return [k for k in range(settings.num_experts) if k not in everywhere]
 
 
 def _ranking(settings: BufferSettings, bench: Workbench) -> Ranking:
@@ -116,13 +127,16 @@ def _ranking(settings: BufferSettings, bench: Workbench) -> Ranking:
         model=settings.score_model or settings.model, repeats=settings.score_repeats, epochs=settings.score_epochs,
         lr=settings.score_lr, batch=settings.score_batch,
     )  # fmt: skip
-    total = scoring.repeats * scoring.epochs
-    with tqdm(total=total, desc="ranking", unit="epoch", leave=False, delay=1, dynamic_ncols=True) as bar:
+    ranks = bench.ranks
+    with tqdm(
+        total=len(ranks.deal(range(scoring.repeats))) * scoring.epochs, desc="ranking", unit="epoch", leave=False, delay=1,
+        dynamic_ncols=True, disable=not ranks.is_main,
+    ) as bar:  # fmt: skip
         return obtain_ranking(
             bench.data, bench.images, bench.labels, settings.sort_method,
             _ranking_folder(settings), scoring, seed=settings.seed,
             preprocessing=bench.preprocessing.identity, progress=lambda repeat, epoch: bar.update(),
-            convert_flat=settings.convert_flat,
+            convert_flat=settings.convert_flat, ranks=ranks,
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What all three stages begin with: the data as the networks see it, and where files go."""
 
+import logging
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +13,20 @@ from torch import Tensor
 from pad import evaluation, networks
 from pad.config import Common
 from pad.data.augment import DSA, NoAugmentation
+from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
 from pad.data.sources import ImageData, load_data
+from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.functional import FlatModel
+from pad.functional import FlatModel, should_compile
 from pad.trajectories import TrajectoryStore, buffer_folder, describe
+
+log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """The data as the networks see it, on the device.
+    """The data as the networks see it, on the device, or handed to it in batches where they would fill it.
 
     Preprocessing happens when it is first asked for: whitening can take minutes, and what can be refused without it is
     refused before.
@@ -29,18 +35,24 @@ class Workbench:
     data: ImageData  # on the CPU
     device: torch.device
     zca: bool
+    images_on: str = "auto"  # see pad.data.placement.place
+    ranks: Ranks = ALONE  # all of them ask for the preprocessing at the same place
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        return fit_preprocessing(self.data.to(self.device), self.zca)
+        return self.ranks.on_main(self._fit)
+
+    def _fit(self) -> Preprocessing:
+        on_device = self.zca and fits(self.data.train_images.nbytes + self.data.test_images.nbytes, self.device)
+        return fit_preprocessing(self.data.to(self.device) if on_device else self.data, self.zca).to(self.device)
 
     @cached_property
-    def images(self) -> Tensor:
-        return self.preprocessing.apply(self.data.train_images)
+    def images(self) -> Images:
+        return place(self.data.train_images, self.preprocessing, self.images_on)
 
     @cached_property
-    def test_images(self) -> Tensor:
-        return self.preprocessing.apply(self.data.test_images)
+    def test_images(self) -> Images:
+        return place(self.data.test_images, self.preprocessing, self.images_on)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -54,9 +66,9 @@ class Workbench:
         """A fresh network for these images, on the CPU."""
         return networks.build(name, self.data.channels, self.data.num_classes, self.data.size, seed, *stream)
 
-    def flat_model(self, name: str, compile: bool = False) -> FlatModel:
+    def flat_model(self, name: str, compile: bool = False, micro_batch: int | None = None) -> FlatModel:
         """A network for these images as a function of its flat parameters."""
-        return FlatModel(self.network(name, 0), compile)
+        return FlatModel(self.network(name, 0), compile, micro_batch)
 
     def describe(self, name: str, model: FlatModel) -> dict:
         """What trajectories of ``model``, called ``name``, on these images belong to."""
@@ -73,14 +85,24 @@ class Workbench:
         return store
 
 
-def set_up(settings: Common) -> Workbench:
+def set_up(settings: Common, ranks: Ranks) -> Workbench:
     """Load the configured data set. Raises InputError when its files are not there or the network does not fit its images."""
-    device = settings.torch_device()
-    data = load_data(settings.dataset, settings.data_path, **settings.data_arguments)
+    device = ranks.place(settings.torch_device())
+    data = ranks.node_first(lambda: load_data(settings.dataset, settings.data_path, **settings.data_arguments))
+    ranks.same(lambda: data.identity, f"the images of {data.name}")
     if settings.train_per_class:
         data = data.first_per_class(settings.train_per_class)
     networks.build(settings.model, data.channels, data.num_classes, data.size, 0)
-    return Workbench(data, device, settings.zca)
+    use_tf32(settings.tf32, device)
+    return Workbench(data, device, settings.zca, settings.images_on, ranks)
+
+
+def use_tf32(wanted: bool, device: torch.device) -> None:
+    """Allow or forbid TF32, CUDA's float32 of 10 mantissa bits, in matrix products and convolutions of this process."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+    elif wanted:
+        log.info("tf32 does nothing on a CPU")
 
 
 def check_writable(folder: Path) -> None:
@@ -98,7 +120,11 @@ def experts_folder(settings: Common, data: ImageData, model: str | None = None) 
     )
 
 
-def evaluation_protocol(settings) -> evaluation.Protocol:
-    """How the configured evaluation networks are trained."""
+def evaluation_protocol(settings, device: torch.device, num_images: int, num_sets: int = 1) -> evaluation.Protocol:
+    """How the configured evaluation networks are trained, on ``num_sets`` training sets of ``num_images`` each."""
     augmentation = DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else NoAugmentation()
-    return evaluation.Protocol(augmentation, settings.epoch_eval_train, settings.batch_train, seed=settings.seed)
+    steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
+    compile = should_compile(settings.compile, device, num_sets * settings.num_eval * steps)
+    return evaluation.Protocol(
+        augmentation, settings.epoch_eval_train, settings.batch_train, seed=settings.seed, compile=compile
+    )
