@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from typing import Callable
 
 from pad import config, distributed, stages
@@ -40,6 +41,8 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     keep_compiled_code()
+    # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     log, handler = logging.getLogger("pad"), _Handler()
     level = log.level
     log.addHandler(handler)

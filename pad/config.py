@@ -230,7 +230,7 @@ class DistillSettings(_Evaluating):
         "ema_decay": "PAD keeps no moving average of the images",
         "record_loss": "the loss is always recorded",
         "init_frozen": "nothing reads it",
-        "parall_eva": "evaluation runs on the one device",
+        "parall_eva": "torchrun deals evaluation networks to several devices",
         "Initialize_Label_Model_Dir": "that network's trajectories are looked for under buffer_path",
     }
 

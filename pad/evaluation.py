@@ -50,10 +50,11 @@ class Protocol:
         """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
 
         Args:
-            model: their structure, which decides how. BatchNorm's running statistics are no part of flat parameters, so
-                networks that have them are trained as modules, one after the other.
+            model: their structure, which decides how. Compiled code works on flat parameters. BatchNorm's running
+                statistics are no part of these, so networks that have them are trained as modules, one after the
+                other; so are others where nothing is compiled, which is faster then.
         """
-        if model.separable:
+        if model.separable and (model.compiled or len(nets) > 1):
             self._train_flat(model, nets, sets, lr, rngs)
         else:
             for net, training_set, rng in zip(nets, sets, rngs):

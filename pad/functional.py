@@ -79,6 +79,8 @@ class FlatModel:
             self._grad, self._hvp, self._grads = (
                 torch.compile(f, fullgraph=True, dynamic=False) for f in (self._grad, self._hvp, self._grads)
             )
+        else:
+            self._grad, self._hvp = _eager_derivatives(self)
         self._compiled_sizes: set[int] = set()
 
     def grad(self, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
@@ -163,21 +165,40 @@ class FlatModel:
         return (self.logits(theta, images).argmax(dim=1) == labels).double().mean().item()
 
 
-def _derivatives(f, forward_first: bool = False):
+def _loss(f, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+    return -(p * F.log_softmax(f(theta, x), dim=1)).sum()
+
+
+def _eager_derivatives(f):
     """``grad(theta, x, p) -> g [P]`` and ``hvp(theta, x, p, lam) -> (<g, lam>, h_theta, h_x, h_p)`` of -sum p . log f(x).
 
     (h_theta, h_x, h_p) is the gradient of the slope <g, lam> in (theta, x, p); by the symmetry of second derivatives it
-    is also the derivative of dl/d(theta, x, p) along (lam, 0, 0). Two ways lead there. The slope is a derivative along
-    one direction, so it can be had forwards (``forward_first``), with the loss itself, and differentiated backwards
-    once: of each convolution that takes eight passes, all native kernels. Or g is formed backwards and differentiated
-    backwards again: nine passes, two of them slow, but fewer and larger operations between them, so it is the faster
-    one where these are not fused.
+    is also the derivative of dl/d(theta, x, p) along (lam, 0, 0). By autograd, backwards twice: run operation by
+    operation that is faster than torch.func, which takes group norms apart.
     """
 
-    def loss(f, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        return -(p * F.log_softmax(f(theta, x), dim=1)).sum()
+    @torch.enable_grad()
+    def grad(theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(_loss(f, theta, x, p), theta)[0]
 
-    grad = torch.func.grad(partial(loss, f))
+    @torch.enable_grad()
+    def hvp(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variables = theta, x, p = [tensor.detach().requires_grad_() for tensor in (theta, x, p)]
+        slope = torch.autograd.grad(_loss(f, theta, x, p), theta, create_graph=True)[0] @ lam
+        return slope.detach(), *torch.autograd.grad(slope, variables)
+
+    return grad, hvp
+
+
+def _derivatives(f, forward_first: bool):
+    """The same for torch.compile, which takes derivatives of torch.func, and not autograd's second ones.
+
+    The slope is a derivative along one direction, so it can be had forwards (``forward_first``), with the loss itself,
+    and differentiated backwards once: of each convolution that takes eight passes, all of them native kernels. Backwards
+    twice takes nine, two of them slow.
+    """
+    grad = torch.func.grad(partial(_loss, f))
 
     def slope(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         if forward_first:
@@ -185,7 +206,7 @@ def _derivatives(f, forward_first: bool = False):
             at, along = theta.clone(), lam.clone()
             # The first layer is linear in theta; by torch.func.jvp its images, which do not move, would move by zeros.
             y, y_along = f.first(at, x), f.first(along, x)
-            value = torch.func.jvp(lambda at, y: loss(f.after_first, at, y, p), (at, y), (along, y_along))[1]
+            value = torch.func.jvp(lambda at, y: _loss(f.after_first, at, y, p), (at, y), (along, y_along))[1]
         else:
             value = grad(theta, x, p) @ lam
         return value, value

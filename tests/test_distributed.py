@@ -22,7 +22,7 @@ from pad import evaluation, networks
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.preprocessing import MeanStd
 from pad.difficulty.scores import ScoringSettings, score
-from pad.distributed import ALONE, PeerLost, Ranks, join
+from pad.distributed import ALONE, PeerLost, join
 from pad.errors import InputError
 from pad.functional import FlatModel
 from pad.matching.objective import matching_loss
@@ -33,7 +33,7 @@ from pad.rng import generator
 FORK = multiprocessing.get_context("fork")
 
 
-def launch(size, work, *, timeout=60):
+def launch(size, work, *, timeout=60, attempts=3):
     """``work(ranks)`` on ``size`` ranks: what each returned, and the exit codes of the processes."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     with tempfile.TemporaryDirectory() as folder:
@@ -43,19 +43,28 @@ def launch(size, work, *, timeout=60):
                 RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
             )  # fmt: skip
+            Path(folder, f"{number} began").touch()
             ranks = join()
             Path(folder, str(number)).write_bytes(pickle.dumps(work(ranks)))
             ranks.leave(0)
 
+        def wait_for(condition, seconds):
+            deadline = time.monotonic() + seconds
+            while not condition() and time.monotonic() < deadline:
+                time.sleep(0.02)
+
         processes = [FORK.Process(target=rank, args=(number,), daemon=True) for number in range(size)]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        wait_for(lambda: len(list(Path(folder).glob("* began"))) == size, 10)
+        began = len(list(Path(folder).glob("* began"))) == size
+        if began:
+            wait_for(lambda: all(process.exitcode is not None for process in processes), timeout)
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
+        if not began and attempts > 1:  # a fork of a process with threads can inherit a lock that nobody will release
+            return launch(size, work, timeout=timeout, attempts=attempts - 1)
         files = [Path(folder, str(number)) for number in range(size)]
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files], codes
 

@@ -31,9 +31,10 @@ def network(name="ConvNetD1W8", seed=0):
     return build(name, SHAPE[0], K, SHAPE[1:], seed).double()
 
 
-def train(protocol, nets, sets, lr, rngs):
+def train(protocol, nets, sets, lr, rngs, flat=True):
     """Train networks by the gradient of their structure; returns how often it was formed, of one and of several."""
     model, calls = FlatModel(nets[0], protocol.compile), {"grad": 0, "grads": 0}
+    model.compiled = model.compiled or flat  # takes the way of compiled code, by functions that are not
 
     def counted(name, f):
         def call(*args):
@@ -87,21 +88,23 @@ def plain_training(net, images, p, lr, epochs, batch_size, augmentation, rng):
     return rates
 
 
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("name", ["ConvNetW8", "MLP", "ConvNetD1W8BN"])
 @pytest.mark.parametrize("epochs, batch_size, augmentation, hard", [
     (5, 4, NoAugmentation(), False), (4, 10, NoAugmentation(), True), (3, 64, DSA(), False),
     (6, 3, DSA(siamese=True), False), (1, 4, DSA(), True), (0, 4, DSA(), False),
 ])  # fmt: skip
-def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard):
+def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard, flat):
     images, p = training_set(hard=hard)
     ours, theirs = network(name), network(name)
-    calls = train(Protocol(augmentation, epochs, batch_size), [ours], [(images, p)], 0.05, [generator(1, "x")])
+    calls = train(Protocol(augmentation, epochs, batch_size), [ours], [(images, p)], 0.05, [generator(1, "x")], flat)
     rates = plain_training(theirs, images, p, 0.05, epochs, batch_size, augmentation, generator(1, "x"))
     dropped = epochs - (epochs // 2 + 1) if epochs > 1 else 0
     assert [math.isclose(rate, 0.05) for rate in rates] == [True] * (epochs + 1 - dropped) + [False] * dropped
     assert_same_state(ours, theirs)
     steps = (epochs + 1) * math.ceil(10 / batch_size)
-    assert calls == ((0, 0) if "BN" in name else (steps, 0)), "networks with running statistics are trained as modules"
+    modules = "BN" in name or not flat  # running statistics are no part of flat parameters
+    assert calls == ((0, 0) if modules else (steps, 0))
 
 
 @pytest.mark.parametrize("name", ["ConvNetW8", "ConvNetD2W8ASLN", "LeNet", "MLP", "ConvNetD1W8BN"])
@@ -154,7 +157,7 @@ def test_every_epoch_takes_all_images_in_batches_in_another_order():
     augmentation = Recorded()
     images = torch.arange(10.0).view(10, 1, 1, 1)
     p = torch.full((10, K), 1 / 3)
-    train(Protocol(augmentation, epochs=3, batch_size=4), [Net()], [(images, p)], 0.1, [generator(0, "x")])
+    train(Protocol(augmentation, epochs=3, batch_size=4), [Net()], [(images, p)], 0.1, [generator(0, "x")], flat=False)
     assert augmentation.sizes == [4, 4, 2] * 4 == [len(batch) for batch in seen]
     passes = [sum(seen[i : i + 3], []) for i in range(0, 12, 3)]
     assert all(sorted(one) == list(range(10)) for one in passes)

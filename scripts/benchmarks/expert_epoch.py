@@ -6,8 +6,7 @@
 4,000 images 3 x 32 x 32, ConvNetW32, batches of 128, GSAM, DSA. The plain loop is trajectory matching's usual one: a
 data set that hands out one image at a time, a module differentiated by eager autograd, GSAM as an optimiser that loops
 over the list of parameters, loss and accuracy read after every batch. Both see the same batches and augmentations, so
-they end at the same parameters, up to float32 rounding (last column). Expect ours, compiled, to be some four times
-faster.
+they end at the same parameters, up to float32 rounding (last column). Expect ours, compiled, to be about twice as fast.
 """
 
 import argparse

@@ -8,7 +8,7 @@ An iteration goes 10 SGD steps from an expert's parameters on 100 synthetic imag
 ConvNet of width 128, and gives the matching loss's gradient in images, labels and learning rate. "Unrolled" is how it
 is published (arXiv 2203.11932): eager, ``create_graph=True``, the graph of all steps kept, differentiated at the end.
 The column of differences says that all but TESLA (2211.10586) give the same image gradient, up to float32 rounding.
-Expect the compiled adjoint to be some three times faster than the unrolled loop.
+Expect the compiled adjoint to be two to three times faster than the unrolled loop.
 """
 
 import argparse

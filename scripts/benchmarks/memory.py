@@ -67,6 +67,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--images", type=int, default=100, help="synthetic images, all of them in every step")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(command_line)
     if args.case:
@@ -80,7 +81,8 @@ def main(command_line: list[str] | None = None) -> None:
     rows, known = [], []
     for count in sorted(args.steps):
         fits = not known or straight_on(known, count) < 0.8 * available_memory()
-        peaks = {kind: in_child(kind, **problem, count=count) for kind in KINDS if kind != "unrolled" or fits}
+        kinds = [kind for kind in KINDS if kind in (*KINDS[:2], *args.kinds) and (kind != "unrolled" or fits)]
+        peaks = {kind: in_child(kind, **problem, count=count) for kind in kinds}
         if fits:
             known.append((count, peaks["unrolled"]))
         graph = peaks.get("unrolled") or straight_on(known, count)
@@ -88,8 +90,7 @@ def main(command_line: list[str] | None = None) -> None:
             "steps": count,
             "unrolled MB": f"{'' if fits else '~'}{graph / 1e6:.1f}",
             "adjoint MB": peaks["adjoint"] / 1e6,
-            "kept MB": peaks["kept"] / 1e6,
-            "micro MB": peaks["micro"] / 1e6,
+            **{f"{kind} MB": peaks[kind] / 1e6 for kind in kinds if kind in KINDS[2:]},
             "unrolled / adjoint": f"{'' if fits else '~'}{graph / max(peaks['adjoint'], 1):.1f}",
             "stored parameter vectors MB": (count + 1) * vector / 1e6,
         })  # fmt: skip
