@@ -37,7 +37,7 @@ def relative(ours, theirs):
         ("matching", [], ["unrolled, C library's", "unrolled, our memory", "adjoint", "TESLA's", "floor: "]),
         ("matching", ["--cosine"], ["cosine, images", "    1 ", "    3 "]),
         ("expert_epoch", [], ["plain loop", "ours"]),
-        ("evaluation", [], ["plain loop", "ours, all together"]),
+        ("evaluation", ["--together"], ["plain loop", "ours, all together"]),
         pytest.param("store", [], ["open the store", "published: load the file", "forms gave: 0\n"], marks=linux),
         pytest.param("memory", [], ["unrolled / adjoint", "    2 ", "    4 "], marks=linux),
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
@@ -174,7 +174,7 @@ def test_what_does_not_fit_goes_on_in_a_straight_line(monkeypatch, capsys):
     monkeypatch.setattr(memory, "in_child", lambda kind, count, **problem: measured[kind][count])
     monkeypatch.setattr(memory, "available_memory", lambda: 100e6)  # too little for the 90 MB at 8 steps
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: argparse.Namespace(
-        width=8, depth=1, side=8, images=10, steps=[8, 2, 4], case=None, tiny=False
+        width=8, depth=1, side=8, images=10, steps=[8, 2, 4], kinds=memory.KINDS, case=None, tiny=False
     ))  # fmt: skip
     memory.main([])
     out = capsys.readouterr().out
