@@ -110,16 +110,18 @@ class FlatModel:
         """
         size = self.micro_batch or len(x)
         pieces = list(zip(x.split(size), p.split(size)))
-        if not self.compiled:
+        if not (self.compiled and self.separable):
             return pieces
+        # Sizes are added in rising order only, so to which one a batch is filled up does not depend on what ran before.
+        if len(pieces) > 1:
+            self._compiled_sizes.add(size)
         last, weights = pieces[-1]
         full = min((size for size in self._compiled_sizes if size >= len(last)), default=len(last))
-        if not self.separable or full == len(last):
-            self._compiled_sizes.update(len(x) for x, _ in pieces)
-            return pieces
-        more = full - len(last)
-        padded = torch.cat([last, last.new_zeros(more, *last.shape[1:])])
-        return pieces[:-1] + [(padded, torch.cat([weights, weights.new_zeros(more, weights.shape[1])]))]
+        self._compiled_sizes.add(full)
+        if more := full - len(last):
+            padded = torch.cat([last, last.new_zeros(more, *last.shape[1:])])
+            pieces[-1] = padded, torch.cat([weights, weights.new_zeros(more, weights.shape[1])])
+        return pieces
 
     def _contains(self, *kinds: type[nn.Module]) -> bool:
         return any(isinstance(module, kinds) for module in self.module.modules())

@@ -126,6 +126,21 @@ def test_micro_batches_add_up(name, micro_batch):
     check_hvp(model, theta, x, p, lam, whole.hvp(theta, x, p, lam))
 
 
+def test_short_batches_are_filled_up_to_a_size_that_is_compiled():
+    module = network("ConvNetD1W8")
+    eager, model = FlatModel(module), FlatModel(module, micro_batch=4)
+    model.compiled, sizes, grad = True, [], model._grad
+    model._grad = lambda theta, x, p: sizes.append(len(x)) or grad(theta, x, p)
+    theta = eager.flatten(module)
+    for n, expected in ((2, [2]), (1, [2]), (3, [3]), (7, [3, 4]), (1, [2]), (3, [3]), (4, [4])):
+        x, p = batch(n)
+        sizes.clear()
+        assert relative(model.grad(theta, x, p), eager.grad(theta, x, p)) < 1e-12
+        assert sorted(sizes) == expected
+    x, p = batch(7)
+    check_hvp(model, theta, x, p, direction(theta), eager.hvp(theta, x, p, direction(theta)))
+
+
 def test_gradients_of_several_networks_at_once():
     modules = [network("ConvNetW8"), network("ConvNetW8")]
     with torch.no_grad():

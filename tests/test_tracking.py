@@ -12,7 +12,15 @@ from PIL import Image
 
 from pad.errors import InputError
 from pad.tracking import (
-    Run, before_after, finished_iterations, image_grid, result_table, run_folder, run_state, save_before_after, save_grid
+    Run,
+    before_after,
+    finished_iterations,
+    image_grid,
+    result_table,
+    run_folder,
+    run_state,
+    save_before_after,
+    save_grid,
 )
 
 SETTINGS = {"dataset": "CIFAR10", "ipc": 10, "lr_lr": 1e-5, "threshold": math.inf,

@@ -245,3 +245,13 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each competitor (default 5)")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
     return parser
+
+
+def matching_arguments(doc: str) -> argparse.ArgumentParser:
+    """The same, and the sizes of an iteration of matching."""
+    parser = arguments(doc)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--side", type=int, default=32, help="pixels")
+    parser.add_argument("--images", type=int, default=100, help="synthetic images, all of them in every step")
+    return parser

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Competitor, Matching, arguments, describe_machine, difference, race
+from common import Competitor, Matching, describe_machine, difference, matching_arguments, race
 
 from pad import distributed
 from pad.matching.objective import matching_loss
@@ -63,12 +63,8 @@ def run(ranks: int, case: dict, rounds: int) -> dict:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = matching_arguments(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--images", type=int, default=100, help="synthetic images, all of them in every step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)

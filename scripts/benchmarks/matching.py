@@ -19,10 +19,10 @@ from common import (
     CLASSES,
     Competitor,
     Matching,
-    arguments,
     describe_machine,
     difference,
     forward_operations,
+    matching_arguments,
     product_rate,
     race,
     standings,
@@ -154,11 +154,7 @@ def cosines(args: argparse.Namespace) -> None:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--images", type=int, default=100, help="synthetic images, all of them in every step")
+    parser = matching_arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager", action="store_true", help="leave out the compiled adjoint")
     parser.add_argument("--cosine", action="store_true", help="print the cosines of TESLA's gradient instead of times")

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 
-from common import Matching, arguments, available_memory, describe_machine, forget_peak, memory_status
+from common import Matching, available_memory, describe_machine, forget_peak, matching_arguments, memory_status
 from matching import adjoint, unrolled
 
 from pad.allocator import keep_freed_memory
@@ -61,11 +61,7 @@ def straight_on(known: list[tuple[int, int]], count: int) -> float:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--images", type=int, default=100, help="synthetic images, all of them in every step")
+    parser = matching_arguments(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are")
     parser.add_argument("--case", help=argparse.SUPPRESS)

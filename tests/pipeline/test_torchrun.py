@@ -22,7 +22,6 @@ from pad import cli
 from pad.errors import InputError
 from pad.files import load_tensors
 from pad.stages import workbench
-from pad.trajectories import recorded
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
