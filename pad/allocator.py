@@ -23,16 +23,25 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_code() -> None:
-    """Let torch.compile keep what it compiles in ``$PAD_CACHE``, else ``~/.cache/pad``, for the next run.
+    """Let torch.compile keep what it compiles in :func:`compiled_folder`, for the next run.
 
-    Its own place for it is the folder of temporary files, which machines empty. Code is for one kind of CPU, and a home
-    folder may be shared by several, so each kind has a folder of its own. Does nothing when ``TORCHINDUCTOR_CACHE_DIR``
-    is set already or the folder cannot be written; makes no folder itself.
+    Its own place for it is the folder of temporary files, which machines empty. Does nothing when
+    ``TORCHINDUCTOR_CACHE_DIR`` is set already; makes no folder itself.
+    """
+    if folder := compiled_folder():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def compiled_folder() -> Path | None:
+    """Where compiled code is kept: in ``$PAD_CACHE``, else ``~/.cache/pad``; None when that cannot be written.
+
+    Code is for one kind of CPU, and a home folder may be shared by several, so each kind has a folder of its own.
     """
     cache_dir = Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser().absolute()
     parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / f"compiled-{_cpu()}"))
+        return cache_dir / f"compiled-{_cpu()}"
+    return None
 
 
 def _cpu() -> str:

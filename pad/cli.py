@@ -17,9 +17,8 @@ from typing import Callable
 
 from pad import config, distributed, stages
 from pad.allocator import keep_compiled_code, keep_freed_memory
-from pad.distiller import Stopped
 from pad.distributed import PeerLost, Ranks
-from pad.errors import InputError
+from pad.errors import InputError, Stopped
 
 
 class _Handler(logging.StreamHandler):
@@ -33,11 +32,14 @@ class _Handler(logging.StreamHandler):
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as torchrun sends it to the processes that are left when one has ended."""
+    """SIGTERM, as schedulers send it, and torchrun to the processes that are left when one has ended."""
 
 
 def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = None) -> int:
-    """Run ``stage(argv, ranks)``; returns the exit code. Of several processes, one that fails ends here."""
+    """Run ``stage(argv, ranks)``; returns the exit code. Of several processes, one that fails ends here.
+
+    The same command (of stage 2, with --resume) goes on where an interrupted one stopped.
+    """
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     keep_compiled_code()
@@ -55,7 +57,9 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
     except InputError as error:  # the other processes did not come
         code = ranks.say(f"error: {error}", 2)
     except KeyboardInterrupt as stop:
-        code = ranks.say("interrupted; what was finished is kept", 143 if isinstance(stop, _Terminated) else 130)
+        command = _command(argv, ranks, resume=stage is _distill)
+        message = f"interrupted; what was finished is kept\ngo on with: {command}"
+        code = ranks.say(message, 143 if isinstance(stop, _Terminated) else 130)
     except Exception:
         if ranks.size == 1:
             raise
@@ -71,10 +75,13 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
 @contextlib.contextmanager
 def _one_voice(ranks: Ranks, handler: logging.Handler):
     """Notices and results come from rank 0; how a run ends, from whoever knows first."""
-    if ranks.size > 1:
-        signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     if ranks.is_main:
-        yield
+        try:
+            yield
+        finally:
+            if ranks.size == 1:  # of several, one that ends early waits for no signal any more: see Ranks.say
+                signal.signal(signal.SIGTERM, before)
         return
     handler.setLevel(logging.CRITICAL)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -100,9 +107,11 @@ def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ran
         return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks)}" if stop.code > 128 else str(stop), stop.code)
 
 
-def _command(argv: list[str], ranks: Ranks) -> str:
+def _command(argv: list[str], ranks: Ranks, resume: bool = True) -> str:
     if ranks.size > ranks.local_size:
-        return "the same commands, and --resume"
+        return f"the same commands{', and --resume' if resume else ''}"
+    if not resume:
+        return shlex.join([*_program(ranks), *argv])
     replaced = ("--overwrite", "--resume")
     kept = [
         word for word, before in zip(argv, ["", *argv])
@@ -134,6 +143,16 @@ def _evaluate(argv: list[str], ranks: Ranks) -> None:
     stages.evaluate(settings, given, ranks)
 
 
+def _score(argv: list[str], ranks: Ranks) -> None:
+    settings, _ = config.parse(config.ScoreSettings, argv, "score_difficulty.py")
+    stages.score_difficulty(settings, ranks)
+
+
+def _coreset(argv: list[str], ranks: Ranks) -> None:
+    settings, _ = config.parse(config.CoresetSettings, argv, "select_coreset.py")
+    stages.select_coreset(settings, ranks)
+
+
 def buffer(argv: list[str] | None = None) -> int:
     """``pad-buffer``, ``buffer/buffer_CL.py``."""
     return run(_buffer, argv)
@@ -147,3 +166,13 @@ def distill(argv: list[str] | None = None) -> int:
 def evaluate(argv: list[str] | None = None) -> int:
     """``pad-evaluate``, ``distill/evaluation.py``."""
     return run(_evaluate, argv)
+
+
+def score(argv: list[str] | None = None) -> int:
+    """``pad-score``, ``scripts/score_difficulty.py``."""
+    return run(_score, argv)
+
+
+def coreset(argv: list[str] | None = None) -> int:
+    """``pad-coreset``, ``scripts/select_coreset.py``."""
+    return run(_coreset, argv)

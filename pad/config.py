@@ -1,4 +1,4 @@
-"""The settings of the three stages: typed, checked, from a YAML file and the command line.
+"""The settings of every command: typed, checked, from a YAML file and the command line.
 
 Keys and flags are the published ones, so published files and commands run unchanged; ours stand beside them. The
 command line overrides the file, the file overrides the defaults. Anything unknown or out of range is an InputError.
@@ -21,6 +21,7 @@ import yaml
 
 from pad.data.augment import DSA, DSA_STRATEGY
 from pad.errors import InputError
+from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS
 
 log = logging.getLogger("pad")
 
@@ -38,7 +39,10 @@ def _setting(default, help: str, low=None, above=None, high=None, below=None, ch
 
 @dataclass(kw_only=True)
 class Common:
-    """What every stage asks: which data, which network, where to run."""
+    """What every command asks: which data, which network, where to run."""
+
+    dead = {}  # keys that are accepted and do nothing, and why
+    given = frozenset()  # names of the settings that somebody gave, see :func:`parse`
 
     dataset: str = _setting("CIFAR10", "data set")
     subset: str | None = _setting("imagenette", "ImageNet subset; read only when dataset is ImageNet")
@@ -47,14 +51,7 @@ class Common:
     train_per_class: int | None = _setting(None, "use the first so many training images of each class only", low=1)
     zca: bool = _setting(False, "ZCA whitening instead of mean/std")
     model: str = _setting("ConvNet", "network")
-    dsa: bool = _setting(True, "differentiable Siamese augmentation")
-    dsa_strategy: str = _setting(DSA_STRATEGY, "DSA's transformations, one of which is drawn per batch")
-    siamese: bool = _setting(False, "all images of a batch share DSA's random numbers")
-    batch_train: int = _setting(256, "batch size for training networks", low=1)
     seed: int = _setting(0, "seed of every random decision", low=0)
-    compile: str = _setting(
-        "auto", "compile the heavy functions; auto: on CUDA, and on a CPU where the run is long", choices=("auto", "on", "off")
-    )
     device: Device = _setting("auto", "auto, cpu, cuda, cuda:1, or a list of CUDA devices as [0,1]")
     # Off although torch allows it in convolutions: float32 is the reference, which cards that have TF32 would otherwise
     # miss by a thousandth (factors are rounded to 10 bits), and the gradients go through tens of steps.
@@ -66,7 +63,6 @@ class Common:
 
     def check(self) -> None:
         """Raise InputError when settings do not go together."""
-        DSA(self.dsa_strategy)
 
     @property
     def data_arguments(self) -> dict:
@@ -98,11 +94,92 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class BufferSettings(Common):
+class _Stage(Common):
+    """What the three stages ask about training."""
+
+    dsa: bool = _setting(True, "differentiable Siamese augmentation")
+    dsa_strategy: str = _setting(DSA_STRATEGY, "DSA's transformations, one of which is drawn per batch")
+    siamese: bool = _setting(False, "all images of a batch share DSA's random numbers")
+    batch_train: int = _setting(256, "batch size for training networks", low=1)
+    compile: str = _setting(
+        "auto",
+        "on: by torch.compile; fused: by the CPU kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in long runs",
+        choices=("auto", "on", "off", "fused"),
+    )
+
+    def check(self) -> None:
+        super().check()
+        DSA(self.dsa_strategy)
+
+
+_SCORING = ("model", "repeats", "epochs", "lr", "momentum", "weight_decay", "batch", "augmentation")
+
+
+@dataclass(kw_only=True)
+class _Ranked(Common):
+    """What the commands ask that use a difficulty ranking: where it is, and how to compute one that is not there."""
+
+    ranking_path: FilePath | None = _setting(
+        None, "folder of ranking files; default: data_indices in the checkout; of an ImageFolder or a part: in buffer_path"
+    )
+    convert_flat: bool = _setting(False, "read a flat ranking file, hardest first, turned round and grouped by class")
+    score_model: str | None = _setting(None, "network that scores difficulty; default: the model")
+    score_repeats: int = _setting(10, "networks to average difficulty over", low=1)
+    score_epochs: int = _setting(40, "epochs to train a scoring network", low=1)
+    score_lr: float = _setting(0.1, "learning rate of the scoring networks", above=0)
+    score_momentum: float = _setting(0.9, "Nesterov momentum of the scoring networks", low=0, below=1)
+    score_weight_decay: float = _setting(5e-4, "weight decay of the scoring networks", low=0)
+    score_batch: int = _setting(256, "batch size of the scoring networks", low=1)
+    score_augmentation: str = _setting("none", "of the scoring networks: none, or a DSA strategy as crop_flip")
+
+    @property
+    def scoring(self) -> dict:
+        """Keyword arguments of :class:`pad.difficulty.training.ScoringSettings`."""
+        scoring = {name: getattr(self, f"score_{name}") for name in _SCORING}
+        return scoring | {"model": self.score_model or self.model}
+
+    @property
+    def asked_scoring(self) -> set[str]:
+        """Those of them that were given: a ranking that is there must have been made with these."""
+        return {name for name in _SCORING if f"score_{name}" in self.given}
+
+
+@dataclass(kw_only=True)
+class _Curriculum(Common):
+    """Which images experts see in which epoch."""
+
+    train_epochs: int = _setting(50, "epochs per expert", low=1)
+    init_ratio: float = _setting(1.0, "share of each class, easiest first, that training starts with", above=0, high=1)
+    add_end_epoch: int = _setting(100, "epoch at which all images are in", low=0)
+    add_schedule: str = _setting(
+        "linear", "how that share grows; root adds most at the beginning, geometric at the end", choices=ADD_SCHEDULES
+    )
+    rm_epoch_first: int = _setting(40, "after this epoch the easiest images are left out", low=0)
+    rm_epoch_second: int = _setting(60, "after this epoch the second share is left out", low=0)
+    rm_easy_ratio_first: float = _setting(0.1, "share left out in the first removal", low=0, below=1)
+    rm_easy_ratio_second: float = _setting(0.1, "share left out in the second removal", low=0, below=1)
+    removal: str = _setting(
+        "step", "how it goes from the first share to the second: at once, or epoch by epoch", choices=REMOVALS
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.rm_epoch_second < self.rm_epoch_first:
+            raise InputError(f"rm_epoch_second: {self.rm_epoch_second} comes before rm_epoch_first: {self.rm_epoch_first}")
+
+    @property
+    def curriculum(self) -> dict:
+        """Keyword arguments of :class:`pad.experts.curriculum.Curriculum`."""
+        names = ("init_ratio", "add_end_epoch", "add_schedule", "rm_epoch_first", "rm_epoch_second")
+        names += ("rm_easy_ratio_first", "rm_easy_ratio_second", "removal")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class BufferSettings(_Stage, _Ranked, _Curriculum):
     """Stage 1, ``buffer/buffer_CL.py``: rank the real images, train experts on the curriculum, record their trajectories."""
 
     num_experts: int = _setting(100, "experts to train", low=1)
-    train_epochs: int = _setting(50, "epochs per expert", low=1)
     lr_teacher: float = _setting(0.01, "learning rate of the experts", above=0)
     mom: float = _setting(0.0, "momentum", low=0, below=1)
     l2: float = _setting(0.0, "weight decay", low=0)
@@ -114,23 +191,7 @@ class BufferSettings(Common):
     eval_every: int = _setting(1, "epochs between measurements of test accuracy; 0: never", low=0)
     micro_batch: int | None = _setting(None, "compute on so many images at a time: less memory, the same result", low=1)
 
-    sort_method: str = _setting("", "difficulty ranking: GraNd, EL2N, or a file's stem as CIFAR10_GraNd; default: GraNd")
-    ranking_path: FilePath | None = _setting(
-        None, "folder of ranking files; default: data_indices in the checkout; of an ImageFolder or a part: in buffer_path"
-    )
-    convert_flat: bool = _setting(False, "read a flat ranking file, hardest first, turned round and grouped by class")
-    score_model: str | None = _setting(None, "network that scores difficulty; default: the model")
-    score_repeats: int = _setting(10, "networks to average difficulty over", low=1)
-    score_epochs: int = _setting(40, "epochs to train a scoring network", low=1)
-    score_lr: float = _setting(0.1, "learning rate of the scoring networks", above=0)
-    score_batch: int = _setting(256, "batch size of the scoring networks", low=1)
-
-    init_ratio: float = _setting(1.0, "share of each class, easiest first, that training starts with", above=0, high=1)
-    add_end_epoch: int = _setting(100, "epoch at which all images are in", low=0)
-    rm_epoch_first: int = _setting(40, "after this epoch the easiest images are left out", low=0)
-    rm_epoch_second: int = _setting(60, "after this epoch the second share is left out", low=0)
-    rm_easy_ratio_first: float = _setting(0.1, "share left out in the first removal", low=0, below=1)
-    rm_easy_ratio_second: float = _setting(0.1, "share left out in the second removal", low=0, below=1)
+    sort_method: str = _setting("", "difficulty method, or a ranking file's stem as CIFAR10_GraNd; default: GraNd")
 
     dead = {
         "batch_real": "nothing reads it",
@@ -148,12 +209,10 @@ class BufferSettings(Common):
                 f"rho_max: {self.rho_max:g} differs from rho_min: {self.rho_min:g}, but the learning rate is constant, "
                 "so rho has nothing to follow; give both the same value"
             )
-        if self.rm_epoch_second < self.rm_epoch_first:
-            raise InputError(f"rm_epoch_second: {self.rm_epoch_second} comes before rm_epoch_first: {self.rm_epoch_first}")
 
 
 @dataclass(kw_only=True)
-class _Evaluating(Common):
+class _Evaluating(_Stage):
     """What the second and third stage ask about evaluation."""
 
     eval_mode: str = _setting("S", "evaluation pool: S, M, W, D, A, P, N, C, BN; anything else: the model itself")
@@ -188,7 +247,7 @@ class DistillSettings(_Evaluating):
     loss_ratio: float = _setting(0.0, "share of parameters with the smallest error that matching leaves out", low=0, below=1)
     threshold: float = _setting(1.0, "iterations with a larger loss change nothing", above=0)
     no_aug: bool = _setting(False, "no augmentation while matching")
-    max_bad_iterations: int = _setting(100, "stop after so many iterations in a row without a finite gradient", low=1)
+    max_bad_iterations: int = _setting(10, "stop after so many iterations in a row without a finite gradient", low=1)
 
     lr_img: float = _setting(1000.0, "learning rate of the images", low=0)
     lr_y: float = _setting(2.0, "learning rate of the labels", low=0)
@@ -257,7 +316,7 @@ class DistillSettings(_Evaluating):
 
 
 @dataclass(kw_only=True)
-class EvaluationSettings(_Evaluating):
+class EvaluationSettings(_Evaluating, _Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and score them on the test images."""
 
     batch_train: int = _setting(128, "batch size for training networks", low=1)
@@ -266,7 +325,10 @@ class EvaluationSettings(_Evaluating):
     lr_dir: FilePath | None = _setting(None, "lr_*.pt of a published set")
     synthetic: FilePath | None = _setting(None, "a synthetic set's own file, or its run's folder, instead of the three")
     buffer_path: FilePath | None = _setting(None, "folder of the trajectories, for the soft labels of real images")
-    baselines: str = _setting("hard,soft", "rows beside the synthetic set: real images with hard and soft labels, or none")
+    baselines: str = _setting(
+        "hard,soft", "rows beside the synthetic set: random real images with hard and soft labels, and the first of a "
+        "difficulty method, as in hard,soft,Herding; or none",
+    )  # fmt: skip
     out: FilePath | None = _setting(None, "JSON file of the results; default: beside the synthetic set")
 
     dead = {
@@ -283,13 +345,77 @@ class EvaluationSettings(_Evaluating):
         missing = [key for key, value in trio.items() if not value]
         if not self.synthetic and missing:
             raise InputError(f"no synthetic set to evaluate: give --synthetic, or --{' and --'.join(missing)}")
-        for word in self.baseline_kinds:
-            if word not in ("hard", "soft"):
-                raise InputError(f"baselines: {word!r} is not hard, soft or none")
 
     @property
     def baseline_kinds(self) -> list[str]:
-        return [] if self.baselines in ("", "none") else [word.strip() for word in self.baselines.split(",")]
+        """``hard``, ``soft``, and names of difficulty methods, each once."""
+        return [] if self.baselines in ("", "none") else _words(self.baselines)
+
+
+@dataclass(kw_only=True)
+class ScoreSettings(_Curriculum):
+    """``scripts/score_difficulty.py``: rank the training images by difficulty; all methods share one training.
+
+    The curriculum is for --plot, which draws it.
+    """
+
+    methods: str = _setting("GraNd", "difficulty methods, as GraNd,EL2N,Forgetting; or all")
+    list: bool = _setting(False, "print the methods and end")
+    out: FilePath | None = _setting(
+        None, "folder of ranking files; default, but for an ImageFolder or a part: data_indices in the checkout"
+    )
+    overwrite: bool = _setting(False, "compute also what is there already")
+    plot: bool = _setting(False, "draw rankings and curriculum, into plots_<NAME> in the folder")
+    repeats: int = _setting(10, "networks to average over", low=1)
+    epochs: int = _setting(40, "epochs to train each", low=1)
+    lr: float = _setting(0.1, "learning rate", above=0)
+    momentum: float = _setting(0.9, "Nesterov momentum", low=0, below=1)
+    weight_decay: float = _setting(5e-4, "weight decay", low=0)
+    batch: int = _setting(256, "batch size", low=1)
+    augmentation: str = _setting("none", "none, or a DSA strategy as crop_flip")
+
+    def check(self) -> None:
+        super().check()
+        if self.method_names == []:
+            raise InputError("methods: none are named; give names as GraNd,EL2N, or all")
+
+    @property
+    def method_names(self):
+        """A list of names, each once; None for all there are."""
+        return None if self.methods.strip() == "all" else _words(self.methods)
+
+    @property
+    def scoring(self) -> dict:
+        """Keyword arguments of :class:`pad.difficulty.training.ScoringSettings`."""
+        return {name: getattr(self, name) for name in _SCORING}
+
+    @property
+    def asked_scoring(self) -> set[str]:
+        """Those of them that were given: a ranking that is there must have been made with these."""
+        return set(_SCORING) & self.given
+
+
+@dataclass(kw_only=True)
+class CoresetSettings(_Ranked):
+    """``scripts/select_coreset.py``: the first images of each class in a difficulty ranking, as a training set."""
+
+    method: str = _setting("Herding", "difficulty method, or a ranking file's stem as CIFAR10_GraNd")
+    ipc: int = _setting(1, "images per class", low=1)
+    end: str = _setting("easiest", "which end of the ranking", choices=("easiest", "hardest"))
+    labels: str = _setting("hard", "one-hot, or of the experts in buffer_path", choices=("hard", "soft"))
+    buffer_path: FilePath | None = _setting(None, "folder of the trajectories, for soft labels")
+    lr: float = _setting(0.01, "learning rate that evaluation trains with", above=0)
+    out: FilePath = _setting("coresets", "folder of the set's files")
+
+    def check(self) -> None:
+        super().check()
+        if self.labels == "soft" and self.buffer_path is None:
+            raise InputError("labels: soft ones come from experts, so give --buffer_path")
+
+
+def _words(text: str) -> list[str]:
+    """The words of a comma-separated list, each once, in order."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 Settings = typing.TypeVar("Settings", bound=Common)
@@ -338,6 +464,7 @@ def parse(cls: type[Settings], argv: list[str], program: str) -> tuple[Settings,
     if path is not None and "name" in fields and "name" not in given:
         settings.name = f"{Path(path).stem}-seed{settings.seed}"
     settings.check()
+    settings.given = frozenset(given)
     return settings, set(given)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pad.distributed import ALONE, Ranks
-from pad.errors import InputError
+from pad.errors import InputError, Stopped
 from pad.files import load_tensors, save_tensors
 from pad.matching.unroll import Gradients
 from pad.synthetic import SyntheticSet
@@ -26,18 +26,14 @@ SMALLEST_LR = 1e-6  # the learned learning rate is kept above it: training with 
 _FORMAT = 1
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A signal in a place where it need not wait."""
+
+
 class Objective(Protocol):
     """What an outer iteration asks: a pure function of (iteration, synthetic set)."""
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients: ...
-
-
-class Stopped(Exception):
-    """The run stopped early with its state saved. ``code`` is the exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass
@@ -72,40 +68,68 @@ class State:
     _COUNTERS = ("iteration", "best", "skipped", "bad_in_a_row")
     _TENSORS = ("images", "labels", "lr")
 
-    def save(self, path: Path, processes: int = 1) -> None:
-        """Write a checkpoint, atomically. ``processes``: how many share the matching."""
+    def save(self, path: Path, processes: int = 1, identity: dict | None = None) -> None:
+        """Write a checkpoint, atomically. ``processes``: how many share the matching; ``identity``: see :meth:`load`."""
         tensors = dict(zip(self._TENSORS, self.variables)) | {
             f"momentum_{name}": buffer for name, buffer in zip(self._TENSORS, self.momentum)
         }
         counters = {name: getattr(self, name) for name in self._COUNTERS}
         metadata = {"kind": "checkpoint", "format": _FORMAT, "arithmetic": _arithmetic(self.images, processes)}
-        save_tensors(path, tensors, metadata | counters)
+        save_tensors(path, tensors, metadata | counters | {"identity": identity or {}})
 
     @classmethod
-    def load(cls, path: Path, like: "State", processes: int = 1) -> "State":
+    def load(cls, path: Path, like: "State", processes: int = 1, identity: dict | None = None) -> "State":
         """Read a checkpoint of the same shapes as ``like``, onto its device. Raises InputError on anything else.
 
-        Logs one line when it was written where sums may round otherwise: the end may then differ in the last bits.
+        ``identity``: nested plain values that say what the run is of; where those of the checkpoint are others, the
+        first difference is named. Logs one line when it was written where sums may round otherwise: the end may then
+        differ in the last bits.
         """
-        tensors, metadata = load_tensors(path)
-        if metadata.get("kind") != "checkpoint" or metadata.get("format") != _FORMAT:
-            raise InputError(f"{path} is not a checkpoint of this version")
+        tensors, metadata = load_tensors(path, "remove it, and --resume starts the run anew")
+        if metadata.get("kind") != "checkpoint":
+            raise InputError(f"{path} is not a checkpoint")
+        if metadata.get("format") != _FORMAT:
+            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {_FORMAT}")
+        counters = {name: metadata.get(name) for name in cls._COUNTERS}
+        before, made_with = metadata.get("arithmetic"), metadata.get("identity", {})
+        usual = all(type(value) is int and value >= 0 for name, value in counters.items() if name != "best")
+        if not (usual and type(counters["best"]) is float and isinstance(before, dict) and isinstance(made_with, dict)):
+            raise InputError(f"{path} is damaged: what it says is not what a checkpoint says")
+        if made_with and (difference := first_difference(made_with, identity or {})):
+            where, there, here = difference
+            raise InputError(
+                f"{path}: {where}: {there} in the checkpoint, {here} in the config; --overwrite starts the run anew"
+            )
         variables = [tensors.get(name) for name in cls._TENSORS]
         momentum = [tensors.get(f"momentum_{name}") for name in cls._TENSORS]
         for name, found, wanted in zip(cls._TENSORS * 2, variables + momentum, like.variables * 2):
             if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
                 raise InputError(f"{path}: {name} in the checkpoint is not of this run's shape {list(wanted.shape)}")
-        before, now = metadata["arithmetic"], _arithmetic(like.images, processes)
+        before, now = {"tf32": False, **before}, _arithmetic(like.images, processes)
         if before != now:
             log.warning("%s was written with %s, this is %s: results may differ by rounding", path, before, now)
         moved = [tensor.to(like.images.device) for tensor in (*variables, *momentum)]
-        return cls(*moved[:3], moved[3:], **{name: metadata[name] for name in cls._COUNTERS})
+        return cls(*moved[:3], moved[3:], **counters)
+
+
+def first_difference(there: dict, here: dict) -> tuple[str, object, object] | None:
+    """Where nested plain values first differ, and what each has there. What ``there`` does not name is not compared."""
+    for key, theirs in there.items():
+        ours = here.get(key, "nothing")
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            if inner := first_difference(theirs, ours):
+                return f"{key} {inner[0]}", *inner[1:]
+        elif theirs != ours:
+            return key, theirs, ours
+    return None
 
 
 def _arithmetic(images: Tensor, processes: int) -> dict:
     """What the last bits of a result hang on."""
+    device = images.device.type
     return {
-        "torch": torch.__version__, "device": images.device.type, "threads": torch.get_num_threads(), "processes": processes
+        "torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "processes": processes,
+        "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
     }  # fmt: skip
 
 
@@ -135,6 +159,7 @@ class Distiller:
             best.
         ranks: the processes that run this together. All of them have the same state and take the same steps; rank 0
             writes the files.
+        identity: what the run is of (settings, data, experts), as plain values: a checkpoint of another is refused.
     """
 
     run: Run
@@ -144,11 +169,14 @@ class Distiller:
     synthetic: Callable[[Tensor, Tensor, Tensor, int], SyntheticSet]
     evaluate: Callable[[SyntheticSet], dict[str, tuple[float, float, int]]]
     ranks: Ranks = ALONE
+    identity: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self._first_pixels = self._set().pixels() if self.ranks.is_main else None
         self._signal = 0  # that this process was sent
         self._stop = 0  # the signal that stops the run
+        self._saved = -1  # the iteration that the checkpoint goes on with
+        self._at_once = False  # a signal need not wait
 
     @property
     def checkpoint(self) -> Path:
@@ -157,11 +185,13 @@ class Distiller:
     def resume(self) -> None:
         """Go on from the checkpoint, if the run got as far as writing one."""
         ranks = self.ranks
+        there = self.checkpoint.exists
         state = ranks.on_main(
-            lambda: State.load(self.checkpoint, self.state, ranks.size) if self.checkpoint.exists() else None
+            lambda: State.load(self.checkpoint, self.state, ranks.size, self.identity) if there() else None
         )
         if state is not None:
             self.state = state
+            self._saved = state.iteration
             log.info("going on from iteration %d", self.state.iteration)
         self.run.truncate_metrics(self.state.iteration - 1)
 
@@ -194,7 +224,6 @@ class Distiller:
                         raise Stopped(f"stopped after iteration {it}; the state is saved", 128 + self._stop)
                     if state.iteration % schedule.checkpoint_every == 0:
                         self._checkpoint()
-            self._checkpoint()  # without the last evaluation, which a run that is extended later does not have
             self._evaluate(state.iteration)
             final = self._save("last")
             self._pictures(final, state.iteration)
@@ -204,6 +233,9 @@ class Distiller:
                 signal.signal(number, handler)
 
     def _remember(self, number, frame) -> None:
+        if self._at_once:
+            self._at_once, self._signal = False, number
+            raise _Interrupted
         if self.ranks.size > 1:  # torchrun passes on what a terminal has sent to all processes already
             log.warning("finishing the iteration, then saving")
         elif self._signal:
@@ -229,32 +261,50 @@ class Distiller:
         else:
             state.skipped += 1
         state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-        self.run.record("match", it, loss=loss, lr=state.lr.item(), updated=updated, skipped=state.skipped)
+        bad = {} if finite else {"bad": True}
+        self.run.record("match", it, loss=loss, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
         if state.bad_in_a_row >= schedule.max_bad_iterations:
-            bad, state.bad_in_a_row = state.bad_in_a_row, 0
+            count, state.bad_in_a_row = state.bad_in_a_row, 0
             state.iteration += 1
             self._checkpoint()
             self.ranks.barrier()
             raise Stopped(
-                f"{bad} iterations in a row gave no finite gradient; the state is saved. "
+                f"{count} iterations in a row gave no finite gradient; the state is saved. "
                 "Start another run (--name, or --overwrite) with a lower lr_lr or lr_img, or earlier start epochs",
                 1,
             )
         return loss
 
     def _checkpoint(self) -> None:
-        if self.ranks.is_main:
-            self.state.save(self.checkpoint, self.ranks.size)
+        if self.ranks.is_main and self._saved != self.state.iteration:
+            self.state.save(self.checkpoint, self.ranks.size, self.identity)
+        self._saved = self.state.iteration
 
     def _set(self) -> SyntheticSet:
         state = self.state
         return self.synthetic(state.images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
 
     def _evaluate(self, it: int) -> str:
-        """Score the set as it is before iteration ``it``; keep it when it is the best so far."""
+        """Score the set as it is before iteration ``it``; keep it when it is the best so far.
+
+        It can take as long as hundreds of iterations, so a signal ends it: the state is saved before, without the
+        evaluation, which a resumed run begins with.
+        """
+        self._checkpoint()
+        self.ranks.barrier()
         started = time.perf_counter()
         current = self._set()
-        scores = self.evaluate(current)
+        try:
+            self._at_once = True
+            if self._signal:
+                raise _Interrupted
+            scores = self.evaluate(current)
+            self._at_once = False
+        except _Interrupted:
+            where = f"in the evaluation before iteration {it}"
+            raise Stopped(f"stopped {where}; the state is saved", 128 + self._signal) from None
+        finally:
+            self._at_once = False
         for network, (mean, std, n) in scores.items():
             self.run.record("evaluation", it, network=network, accuracy=mean, std=std, n=n)
         self.run.record_time("evaluation", it, time.perf_counter() - started)

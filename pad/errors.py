@@ -1,4 +1,4 @@
-"""The one exception that means "what was given cannot be used"."""
+"""The exceptions that end a command with a sentence: what was given cannot be used, or the work stopped early."""
 
 
 class InputError(Exception):
@@ -7,3 +7,11 @@ class InputError(Exception):
     The message is one clear sentence for the person at the terminal; the command line prints it without a
     traceback and exits with code 2. Raise it before any work is done.
     """
+
+
+class Stopped(Exception):
+    """The work stopped early, with what was finished saved. ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Protocol:
         augmentation: draws the augmentation of a batch.
         seed: network j is drawn and trained from streams of (seed, network name, j), whatever it is trained on, so two
             training sets are compared on the same networks.
-        compile: train by compiled code.
+        compile: how derivatives are computed, as FlatModel takes it.
         together: how many networks are trained at once. They see what they would see alone, so their number changes
             rounding only.
     """
@@ -40,7 +40,7 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
-    compile: bool = False
+    compile: str = "off"
     together: int = 1
 
     def train(
@@ -50,11 +50,11 @@ class Protocol:
         """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
 
         Args:
-            model: their structure, which decides how. Compiled code works on flat parameters. BatchNorm's running
-                statistics are no part of these, so networks that have them are trained as modules, one after the
-                other; so are others where nothing is compiled, which is faster then.
+            model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
+                BatchNorm's running statistics are no part of these, so networks that have them are trained as
+                modules, one after the other; so are others where nothing is compiled, which is faster then.
         """
-        if model.separable and (model.compiled or len(nets) > 1):
+        if model.separable and (model.compile != "off" or len(nets) > 1):
             self._train_flat(model, nets, sets, lr, rngs)
         else:
             for net, training_set, rng in zip(nets, sets, rngs):
@@ -134,7 +134,7 @@ class Score:
 
 
 @cache
-def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: bool) -> FlatModel:
+def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: str) -> FlatModel:
     """One for each architecture, so that all its networks, now and later in this process, run the same compiled code."""
     return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
 
@@ -177,22 +177,26 @@ def score_all(
     test_images: Images,
     test_labels: Tensor,
     ranks: Ranks = ALONE,
-    progress: Callable[[int, Score], None] = lambda case, so_far: None,
+    progress: Callable[[int, int, Score], None] = lambda case, j, so_far: None,
+    known: Mapping[tuple[int, int], float] = {},
 ) -> list[Score]:
     """:func:`score` of ``num_eval`` networks for each case, an architecture and its training sets, in order.
 
     The networks are dealt to ``ranks``; those that are trained together stay so, whatever the number of ranks, so that
-    all of them get what one would. ``progress(case, score so far)`` is called after each network of this rank.
+    all of them get what one would. ``progress(case, j, score so far)`` is called after each network of this rank.
+    ``known``: accuracies of networks (case, j), the same on all ranks, that need not be trained.
     """
-    together = range(0, num_eval, protocol.together)
-    mine = ranks.deal([(case, first) for case in range(len(cases)) for first in together])
+    groups = [(case, range(num_eval)[first : first + protocol.together])
+              for case in range(len(cases)) for first in range(0, num_eval, protocol.together)]  # fmt: skip
+    mine = ranks.deal([(case, group) for case, group in groups if not all((case, j) in known for j in group)])
     found: dict[tuple[int, int], float] = {}
     for case, (network, training_set) in enumerate(cases):
-        indices = [j for c, first in mine if c == case for j in range(num_eval)[first : first + protocol.together]]
+        indices = [j for c, group in mine if c == case for j in group]
         for so_far in score(protocol, network, indices, training_set, lr, test_images, test_labels):
-            found[case, indices[so_far.n - 1]] = so_far.accuracies[-1]
-            progress(case, so_far)
-    everywhere = {key: accuracy for part in ranks.gather(found) for key, accuracy in part.items()}
+            j = indices[so_far.n - 1]
+            found[case, j] = so_far.accuracies[-1]
+            progress(case, j, so_far)
+    everywhere = dict(known) | {key: accuracy for part in ranks.gather(found) for key, accuracy in part.items()}
     return [
         Score(network, [everywhere[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
     ]

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pad import kernels
 from pad.errors import InputError
+from pad.fused import FusedConvNet
 
 log = logging.getLogger("pad")
 
 _FIRST = "body.0.0."  # the first layer of all networks of pad.networks but MLP
-COMPILE_CALLS = 4000  # derivatives after which compiling for the CPU (about a minute) has paid for itself
+COMPILE_CALLS = 4000  # derivatives after which torch.compile for the CPU (about a minute) has paid for itself
 
 
 def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
@@ -49,12 +51,14 @@ class FlatModel:
 
     Args:
         module: gives the structure; its own numbers are not used (see :meth:`flatten`).
-        compile: compile the derivatives (one graph each, some 40 s on a CPU; pays for itself on long runs).
+        compile: how the derivatives are computed: "off", by autograd, operation by operation; "on", by torch.compile (one
+            graph each, some 40 s on a CPU; pays for itself on long runs); "fused", by the CPU kernels of
+            :mod:`pad.fused` where the network is made of such blocks, else as "off"; "auto", as "fused", else as "on".
         micro_batch: work on at most so many images at a time and add up: the same result up to rounding, in less
             memory. A network with BatchNorm takes every batch whole, since its images depend on each other.
     """
 
-    def __init__(self, module: nn.Module, compile: bool = False, micro_batch: int | None = None):
+    def __init__(self, module: nn.Module, compile: str = "off", micro_batch: int | None = None):
         self.module = _stateless(module)
         named = list(self.module.named_parameters())
         self.names = [name for name, _ in named]
@@ -62,7 +66,9 @@ class FlatModel:
         self._sizes = [p.numel() for _, p in named]
         self.num_parameters = sum(self._sizes)
         self.separable = not self._contains(nn.modules.batchnorm._BatchNorm)
-        self.compiled = compile and compiler_available()
+        wanted = compile if compile == "off" or compiler_available() else "off"
+        self.fused = wanted in ("fused", "auto") and FusedConvNet.fits(self.module) and kernels.library() is not None
+        self.compiled = wanted in ("on", "auto") and not self.fused
         self.micro_batch = micro_batch if self.separable else None
         # torch differentiates the forward derivative of these norms as if their statistics were constants (2.14).
         wrong = self._contains(nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -73,15 +79,23 @@ class FlatModel:
         forward_first = self.compiled and begins_with_convolution and not wrong
         self._grad, self._hvp = _derivatives(self, forward_first)
         self._grads = torch.func.vmap(self._grad)
+        self._forward = self
         if self.compiled:
             # Every network and batch size is a graph of its own, all of them of the same few lines of code.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._grad, self._hvp, self._grads = (
                 torch.compile(f, fullgraph=True, dynamic=False) for f in (self._grad, self._hvp, self._grads)
             )
+        elif self.fused:
+            self._forward, self._grad, self._hvp = _fused_derivatives(self)
         else:
             self._grad, self._hvp = _eager_derivatives(self)
         self._compiled_sizes: set[int] = set()
+
+    @property
+    def compile(self) -> str:
+        """How the derivatives are computed: off, on or fused."""
+        return "fused" if self.fused else "on" if self.compiled else "off"
 
     def grad(self, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
         """The gradient ``[P]`` in ``theta [P]`` of :func:`cross_entropy` on images ``x [B, C, H, W]``, ``p [B, K]``.
@@ -156,7 +170,7 @@ class FlatModel:
         A batch is spread over the whole set, so that one sorted by class mixes the classes, as BatchNorm needs.
         """
         strides = math.ceil(len(images) / batch)
-        parts = [self(theta, images[i::strides]) for i in range(strides)]
+        parts = [self._forward(theta, images[i::strides]) for i in range(strides)]
         logits = parts[0].new_empty(len(images), parts[0].shape[1])
         for i, part in enumerate(parts):
             logits[i::strides] = part
@@ -191,6 +205,25 @@ def _eager_derivatives(f):
         return slope.detach(), *torch.autograd.grad(slope, variables)
 
     return grad, hvp
+
+
+def _fused_derivatives(model: FlatModel):
+    """Logits, ``grad`` and ``hvp`` by the CPU kernels, the slope computed forwards: they have first derivatives only."""
+    network = FusedConvNet(model.module)
+
+    def forward(theta: Tensor, x: Tensor) -> Tensor:
+        return network(model.unflatten(theta), x)
+
+    grad, _ = _eager_derivatives(forward)
+
+    @torch.enable_grad()
+    def hvp(theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variables = theta, x, p = [tensor.detach().requires_grad_() for tensor in (theta, x, p)]
+        logits, along = network.dual(model.unflatten(theta), model.unflatten(lam), x)
+        slope = -(p * (along - (logits.softmax(dim=1) * along).sum(dim=1, keepdim=True))).sum()
+        return slope.detach(), *torch.autograd.grad(slope, variables)
+
+    return forward, grad, hvp
 
 
 def _derivatives(f, forward_first: bool):
@@ -234,6 +267,10 @@ def compiler_available() -> bool:
     return False
 
 
-def should_compile(mode: str, device: torch.device, calls: int) -> bool:
-    """Whether to compile, for ``mode`` auto, on or off: auto does on CUDA, and on a CPU where ``calls`` pay for it."""
-    return mode == "on" or (mode == "auto" and (device.type == "cuda" or calls >= COMPILE_CALLS))
+def how_to_compile(mode: str, device: torch.device, calls: int) -> str:
+    """FlatModel's ``compile`` for the setting ``mode``: on CUDA on or off; on a CPU auto is fused where ``calls`` are few."""
+    if device.type == "cuda":
+        return "off" if mode == "off" else "on"
+    if mode != "auto":
+        return mode
+    return "auto" if calls >= COMPILE_CALLS else "fused"

@@ -99,7 +99,7 @@ class SyntheticSet:
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
         tensors, metadata = load_tensors(path)
-        if not isinstance(metadata, dict) or metadata.get("kind") != KIND:
+        if metadata.get("kind") != KIND:
             raise InputError(f"{path} is not a synthetic set")
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
@@ -146,12 +146,19 @@ class SyntheticSet:
         if self.classes.dtype != torch.int64 or \
                 not torch.equal(self.classes.cpu(), _class_order(len(self.images), self.num_classes)):
             raise InputError(f"{where}: classes are not 0 to {self.num_classes - 1} in order, {self.ipc} times each")
-        names = self.metadata.get("class_names")
-        if names is not None and len(names) != self.num_classes:
+        for key in ("data", "preprocessing", "settings", "provenance"):
+            if not isinstance(self.metadata.get(key) or {}, dict):
+                raise InputError(f"{where}: {key} in the description is {self.metadata[key]!r}, not named values")
+        names = self.metadata.get("class_names") or []
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{where}: class_names in the description is not a list of names")
+        if names and len(names) != self.num_classes:
             raise InputError(f"{where}: {len(names)} class names for {self.num_classes} classes")
         pixels = self.stored_pixels
-        if pixels is not None and (pixels.shape != self.images.shape or not pixels.isfinite().all()):
-            raise InputError(f"{where}: pixels are not finite numbers in the images' shape {list(self.images.shape)}")
+        if pixels is not None and (
+            pixels.shape != self.images.shape or pixels.dtype != torch.float32 or not pixels.isfinite().all()
+        ):
+            raise InputError(f"{where}: pixels are not finite float32 in the images' shape {list(self.images.shape)}")
 
     def _check_tensors(self, images_at: str, labels_at: str, lr_at: str) -> None:
         """Raise InputError unless one can train on images, labels and lr; each is named by where it came from."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pad.errors import InputError
-from pad.files import atomic_path, write_text
+from pad.files import atomic_file, write_text
 
 TRACKERS = ("none", "tensorboard", "wandb")
 
@@ -47,7 +49,7 @@ def recorded_settings(folder: Path | str) -> dict:
     path = Path(folder) / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise InputError(f"{path} is damaged; --overwrite starts the run anew")
@@ -58,7 +60,7 @@ def finished_iterations(folder: Path | str) -> int:
     """How many iterations the finished run in ``folder`` has; 0 when it is not finished."""
     try:
         return int(json.loads((Path(folder) / "finished.json").read_text(encoding="utf-8"))["iterations"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 
@@ -78,16 +80,18 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path | str, settings: Mapping, *, resume: bool = False, overwrite: bool = False,
-              tracker: str = "none", may_differ: Collection[str] = ()) -> Run:
+              tracker: str = "none", may_differ: Collection[str] = (), defaults: Mapping = {}) -> Run:
         """Begin a run in ``folder``, or go on with the one there.
 
         resume: go on with the run, if there is one; what was recorded after the last checkpoint is then to be dropped
         with :meth:`truncate_metrics`. A finished run is thereby unfinished again. may_differ: settings, by dotted name,
-        which a resumed run may change (a device, for example). overwrite: remove whatever run is there, finished or
-        not, with all files of its folder. Raises InputError as :meth:`check`, having changed nothing.
+        which a resumed run may change (a device, for example). defaults: what holds of settings that a run does not
+        name because it is older than they are. overwrite: remove whatever run is there, finished or not, with all files
+        of its folder. Raises InputError as :meth:`check`, having changed nothing.
         """
         folder, settings = Path(folder), _plain(settings)
-        cls.check(folder, settings, resume=resume, overwrite=overwrite, tracker=tracker, may_differ=may_differ)
+        cls.check(folder, settings, resume=resume, overwrite=overwrite, tracker=tracker, may_differ=may_differ,
+                  defaults=defaults)
         state = run_state(folder)
         config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         if state != "absent" and overwrite:
@@ -105,7 +109,7 @@ class Run:
 
     @staticmethod
     def check(folder: Path | str, settings: Mapping, *, resume: bool = False, overwrite: bool = False,
-              tracker: str = "none", may_differ: Collection[str] = ()) -> None:
+              tracker: str = "none", may_differ: Collection[str] = (), defaults: Mapping = {}) -> None:
         """Raise InputError when :meth:`start` could not begin: a run is in the way and neither resumed nor overwritten,
         the settings of a resumed run differ, or the tracker is unknown or not installed."""
         folder = Path(folder)
@@ -121,7 +125,7 @@ class Run:
             choice = "--resume to go on with it, or " if state == "unfinished" else "choose another --name, or "
             article = "an" if state == "unfinished" else "a"
             raise InputError(f"{folder} holds {article} {state} run; {choice}--overwrite to replace it")
-        _check_same_settings(folder / "config.yaml", _plain(settings), may_differ)
+        _check_same_settings(folder, _plain(settings), may_differ, _plain(defaults))
 
     def record(self, event: str, iteration: int, **values) -> None:
         """Append one event to metrics.jsonl, and its numbers to the tracker as ``<event>/<name>``.
@@ -141,8 +145,7 @@ class Run:
         self._append("timing.jsonl", {"event": event, "iteration": iteration, "seconds": round(seconds, 6)})
 
     def _append(self, name: str, entry: dict) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n")
+        append_line(self.folder / name, json.dumps(entry, sort_keys=True, allow_nan=False) + "\n")
 
     def events(self) -> list[dict]:
         """Everything in metrics.jsonl, in order. Raises InputError naming a damaged line."""
@@ -201,6 +204,20 @@ class Run:
         self.close()
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append to a text file. An OSError names it; what a full disk took of the line is cut off again."""
+    with open(path, "ab", buffering=0) as handle:
+        before, data = handle.tell(), line.encode()
+        try:
+            if handle.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                handle.truncate(before)
+            error.filename = str(path)
+            raise
+
+
 class Follower(Run):
     """A run as seen by a process that leaves its files to another: takes everything, writes nothing."""
 
@@ -235,16 +252,17 @@ def _flat(settings: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def _check_same_settings(path: Path, settings: Mapping, may_differ: Collection[str]) -> None:
-    """Raise InputError naming every setting that differs from the config.yaml at ``path``."""
-    before = _flat(recorded_settings(path.parent))
+def _check_same_settings(folder: Path, settings: Mapping, may_differ: Collection[str], defaults: Mapping) -> None:
+    """Raise InputError naming every setting that differs from those the run in ``folder`` was started with."""
     after = _flat(settings)
-    differing = [f"{name} (was {before.get(name)!r}, now {after.get(name)!r})"
+    before = {name: value for name, value in _flat(defaults).items() if name in after}
+    before |= _flat(recorded_settings(folder))
+    differing = [f"{name}: {before.get(name)} in the run, {after.get(name)} in the config"
                  for name in sorted(before.keys() | after.keys())
                  if name not in may_differ and before.get(name) != after.get(name)]
     if differing:
-        raise InputError(f"{path.parent} was started with other settings: {', '.join(differing)}; "
-                         "resume with the same ones, or choose another run name")
+        raise InputError(f"{folder} was started with other settings: {'; '.join(differing)}. "
+                         "Resume with the same ones, or choose another run name")
 
 
 # Optional trackers
@@ -411,8 +429,8 @@ def before_after(before: Tensor, after: Tensor, classes: Tensor, class_names: Se
 
 def save_picture(path: Path | str, picture: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as a PNG file, atomically; equal pictures give equal bytes."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
+    with atomic_file(path) as handle:
+        Image.fromarray(picture).save(handle, format="PNG")
 
 
 def save_grid(path: Path | str, pixels: Tensor, classes: Tensor, class_names: Sequence[str], **options) -> None:

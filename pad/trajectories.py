@@ -7,25 +7,23 @@ exported.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pad.errors import InputError
-from pad.files import TEMPORARY_SUFFIX, atomic_path, load_pt, open_tensors, save_pt
+from pad.files import TensorFile, load_pt, open_tensors, save_pt, tensor_writer
 
 logger = logging.getLogger("pad")
 
 FORMAT = 1
 COMMON = ("data", "model", "preprocessing", "parameters")  # what all experts of a store share and its user must match
+_REMEDY = "remove it and record that expert again (with buffer/buffer_CL.py), or import all experts again"
 WITHOUT_ZCA_SUFFIX = ("Tiny", "ImageNet", "ImageNet1K")  # published folders of these bear no _NO_ZCA
 
 
@@ -84,18 +82,14 @@ def write_expert(
     """
     path = expert_path(folder, expert)
     num_parameters = _count(description["parameters"])
-    measured = {name: np.full(epochs + 1, np.nan, "<f4") for name in sorted(figures)}
+    measured = {name: torch.full((epochs + 1,), math.nan, dtype=torch.float32) for name in sorted(figures)}
     metadata = {key: description[key] for key in COMMON} | {"kind": "trajectory", "format": FORMAT}
     metadata |= {"expert": expert, "seed": seed, "settings": settings}
-    shapes = {"params": [epochs + 1, num_parameters]} | {name: [epochs + 1] for name in measured}
-    header = _safetensors_header(shapes, metadata)
-    _remove_leftovers(path)
+    layout = {"params": (torch.float32, (epochs + 1, num_parameters))}
+    layout |= {name: (torch.float32, (epochs + 1,)) for name in measured}
     # The size is known before training and rows come in order, so rows are appended. A full disk is then an OSError
     # here and now; through a memory map it would kill the process.
-    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        handle.write(header)
+    with tensor_writer(path, layout, metadata) as write:
         count = 0
 
         def record(theta: torch.Tensor, **values: float) -> None:
@@ -105,13 +99,13 @@ def write_expert(
                     f"snapshot {count} of expert {expert} has shape {list(theta.shape)}; "
                     f"expected snapshots 0 to {epochs} of shape [{num_parameters}]"
                 )
-            row = theta.detach().to("cpu", torch.float32).numpy()
-            if not np.isfinite(row).all():
+            row = theta.detach().to("cpu", torch.float32)
+            if not row.isfinite().all():
                 raise InputError(
                     f"the parameters of expert {expert} are not finite numbers after epoch {count}: training diverged, "
                     "a lower learning rate may help"
                 )
-            handle.write(row.astype("<f4", copy=False).tobytes())
+            write(row)
             for name, value in values.items():
                 measured[name][count] = value
             count += 1
@@ -120,31 +114,11 @@ def write_expert(
         if count != epochs + 1:
             raise RuntimeError(f"expert {expert} recorded {count} of {epochs + 1} snapshots; its file was not written")
         for values in measured.values():
-            handle.write(values.tobytes())
+            write(values)
 
 
 def _count(parameters: list) -> int:
     return sum(math.prod(shape) for _, shape in parameters)
-
-
-def _safetensors_header(shapes: dict[str, list[int]], metadata: dict) -> bytes:
-    """Everything of a safetensors file before its data: an 8-byte length, then JSON padded to a multiple of 8 bytes."""
-    entries, start = {"__metadata__": {"pad": json.dumps(metadata, sort_keys=True)}}, 0
-    for name, shape in shapes.items():
-        end = start + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of this expert that a killed run left; a living writer holds a lock on its own."""
-    for leftover in path.parent.glob(f"{path.name}.*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
 
 
 class TrajectoryStore:
@@ -163,7 +137,10 @@ class TrajectoryStore:
             published = _published_files(folder)
             hint = "; the replay_buffer_*.pt there can be imported with scripts/import_buffer.py" if published else ""
             raise InputError(f"no expert trajectories in {folder}: record them with buffer/buffer_CL.py{hint}")
-        headers = {expert: _read_header(expert_path(folder, expert)) for expert in experts}
+        headers = {}
+        for expert in experts:
+            with open_tensors(expert_path(folder, expert), _REMEDY) as (file, metadata):
+                headers[expert] = _header(file, metadata, expert_path(folder, expert))
         first = headers[experts[0]][0]
         for expert, (header, _) in headers.items():
             if difference := _first_difference(header, first):
@@ -203,18 +180,23 @@ class TrajectoryStore:
     def rows(self, expert: int, epochs: Iterable[int]) -> torch.Tensor:
         """Parameters after the given epochs, float32 ``[n, P]`` on the CPU, read from disk now.
 
-        Raises IndexError for an epoch outside 0..T, InputError when the file has gone or was damaged since opening.
+        Raises IndexError for an epoch outside 0..T, InputError when one of these rows is damaged, or the file has gone
+        or is another one since opening.
         """
         epochs = list(epochs)
         for epoch in epochs:
             if not 0 <= epoch <= self.epochs(expert):
                 raise IndexError(f"expert {expert} has epochs 0 to {self.epochs(expert)}, not {epoch}")
         out = torch.empty(len(epochs), self.num_parameters)
-        with open_tensors(expert_path(self.folder, expert)) as (handle, _):
-            params = handle.get_slice("params")
+        with self._open(expert) as file:
             for row, epoch in zip(out, epochs):
-                row.copy_(params[epoch : epoch + 1][0])
+                row.copy_(file.row("params", epoch))
         return out
+
+    def params(self, expert: int) -> torch.Tensor:
+        """All rows, float32 ``[T+1, P]``, as a map of the file. Raises InputError as :meth:`rows`."""
+        with self._open(expert) as file:
+            return file.tensor("params")
 
     def final(self, expert: int) -> torch.Tensor:
         """Parameters after the last epoch, float32 ``[P]``."""
@@ -222,8 +204,16 @@ class TrajectoryStore:
 
     def figures(self, expert: int) -> dict[str, torch.Tensor]:
         """What was measured along the trajectory, each float32 ``[T+1]``, nan where it was not."""
-        with open_tensors(expert_path(self.folder, expert)) as (handle, _):
-            return {name: handle.get_tensor(name).clone() for name in handle.keys() if name != "params"}
+        with self._open(expert) as file:
+            return {name: file.tensor(name).clone() for name in file.keys() if name != "params"}
+
+    @contextlib.contextmanager
+    def _open(self, expert: int) -> Iterator[TensorFile]:
+        path = expert_path(self.folder, expert)
+        with open_tensors(path, _REMEDY) as (file, metadata):
+            if _header(file, metadata, path) != self._headers[expert]:
+                raise InputError(f"{path} is not the file any more that it was when this run began; start again")
+            yield file
 
     def check(self, expected: dict) -> None:
         """Raise InputError naming the first entry in which ``expected`` (from :func:`describe`) is another."""
@@ -232,24 +222,21 @@ class TrajectoryStore:
             raise InputError(f"{self.folder}: {where}: {ours} in the buffer, {theirs} in the config")
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
-    """(metadata, T) of an expert file, from its header alone. Raises InputError when it is not a whole file of ours."""
-    with open_tensors(path) as (handle, metadata):
-        if not isinstance(metadata, dict) or metadata.get("kind") != "trajectory":
-            raise InputError(f"{path} is not an expert trajectory")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')}; this version reads format {FORMAT}")
-        try:
-            # Opening checked that the data are as long as these shapes say; nothing has been read of them.
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
-            layout = {name: (part.get_dtype(), *part.get_shape()) for name, part in slices.items()}
-            _, rows, _ = layout["params"]
-            expected = dict.fromkeys(layout, ("F32", rows)) | {"params": ("F32", rows, _count(metadata["parameters"]))}
-            complete = {*COMMON, "expert", "seed", "settings"} <= metadata.keys()
-        except (KeyError, TypeError, ValueError):
-            complete = False
-        if not complete or layout != expected or rows < 2 or layout["params"][2] < 1:
-            raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
+def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
+    """(metadata, T) of an expert file. Raises InputError when it is none."""
+    if metadata.get("kind") != "trajectory":
+        raise InputError(f"{path} is not an expert trajectory")
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} has format {metadata.get('format')}; this version reads format {FORMAT}")
+    try:
+        rows, width = file.layout["params"][1]
+        expected = {name: (torch.float32, (rows,)) for name in file.layout}
+        expected["params"] = (torch.float32, (rows, _count(metadata["parameters"])))
+        complete = {*COMMON, "expert", "seed", "settings"} <= metadata.keys() and isinstance(metadata["settings"], dict)
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete or file.layout != expected or rows < 2 or width < 1:
+        raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
     return metadata, rows - 1
 
 
@@ -305,7 +292,7 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
     written: list[Path] = []
     try:
         for path in importable_files(source, folder):
-            experts = _load_mapped(path)
+            experts = load_pt(path)  # it stays on disk: the published ones hold ten experts, 1.3 GB and more
             if not isinstance(experts, (list, tuple)) or not experts:
                 raise InputError(f"{path} is not a list of experts")
             for position, snapshots in enumerate(experts):
@@ -325,14 +312,6 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
             expert_file.unlink()
         raise
     return len(written)
-
-
-def _load_mapped(path: Path):
-    """A ``.pt`` file whose tensors stay on disk until touched: the published ones hold ten experts, 1.3 GB and more."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # files from before torch 1.6 cannot be mapped; of any other, load_pt says what is wrong
-        return load_pt(path)
 
 
 def _flat_snapshots(snapshots: list, where: str, description: dict) -> Iterator[torch.Tensor]:
@@ -380,8 +359,7 @@ def export_published(store: TrajectoryStore, folder: Path | str, save_interval: 
     for start in range(0, len(store), save_interval):
         experts = []
         for expert in store.experts[start : start + save_interval]:
-            with open_tensors(expert_path(store.folder, expert)) as (handle, _):
-                params = handle.get_tensor("params")  # a map of the file, no copy
+            params = store.params(expert)  # a map of the file, no copy
             # By way of numpy each parameter gets a storage of its own; a slice of params would be saved with all of it.
             experts.append(
                 [

@@ -1,6 +1,7 @@
 """The benchmarks run, and their competitors compute the same thing. Nothing here looks at a time."""
 
 import argparse
+import dataclasses
 import importlib
 import platform
 import sys
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 from pad.data.augment import DSA
+from pad.data.preprocessing import fit_preprocessing
+from pad.data.sources import load_data
+from pad.difficulty.methods import score_network
+from pad.difficulty.training import ScoringSettings, train_scoring_network
 from pad.evaluation import Protocol
 from pad.functional import FlatModel
 from pad.matching.objective import matching_loss
@@ -20,6 +25,7 @@ from pad.rng import generator
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
 NAMES = ("common", "distributed", "evaluation", "expert_epoch", "matching", "memory", "scaling", "store")
 common, distributed, evaluation, expert_epoch, matching, memory, scaling, store = map(importlib.import_module, NAMES)
+difficulty, ranking_quality = map(importlib.import_module, ("difficulty", "ranking_quality"))
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 
 
@@ -42,6 +48,9 @@ def relative(ours, theirs):
         pytest.param("memory", [], ["unrolled / adjoint", "    2 ", "    4 "], marks=linux),
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
         ("distributed", [], ["float32: gradients off by", "    1 ", "    2 "]),
+        ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "stochastic"]),
+        ("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
+        ("ranking_quality", [], ["agreement of GraNd", "2 networks", "10 wrongly labelled", "Forgetting"]),
     ],
 )
 def test_the_script_prints_its_table(name, options, rows, monkeypatch, tmp_path, capsys):
@@ -110,12 +119,13 @@ def test_tesla_holds_lam_constant():
 
 def test_an_expert_ends_where_the_plain_loop_ends():
     args = argparse.Namespace(images=40, batch=16, width=8, depth=2, side=8, eager=True)
-    plain, ours = expert_epoch.competitors(args, torch.float64)
-    assert not plain.ours and ours.ours
+    plain, *ours = expert_epoch.competitors(args, torch.float64)
+    assert not plain.ours and len(ours) == 2 and all(entry.ours for entry in ours)
     start = build("ConvNetD2W8", 3, 10, (8, 8), 0).double()
     start = FlatModel(start).flatten(start)
     end = plain.run()
-    assert relative(ours.run() - start, end - start) < 1e-10
+    for entry in ours:
+        assert relative(entry.run() - start, end - start) < 1e-10
 
 
 def test_an_evaluation_network_ends_where_the_plain_loop_ends():
@@ -126,9 +136,47 @@ def test_an_evaluation_network_ends_where_the_plain_loop_ends():
     plain = common.plain_convnet(2, 8, 3, 8, net).double()
     start = FlatModel(net).flatten(net)
     evaluation.plain_training(plain, images, p, protocol, generator(0, "rng"))
-    protocol.train(FlatModel(net), [net], [(images, p)], evaluation.LR, [generator(0, "rng")])
-    ours, theirs = (FlatModel(net).flatten(module) - start for module in (net, plain))
-    assert relative(ours, theirs) < 1e-10
+    end = FlatModel(net).flatten(plain)
+    for compile in ("off", "fused"):
+        ours = build("ConvNetD2W8", 3, 10, (8, 8), 0).double()
+        protocol.train(FlatModel(net, compile), [ours], [(images, p)], evaluation.LR, [generator(0, "rng")])
+        assert relative(FlatModel(net).flatten(ours) - start, end - start) < 1e-10
+
+
+def test_a_ranking_taken_on_the_way_is_that_of_a_shorter_training():
+    data = load_data("FashionMNISTMini", None).first_per_class(4)
+    images = fit_preprocessing(data, zca=False).apply(data.train_images)
+    settings = ScoringSettings("ConvNetD1W8", lr=0.05, batch=16)
+    found = ranking_quality.grand_after(images, data, settings, 0, 1, [1, 3])
+    for epochs, ours in found.items():
+        shorter = dataclasses.replace(settings, epochs=epochs)
+        network = train_scoring_network(images, data.train_labels, 10, shorter, 0, 1)
+        theirs = score_network(["GraNd"], network, images, data.train_labels).scores["GraNd"]
+        torch.testing.assert_close(ours, theirs)
+    assert relative(found[3], found[1]) > 0.01
+
+
+def test_wrong_labels_are_wrong_and_counted_where_they_land():
+    data = load_data("FashionMNISTMini", None).first_per_class(40)
+    wrong, chosen = ranking_quality.with_wrong_labels(data, 0.05, 0)
+    changed = (wrong.train_labels != data.train_labels).nonzero().flatten()
+    assert sorted(chosen.tolist()) == changed.tolist() and len(changed) == 20
+    rows = [torch.arange(10), torch.arange(10, 39)]  # the last 1 and the last 2 are the hardest tenths
+    assert ranking_quality.share_in_hardest_tenth(rows, torch.tensor([9, 8, 37, 36])) == 0.5
+
+
+def test_agreement_is_within_classes():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    a, b = torch.tensor([1.0, 2, 3, 11, 12, 13]), torch.tensor([1.0, 2, 3, 13, 12, 11])
+    assert ranking_quality.agreement(a, a, labels) == pytest.approx(1)
+    assert ranking_quality.agreement(a, b, labels) == pytest.approx(0)
+
+
+def test_gradients_by_autograd_have_the_norms_of_the_closed_form():
+    args = argparse.Namespace(images=600, side=8, network="ConvNetD1W8")
+    for entries in difficulty.scorers(args):
+        theirs, ours = (c.run() for c in entries)
+        assert theirs.shape == (600,) and relative(ours, theirs.double()) < 1e-6
 
 
 # ---- how they are measured

@@ -13,11 +13,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pad import cli
-from pad.config import BufferSettings, DistillSettings, EvaluationSettings, parse
+from pad.config import BufferSettings, CoresetSettings, DistillSettings, EvaluationSettings, ScoreSettings, parse
+from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-STAGES = (BufferSettings, DistillSettings, EvaluationSettings)
+STAGES = (BufferSettings, DistillSettings, EvaluationSettings, ScoreSettings, CoresetSettings)
 TRIO = ["--data_dir", "i.pt", "--label_dir", "l.pt", "--lr_dir", "r.pt"]  # what the third stage cannot do without
 
 
@@ -415,6 +416,7 @@ RANGES = [  # a value that is just in, and one that is just out
     (BufferSettings, "alpha", "0", "-0.1"), (BufferSettings, "init_ratio", "1", "1.001"),
     (BufferSettings, "init_ratio", "0.001", "0"), (BufferSettings, "rm_easy_ratio_first", "0.99", "1"),
     (BufferSettings, "rm_easy_ratio_second", "0", "-0.01"), (BufferSettings, "add_end_epoch", "0", "-1"),
+    (BufferSettings, "add_schedule", "geometric", "cosine"), (BufferSettings, "removal", "linear", "gradual"),
     (BufferSettings, "eval_every", "0", "-1"), (BufferSettings, "score_repeats", "1", "0"),
     (BufferSettings, "batch_train", "1", "0"), (BufferSettings, "seed", "0", "-1"), (BufferSettings, "res", "4", "3"),
     (DistillSettings, "ipc", "1", "0"), (DistillSettings, "Iteration", "0", "-1"),
@@ -429,6 +431,11 @@ RANGES = [  # a value that is just in, and one that is just out
     (DistillSettings, "eval_it", "1", "0"), (DistillSettings, "pix_init", "noise", "nois"),
     (DistillSettings, "tracker", "wandb", "tensorbored"), (DistillSettings, "compile", "off", "yes"),
     (EvaluationSettings, "num_eval", "1", "0"), (EvaluationSettings, "epoch_eval_train", "1", "0"),
+    (EvaluationSettings, "score_epochs", "1", "0"), (BufferSettings, "score_momentum", "0", "1"),
+    (ScoreSettings, "repeats", "1", "0"), (ScoreSettings, "epochs", "1", "0"), (ScoreSettings, "lr", "1e-9", "0"),
+    (ScoreSettings, "momentum", "0.99", "1"), (ScoreSettings, "weight_decay", "0", "-1"),
+    (ScoreSettings, "batch", "1", "0"), (CoresetSettings, "ipc", "1", "0"), (CoresetSettings, "lr", "1e-9", "0"),
+    (CoresetSettings, "end", "hardest", "middle"), (CoresetSettings, "labels", "hard", "firm"),
 ]  # fmt: skip
 
 
@@ -518,7 +525,8 @@ def test_files_that_cannot_be_read(tmp_path):
         (EvaluationSettings, [], ["--synthetic", "--data_dir", "--label_dir", "--lr_dir"]),
         (EvaluationSettings, ["--data_dir", "a"], ["--label_dir and --lr_dir"]),
         (EvaluationSettings, [*TRIO, "--synthetic", "s"], ["synthetic", "data_dir"]),
-        (EvaluationSettings, [*TRIO, "--baselines", "hard,sofd"], ["baselines", "'sofd'"]),
+        (ScoreSettings, ["--methods", " , "], ["methods", "all"]),
+        (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
 )
 def test_settings_that_do_not_go_together(cls, argv, named):
@@ -533,9 +541,28 @@ def test_start_epochs_without_sequential_generation():
 
 
 def test_baselines_of_the_third_stage():
-    texts = ("none", "soft", "soft, hard")
+    texts = ("none", "soft", "soft, hard", "hard,Herding,hard,")
     kinds = {text: read(EvaluationSettings, *TRIO, f"--baselines={text}").baseline_kinds for text in texts}
-    assert kinds == {"none": [], "soft": ["soft"], "soft, hard": ["soft", "hard"]}
+    assert kinds == {
+        "none": [], "soft": ["soft"], "soft, hard": ["soft", "hard"], "hard,Herding,hard,": ["hard", "Herding"]
+    }  # fmt: skip
+
+
+def test_methods_to_score_by():
+    assert read(ScoreSettings, "--methods", "EL2N, GraNd,EL2N").method_names == ["EL2N", "GraNd"]
+    assert read(ScoreSettings, "--methods=all").method_names is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "prefix"), [(ScoreSettings, ""), (BufferSettings, "score_"), (CoresetSettings, "score_")]
+)
+def test_scoring_networks_are_trained_alike_from_every_command(cls, prefix):
+    assert ScoringSettings(**read(cls, "--model", "MLP").scoring) == ScoringSettings("MLP")
+    values = {"repeats": 2, "epochs": 3, "lr": 0.5, "momentum": 0.5, "weight_decay": 0.25, "batch": 4}
+    values["augmentation"] = "flip"
+    argv = [f"--{prefix}{name}={value}" for name, value in values.items()]
+    model = "score_model" if prefix else "model"
+    assert read(cls, *argv, f"--{model}=LeNet").scoring == {"model": "LeNet", **values}
 
 
 def test_the_command_line_prints_one_sentence_and_returns_2(capsys, tmp_path):

@@ -16,7 +16,10 @@ from pad.config import BufferSettings, DistillSettings, EvaluationSettings
 from pad.data.augment import _KINDS, DSA, CropScaleRotate, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, place, to_device
 from pad.data.preprocessing import MeanStd, Preprocessing
-from pad.difficulty.scores import METHODS, ScoringSettings, train_scoring_network
+from pad.difficulty import scores as scores_of
+from pad.difficulty.evidence import collect_evidence
+from pad.difficulty.methods import METHODS
+from pad.difficulty.training import ScoringSettings, train_scoring_network
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
@@ -179,11 +182,16 @@ def test_training_evaluation_networks(name, count):
 def test_training_and_asking_a_scoring_network():
     images, labels = meta(N, 3, *SIZE), meta(N, dtype=torch.int64)
     scoring = ScoringSettings(NETWORK, epochs=1, batch=7, augmentation="crop_flip")
-    trained = train_scoring_network(images, labels, CLASSES, scoring, seed=0, repeat=0)
+    events = scores_of.ForgettingEvents(labels)
+    trained = train_scoring_network(images, labels, CLASSES, scoring, seed=0, repeat=0, observers=[events])
     assert is_meta(*trained.parameters())
-    with torch.no_grad(), OneDevice():
-        scores = [method(meta(5, CLASSES), meta(5, 8), meta(5, dtype=torch.int64)) for method in METHODS.values()]
-    assert is_meta(*scores)
+    of_evidence = [method for method in METHODS.values() if (method.kind, method.needs) == ("score", "evidence")]
+    assert len(of_evidence) == 6
+    with OneDevice():
+        evidence = collect_evidence(trained, images, labels, batch=7)
+        scores = [method.compute(evidence) for method in of_evidence]
+        step = scores_of._to_boundary(trained, images, labels)  # how many more there are hangs on the numbers
+        assert is_meta(evidence.features, evidence.logits, evidence.errors, *scores, step, events.scores(1))
 
 
 def test_logits(model):

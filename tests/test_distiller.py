@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pad.data.preprocessing import MeanStd
-from pad.distiller import SMALLEST_LR, Distiller, Schedule, State, Stopped
-from pad.errors import InputError
+from pad.distiller import SMALLEST_LR, Distiller, Schedule, State
+from pad.errors import InputError, Stopped
 from pad.files import load_pt, load_tensors, save_tensors
 from pad.matching.unroll import Gradients
 from pad.synthetic import SyntheticSet
@@ -143,6 +143,7 @@ def test_an_iteration_over_the_threshold_or_not_finite_changes_nothing(tmp_path,
     metrics = events(tmp_path / "run", "match")
     assert [entry["updated"] for entry in metrics] == [True, True, False, True, True]
     assert [entry["skipped"] for entry in metrics] == [0, 0, 1, 1, 1] and ours.state.skipped == 1
+    assert [entry.get("bad") for entry in metrics] == [None, None, None if value == 2.0 else True, None, None]
     loss = value if name == "loss" else 0.5
     assert metrics[2]["loss"] == (loss if math.isfinite(loss) else None)
 
@@ -271,7 +272,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
         distiller(folder, Quadratic(kill), threshold=1.0).distill()
     assert run_state(folder) == "unfinished"
     ours = distiller(folder, Quadratic(rough), resume=True, threshold=1.0)
-    assert ours.state.iteration == at // 3 * 3  # the last checkpoint before
+    assert ours.state.iteration == max(at // 3 * 3, at // 4 * 4)  # the last checkpoint before, or the last evaluation
     ours.distill()
     found = files(folder)
     assert found.keys() == uninterrupted.keys()
@@ -318,6 +319,42 @@ def test_a_signal_ends_the_run_after_the_iteration_and_it_can_be_resumed(tmp_pat
     assert saved.iteration == 5 and same(saved, ours.state)
     distiller(folder, Quadratic(rough), resume=True, threshold=1.0).distill()
     assert files(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("at", [0, 4, 12])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_an_evaluation_ends_it_with_the_state_saved_before_it(tmp_path, uninterrupted, at, number, code):
+    folder = tmp_path / "run"
+    ours = distiller(folder, Quadratic(rough), threshold=1.0)
+    evaluate, handlers = ours.evaluate, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(current):
+        if current.metadata["iteration"] == at:
+            os.kill(os.getpid(), number)
+            pytest.fail("went on")
+        return evaluate(current)
+
+    ours.evaluate = interrupted
+    with pytest.raises(Stopped, match=f"stopped in the evaluation before iteration {at}; the state is saved") as stop:
+        ours.distill()
+    assert stop.value.code == code
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    again = distiller(folder, Quadratic(rough), resume=True, threshold=1.0)
+    again.distill()
+    assert again.objective.iterations == list(range(at, 12)) and files(folder) == uninterrupted
+
+
+def test_a_signal_between_iteration_and_evaluation_is_not_lost(tmp_path, monkeypatch):
+    save = State.save
+
+    def interrupted(self, path, *more):
+        save(self, path, *more)
+        if self.iteration == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(State, "save", interrupted)
+    with pytest.raises(Stopped, match="in the evaluation before iteration 12"):
+        distiller(tmp_path / "run", Quadratic()).distill()
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -377,3 +414,44 @@ def test_a_checkpoint_of_other_arithmetic_is_used_with_one_line_said(tmp_path, c
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
         assert same(State.load(path, initial_state()), initial_state())
     assert len(caplog.records) == 1 and "77" in caplog.text and str(path) in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference_named(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    identity = {"model": "ConvNet", "data": {"dataset": "CIFAR10", "size": [32, 32]}, "settings": {"ipc": 1}}
+    initial_state().save(path, 1, identity)
+    assert same(State.load(path, initial_state(), 1, identity | {"newer": 1}), initial_state())
+    for change, words in (
+        ({"model": "ConvNetD4"}, "model: ConvNet in the checkpoint, ConvNetD4 in the config"),
+        ({"data": {"dataset": "CIFAR10", "size": [64, 64]}}, r"data size: \[32, 32\] in the checkpoint, \[64, 64\] in"),
+        ({"settings": {}, "model": "ConvNet"}, "settings ipc: 1 in the checkpoint, nothing in the config"),
+    ):
+        with pytest.raises(InputError, match=f"checkpoint.safetensors: {words}"):
+            State.load(path, initial_state(), 1, identity | change)
+
+
+@pytest.mark.parametrize("change", [
+    {"format": 2}, {"iteration": -1}, {"iteration": "3"}, {"iteration": 2.0}, {"best": None}, {"skipped": None},
+    {"arithmetic": 3}, {"identity": []},
+], ids=str)  # fmt: skip
+def test_a_checkpoint_that_says_something_else_than_a_checkpoint_is_refused(tmp_path, change):
+    path = tmp_path / "checkpoint.safetensors"
+    initial_state().save(path)
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, tensors, metadata | change)
+    with pytest.raises(InputError, match="checkpoint.safetensors (is damaged|has format 2)"):
+        State.load(path, initial_state())
+
+
+def test_tf32_is_part_of_the_arithmetic_and_off_where_a_checkpoint_does_not_say(tmp_path, caplog):
+    path = tmp_path / "checkpoint.safetensors"
+    initial_state().save(path)
+    tensors, metadata = load_tensors(path)
+    assert metadata["arithmetic"].pop("tf32") is False
+    save_tensors(path, tensors, metadata)
+    with caplog.at_level(logging.WARNING, logger="pad"):
+        State.load(path, initial_state())
+        assert not caplog.records
+        save_tensors(path, tensors, metadata | {"arithmetic": metadata["arithmetic"] | {"tf32": True}})
+        State.load(path, initial_state())
+    assert "'tf32': True" in caplog.text

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from pad import evaluation, networks
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.preprocessing import MeanStd
-from pad.difficulty.scores import ScoringSettings, score
+from pad.difficulty.methods import score_images
+from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, PeerLost, join
 from pad.errors import InputError
 from pad.functional import FlatModel
@@ -277,15 +278,15 @@ def test_dealt_networks_are_those_of_one_process():
 
     def work(ranks):
         epochs, seen = [], []
-        ranking = score(["GraNd"], images, labels, CLASSES, settings, 0, lambda *at: epochs.append(at), ranks)["GraNd"]
+        found = score_images(["GraNd"], images, labels, CLASSES, settings, 0, lambda *at: epochs.append(at), ranks)
         together = {}
         for count in (1, 2):
             protocol = evaluation.Protocol(DSA("flip"), epochs=2, batch_size=5, together=count)
             scores = evaluation.score_all(
-                protocol, cases, 3, 0.05, images, labels, ranks, lambda case, so_far: seen.append((case, so_far.mean))
+                protocol, cases, 3, 0.05, images, labels, ranks, lambda *at: seen.append(at)
             )
             together[count] = [(s.network, s.accuracies) for s in scores]
-        return ranking.tolist(), together, epochs, len(seen)
+        return found.scores["GraNd"].tolist(), together, epochs, len(seen)
 
     ranking, together, epochs, seen = work(ALONE)
     assert len(set(ranking)) == 12 and epochs == [(0, 0), (1, 0), (2, 0)] and seen == 18

@@ -132,7 +132,7 @@ def test_compiled_training_is_the_same_by_few_graphs(together, monkeypatch):
     for compiled in (True, False):
         nets = [network("ConvNetD1W8", seed) for seed in range(together)]
         before = counters["stats"]["unique_graphs"]
-        protocol = Protocol(DSA(), epochs=3, batch_size=4, compile=compiled)
+        protocol = Protocol(DSA(), epochs=3, batch_size=4, compile="on" if compiled else "off")
         sets, rngs = [training_set()] * together, [generator(j, "x") for j in range(together)]
         train(protocol, nets, sets, 0.05, rngs)
         graphs.append((counters["stats"]["unique_graphs"] - before, nets))
@@ -267,21 +267,21 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
     evaluation._flat_model.cache_clear()
     try:
         for _ in range(2):
-            scores(), scores(together=2), scores("MLP"), scores(compile=True)
-        assert built == [("Sequential", 128, False), ("Sequential", 128, False), ("Sequential", 128, True)]
+            scores(), scores(together=2), scores("MLP"), scores(compile="on")
+        assert built == [("Sequential", 128, "off"), ("Sequential", 128, "off"), ("Sequential", 128, "on")]
         assert evaluation._flat_model.cache_info().currsize == 3
     finally:
         evaluation._flat_model.cache_clear()
 
 
 @pytest.mark.parametrize("mode, device, num_sets, expected", [
-    ("auto", "cpu", 1, False), ("auto", "cpu", 2, True), ("auto", "cuda", 1, True), ("off", "cuda", 2, False),
-    ("on", "cpu", 1, True),
+    ("auto", "cpu", 1, "fused"), ("auto", "cpu", 2, "auto"), ("auto", "cuda", 1, "on"), ("off", "cuda", 2, "off"),
+    ("on", "cpu", 1, "on"),
 ])  # fmt: skip
 def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
     """Ten networks a set, two batches an epoch."""
     epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
     settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile is expected
+    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == expected
     settings.epoch_eval_train += 1
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile is (expected or mode == "auto")
+    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(expected, expected)

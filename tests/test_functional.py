@@ -8,7 +8,7 @@ from torch import nn
 
 from pad import functional
 from pad.errors import InputError
-from pad.functional import FlatModel, compiler_available, cross_entropy, should_compile
+from pad.functional import FlatModel, compiler_available, cross_entropy, how_to_compile
 from pad.networks import build
 
 CLASSES, SHAPE = 4, (3, 16, 16)
@@ -254,7 +254,7 @@ def compiled(monkeypatch):
 def test_compiled_equals_eager(compiled):
     """One graph each, for the whole batch and for a ragged one, which is filled up."""
     module = network("ConvNetD1W8")
-    eager, model = FlatModel(module), FlatModel(module, compile=True)
+    eager, model = FlatModel(module), FlatModel(module, "on")
     assert compiled == [{"fullgraph": True, "dynamic": False}] * 3  # grad, hvp and grads of the second
     theta, lam = torch.stack([eager.flatten(module)] * 2)[1], direction(eager.flatten(module))  # a view, as in a path
     torch._dynamo.utils.counters.clear()
@@ -271,7 +271,7 @@ def test_without_a_compiler_one_line_is_said_and_nothing_is_compiled(monkeypatch
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv(variable, raising=False)
     with caplog.at_level(logging.WARNING, logger="pad"):
-        FlatModel(network("MLP"), compile=True)
+        assert FlatModel(network("ConvNetD1W8"), "auto").compile == "off"
     assert not compiled
     assert len(caplog.records) == 1 and "compiler" in caplog.text
     monkeypatch.setenv(variable, "/bin/sh")  # any program will do
@@ -279,12 +279,14 @@ def test_without_a_compiler_one_line_is_said_and_nothing_is_compiled(monkeypatch
 
 
 @pytest.mark.parametrize("mode, device, calls, expected", [
-    ("on", "cpu", 1, True),
-    ("off", "cpu", 10**9, False),
-    ("off", "cuda", 10**9, False),
-    ("auto", "cuda", 1, True),
-    ("auto", "cpu", functional.COMPILE_CALLS - 1, False),
-    ("auto", "cpu", functional.COMPILE_CALLS, True),
+    ("on", "cpu", 1, "on"),
+    ("off", "cpu", 10**9, "off"),
+    ("fused", "cpu", 10**9, "fused"),
+    ("off", "cuda", 10**9, "off"),
+    ("auto", "cuda", 1, "on"),
+    ("fused", "cuda", 1, "on"),  # the kernels are for CPUs
+    ("auto", "cpu", functional.COMPILE_CALLS - 1, "fused"),
+    ("auto", "cpu", functional.COMPILE_CALLS, "auto"),
 ])  # fmt: skip
 def test_when_to_compile(mode, device, calls, expected):
-    assert should_compile(mode, torch.device(device), calls) is expected
+    assert how_to_compile(mode, torch.device(device), calls) == expected

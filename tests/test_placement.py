@@ -13,7 +13,8 @@ from pad.data.augment import DSA
 from pad.data.placement import HostImages, batches, fits, place, to_device
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import ImageData
-from pad.difficulty.scores import ScoringSettings, score
+from pad.difficulty.methods import score_images
+from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
@@ -187,7 +188,8 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         )  # fmt: skip
         trajectory = torch.stack(list(task.train(0, start)))
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
-        scores = score(["GraNd"], images, preprocessed.labels, CLASSES, scoring, seed=0)["GraNd"]
+        names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
+        scores = score_images(names, images, preprocessed.labels, CLASSES, scoring, seed=0).scores
         experts = Experts(model, lambda k: trajectory[-1], 1)
         sets = [
             initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, 0)
@@ -198,7 +200,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
             model.accuracy(trajectory[-1], images, preprocessed.labels),
             evaluation.accuracy(build("ConvNetD1W8", 3, CLASSES, SHAPE[1:], 2), images, preprocessed.labels),
         ])  # fmt: skip
-        results.append([trajectory, scores, *(t for pair in sets for t in pair), logits, accuracies])
+        results.append([trajectory, *scores.values(), *(t for pair in sets for t in pair), logits, accuracies])
     assert not torch.equal(results[0][0][0], results[0][0][-1])
     for of_tensor, of_host in zip(*results, strict=True):
         assert torch.equal(of_tensor, of_host)

@@ -1,15 +1,20 @@
+import dataclasses
 import logging
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from pad.data.sources import ImageData
-from pad.difficulty.ranking import Ranking, obtain_ranking, ranking_file, read_published
-from pad.difficulty.scores import ScoringSettings, score
+from pad.difficulty.methods import METHODS, score_images
+from pad.difficulty.ranking import Ranking, obtain_rankings, ranking_file, read_published
+from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 from pad.files import save_tensors
+from pad.locks import in_turn
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
 ROWS = [torch.tensor([9, 0, 6, 3]), torch.tensor([1, 4, 7, 10]), torch.tensor([11, 8, 5, 2])]
@@ -24,11 +29,18 @@ def make_data(name="CIFAR10", labels=LABELS, seed=0):
     return ImageData(name, images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
 
 
-def obtain(data, sort_method, folder, scoring=SCORING, seed=0, preprocessing=MEANSTD, **options):
+def obtain_all(data, sort_methods, folder, scoring=SCORING, seed=0, preprocessing=MEANSTD, **options):
     images = data.train_images.float() / 255
-    return obtain_ranking(
-        data, images, data.train_labels, sort_method, folder, scoring, seed=seed, preprocessing=preprocessing, **options
-    )
+    return obtain_rankings(
+        data, images, data.train_labels, sort_methods, folder, scoring,
+        seed=seed, preprocessing=preprocessing, **options,
+    )  # fmt: skip
+
+
+def obtain(data, sort_method, folder, *args, **options):
+    found = obtain_all(data, [sort_method], folder, *args, **options)
+    assert list(found) == [sort_method]
+    return found[sort_method]
 
 
 def assert_rows(ranking, rows):
@@ -245,6 +257,9 @@ def test_a_published_file_never_runs_code(tmp_path):
         ("Tiny", "TinyImageNet_GraNd", "TinyImageNet_GraNd"),
         ("ImageNet/imagenette", "GraNd", "ImageNet-imagenette_GraNd"),
         ("ImageNet/imagenette", "ImageNet-imagenette_GraNd", "ImageNet-imagenette_GraNd"),
+        ("CIFAR10", "Submodular-GraphCut", "CIFAR10_Submodular-GraphCut"),
+        ("CIFAR10", "CIFAR10_Submodular-GraphCut", "CIFAR10_Submodular-GraphCut"),
+        ("ImageNet/imagenette", "ImageNet-imagenette_Uncertainty-Margin", "ImageNet-imagenette_Uncertainty-Margin"),
     ],
 )
 def test_the_file_of_a_sort_method(dataset, sort_method, stem):
@@ -259,6 +274,7 @@ def test_the_file_of_a_sort_method(dataset, sort_method, stem):
         ("ImageNet/imagenette", "ImageNet-imagewoof_GraNd", "ImageNet-imagewoof.*or ImageNet-imagenette_GraNd"),
         ("CIFAR10", "grand", "'grand' is not a method that can be computed .the nearest is GraNd"),
         ("CIFAR10", "CIFAR10_EL2", "nearest is EL2N.*no ranking .*CIFAR10_EL2.pt"),
+        ("CIFAR10", "GraphCut", "nearest is Submodular-GraphCut"),
         ("CIFAR10", "", "sort_method"),
     ],
 )
@@ -283,7 +299,7 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pad")
     data, folder = make_data(), tmp_path / "new" / "folder"
     ranking = obtain(data, "GraNd", folder)
-    expected = score(["GraNd"], data.train_images.float() / 255, LABELS, 3, SCORING, seed=0)["GraNd"]
+    expected = score_images(["GraNd"], data.train_images.float() / 255, LABELS, 3, SCORING, seed=0).scores["GraNd"]
     assert torch.equal(ranking.scores, expected)
     for c, row in enumerate(ranking.rows):
         assert sorted(row.tolist()) == (LABELS == c).nonzero().flatten().tolist()
@@ -294,6 +310,7 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     assert str(ours) in caplog.text and str(published) in caplog.text and "wrote" in caplog.text
     assert_rows(read_published(published, LABELS, 3), ranking.rows)
     assert ranking.metadata["data"] == data.identity and ranking.metadata["settings"]["model"] == "ConvNetD1W8"
+    assert ranking.metadata["method"] == "GraNd" and ranking.metadata["ranked_by"] == "score"
 
     written = ours.read_bytes()
     Ranking(ROWS, None, {}).write_published(published)  # ours goes first, and nothing is written again
@@ -324,6 +341,98 @@ def test_other_settings_are_reused_with_one_warning(tmp_path, caplog):
     assert "epochs" not in message and "lr" not in message
 
 
+def test_another_methods_ranking_under_this_name_is_refused(tmp_path):
+    data = make_data()
+    obtain(data, "EL2N", tmp_path)
+    (tmp_path / "CIFAR10_EL2N.safetensors").rename(tmp_path / "CIFAR10_Forgetting.safetensors")
+    with pytest.raises(InputError, match="method: EL2N in the ranking, Forgetting in the settings"):
+        obtain(data, "Forgetting", tmp_path)
+
+
+def test_a_ranking_made_with_other_settings_than_asked_for_is_refused(tmp_path):
+    data, more = make_data(), dataclasses.replace(SCORING, repeats=SCORING.repeats + 1)
+    first = obtain(data, "EL2N", tmp_path)
+    assert_rows(obtain(data, "EL2N", tmp_path, more, asked={"epochs", "model"}), first.rows)
+    with pytest.raises(InputError, match=f"repeats: {SCORING.repeats} in the ranking, {more.repeats} in the settings"):
+        obtain(data, "EL2N", tmp_path, more, asked={"repeats"})
+
+
+def test_settings_that_a_method_does_not_use_are_no_difference(tmp_path, caplog):
+    data = make_data()
+    obtain_all(data, ["Herding", "Uniform"], tmp_path)
+    caplog.clear()
+    other = ScoringSettings("ConvNetD1W8", repeats=3, epochs=1, lr=0.05)
+    obtain(data, "Herding", tmp_path, other)
+    obtain(data, "Uniform", tmp_path, ScoringSettings("MLP"), preprocessing={"kind": "zca", "digest": "e"})
+    assert caplog.records == []
+    obtain(data, "Herding", tmp_path, ScoringSettings("MLP", epochs=1, lr=0.05))
+    obtain(data, "Uniform", tmp_path, seed=1)
+    assert ["model ConvNetD1W8 (now MLP);" in caplog.text, "seed 0 (now 1);" in caplog.text] == [True, True]
+
+
+def test_methods_that_are_missing_share_a_training_and_the_others_are_read(tmp_path):
+    data = make_data()
+    alone = {name: obtain(data, name, tmp_path / "alone" / name) for name in METHODS}
+    obtain(data, "Craig", tmp_path)
+    before = (tmp_path / "CIFAR10_Craig.safetensors").stat()
+    trained = []
+    wanted = ["CIFAR10_CAL", "Herding", "Craig", "CAL", "CIFAR10_Submodular-GraphCut"]
+    found = obtain_all(data, wanted, tmp_path, progress=lambda *at: trained.append(at))
+    assert list(found) == wanted and trained == [(0, 0)]
+    for name in wanted:
+        assert_rows(found[name], alone[name.removeprefix("CIFAR10_")].rows)
+    assert (tmp_path / "CIFAR10_Craig.safetensors").stat() == before
+    names = {"Craig", "CAL", "Herding", "Submodular-GraphCut"}
+    assert {path.name for path in tmp_path.iterdir()} == {"alone"} | {
+        f"CIFAR10_{name}.{suffix}" for name in names for suffix in ("pt", "safetensors")
+    }
+    for name in names:
+        file = f"CIFAR10_{name}.safetensors"
+        assert (tmp_path / file).read_bytes() == (tmp_path / "alone" / name / file).read_bytes()
+
+
+def test_what_is_there_is_computed_anew_when_asked(tmp_path):
+    data = make_data()
+    Ranking(ROWS, None, {}).write_published(tmp_path / "CIFAR10_GraNd.pt")
+    Ranking(ROWS, None, {}).save(tmp_path / "CIFAR10_EL2N.safetensors")
+    expected = obtain_all(data, ["GraNd", "EL2N"], tmp_path / "new")
+    for name, ranking in obtain_all(data, ["GraNd", "EL2N"], tmp_path, overwrite=True).items():
+        assert_rows(ranking, expected[name].rows)
+        assert_rows(read_published(tmp_path / f"CIFAR10_{name}.pt", LABELS, 3), expected[name].rows)
+        assert_rows(Ranking.load(tmp_path / f"CIFAR10_{name}.safetensors"), expected[name].rows)
+    Ranking(ROWS, None, {}).write_published(tmp_path / "CIFAR10_Mine.pt")
+    with pytest.raises(InputError, match="there is no difficulty method 'Mine'"):
+        obtain(data, "Mine", tmp_path, overwrite=True)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_leaves_no_ranking_and_goes_on(tmp_path):
+    data, names = make_data(), ["GraNd", "Forgetting", "Herding"]
+    scoring = ScoringSettings("ConvNetD1W8", repeats=2, epochs=2, lr=0.05)
+    whole = tmp_path / "whole"
+    obtain_all(data, names, whole, scoring)
+    folder = tmp_path / "interrupted"
+
+    def progress(*at):
+        trained.append(at)
+        if at == stop:
+            raise Stop
+
+    trained, stop = [], (1, 0)
+    with pytest.raises(Stop):
+        obtain_all(data, names, folder, scoring, progress=progress)
+    assert [path.name for path in folder.iterdir()] == ["CIFAR10.partial"]
+    trained, stop = [], None
+    obtain_all(data, names, folder, scoring, progress=progress)
+    assert trained == [(1, 0), (1, 1)]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
 def test_classes_of_unequal_size_have_our_form_only(tmp_path):
     data = make_data("ImageFolder", torch.tensor([0, 0, 0, 1, 1, 1, 1, 2]))
     ranking = obtain(data, "GraNd", tmp_path)
@@ -350,3 +459,29 @@ def test_a_file_that_does_not_fit_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="folder for rankings, .*file, cannot be made"):
         obtain(data, "GraNd", tmp_path / "file")
+
+
+def test_a_second_process_waits_for_the_first_and_reads_its_rankings(tmp_path, monkeypatch):
+    """The second is a forked process that must not compute; the first is this one, in the middle of its work."""
+    data, waiting = make_data(), tmp_path / "waiting"
+    expected = obtain(data, "EL2N", tmp_path / "elsewhere")
+
+    def second():
+        begin.wait(30)
+        monkeypatch.setattr("pad.difficulty.ranking.compute_rankings", lambda *_, **__: os._exit(3))
+        monkeypatch.setattr(logging.getLogger("pad"), "info", lambda text, *_: text.startswith("waiting") and waiting.touch())
+        os._exit(0 if obtain(data, "EL2N", tmp_path).rows[0].tolist() == expected.rows[0].tolist() else 4)
+
+    begin = multiprocessing.get_context("fork").Event()
+    process = multiprocessing.get_context("fork").Process(target=second, daemon=True)
+    process.start()  # before there is a lock, which it would have too
+    with in_turn(tmp_path / ".CIFAR10.lock", "the rankings"):
+        begin.set()
+        deadline = time.monotonic() + 30
+        while not waiting.exists() and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.is_alive(), "it did not wait"
+        for path in (tmp_path / "elsewhere").glob("CIFAR10_EL2N.*"):
+            path.rename(tmp_path / path.name)
+    process.join(30)
+    assert process.exitcode == 0

@@ -256,7 +256,23 @@ def test_archive_beside_is_unpacked(tmp_path, monkeypatch, no_network):
     data = load_data("MNIST", tmp_path / "data")
     assert len(data.train_labels) == 12 and not no_network
     assert load_data("MNIST", tmp_path / "data", download=False).fingerprint == data.fingerprint
-    assert not list((tmp_path / "data").glob(".download-*"))
+    assert not list((tmp_path / "data").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("t10k-labels-idx1-ubyte", lambda count: np.full(count, 10, np.uint8), "labels are not numbers of 10 classes"),
+        ("train-images-idx3-ubyte", lambda count: np.zeros((count, 28, 27), np.uint8), "images are not all .* 28x28"),
+        ("train-images-idx3-ubyte", lambda count: np.zeros((count + 1, 28, 28), np.uint8), "13 images but 12 labels"),
+    ],
+)
+def test_damaged_mnist_is_refused(tmp_path, no_network, file, content, message):
+    write_mnist(tmp_path / "MNIST" / "raw")
+    count = len(load_data("MNIST", tmp_path).train_labels if "train" in file else load_data("MNIST", tmp_path).test_labels)
+    (tmp_path / "MNIST" / "raw" / file).write_bytes(idx(content(count)))
+    with pytest.raises(InputError, match=f"MNIST in .* is damaged: .*{message}"):
+        load_data("MNIST", tmp_path)
 
 
 def test_wrong_archive_stays_as_it_is(tmp_path, no_network):

@@ -10,9 +10,11 @@ import torch
 import yaml
 from PIL import Image
 
+from pad import tracking
 from pad.errors import InputError
 from pad.tracking import (
     Run,
+    append_line,
     before_after,
     finished_iterations,
     image_grid,
@@ -120,7 +122,7 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
     changed = SETTINGS | {"ipc": 50, "expert": {"epochs": 60, "rho": (0.1, 0.2)}}
     with pytest.raises(InputError) as error:
         Run.start(folder, changed, resume=True)
-    assert "expert.epochs (was 50, now 60), ipc (was 10, now 50)" in str(error.value) and "rho" not in str(error.value)
+    assert "expert.epochs: 50 in the run, 60 in the config; ipc: 10 in the run, 50 in the config" in str(error.value) and "rho" not in str(error.value)
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 10
     Run.start(folder, changed, resume=True, may_differ={"ipc", "expert.epochs"}).close()
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 50
@@ -128,6 +130,17 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
         (folder / "config.yaml").write_text(damaged)
         with pytest.raises(InputError, match="config.yaml is damaged"):
             Run.start(folder, SETTINGS, resume=True)
+
+
+def test_a_setting_that_is_younger_than_a_run_had_its_default(tmp_path):
+    folder = tmp_path / "run"
+    Run.start(folder, SETTINGS).close()
+    newer = SETTINGS | {"tf32": False}
+    defaults = {"tf32": False, "ipc": 1, "of another stage": 3}
+    Run.start(folder, newer, resume=True, defaults=defaults).close()
+    Run.start(folder, SETTINGS, overwrite=True).close()
+    with pytest.raises(InputError, match="tf32: False in the run, True in the config"):
+        Run.start(folder, SETTINGS | {"tf32": True}, resume=True, defaults=defaults)
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
@@ -189,6 +202,21 @@ def test_a_torn_line_never_runs_into_the_next_event(tmp_path):
     with Run.start(tmp_path, SETTINGS, resume=True) as run:
         run.record("step", 1)
         assert [e["iteration"] for e in run.events()] == [0, 1]
+
+
+def test_a_disk_that_takes_half_a_line_leaves_the_lines_before(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    append_line(path, "first\n")
+
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "open", lambda path, mode, buffering: Full(path, "a"), raising=False)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            append_line(path, "second\n")
+    assert error.value.filename == str(path) and path.read_text() == "first\n"
 
 
 def test_a_damaged_line_within_the_metrics_is_named(tmp_path):

@@ -1,4 +1,6 @@
 import hashlib
+import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from pad.config import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.sources import ImageData
-from pad.errors import InputError
+from pad.difficulty.ranking import Ranking
+from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
@@ -248,8 +251,8 @@ def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeyp
     whole = digests(bench.record(buffer_path=str(tmp_path / "other")))
     train = ExpertTask.train
 
-    def interrupted(self, expert, start):
-        for epoch, theta in enumerate(train(self, expert, start)):
+    def interrupted(self, expert, start, attempt):
+        for epoch, theta in enumerate(train(self, expert, start, attempt)):
             if (expert, epoch) == (1, 2):
                 raise KeyboardInterrupt
             yield theta
@@ -294,7 +297,7 @@ def test_experts_of_another_recipe_are_not_added(bench, change):
     bench.record(num_experts=1)
     before = digests(bench.folder)
     (key,) = change
-    with pytest.raises(InputError, match=f"{key}: .* in the buffer, {change[key]} in the settings"):
+    with pytest.raises(InputError, match=f"{key}: .* in the buffer, {change[key]} in the config"):
         bench.record(**change)
     assert digests(bench.folder) == before and not bench.rankings.exists()
 
@@ -312,7 +315,7 @@ def test_a_batch_larger_than_the_data_is_refused(bench):
 
 
 def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
-    monkeypatch.setattr(recording, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
+    monkeypatch.setattr(workbench, "obtain_rankings", lambda *_, **__: pytest.fail("a ranking was computed"))
     with pytest.raises(InputError, match="epoch without images"):
         bench.record(init_ratio=0.08)  # 0.08 of 12 images is less than one
     assert not bench.folder.exists()
@@ -340,7 +343,7 @@ def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
-    scored = recording.Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
+    scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
     easiest = set()
     for c in range(CLASSES):
         members = sorted((bench.data.train_labels == c).nonzero().flatten().tolist(), key=lambda i: (scored[i], i))
@@ -363,7 +366,7 @@ def test_a_published_ranking_is_used(bench, monkeypatch):
 
 
 def test_no_ranking_is_made_where_every_epoch_uses_all_images(bench, monkeypatch):
-    monkeypatch.setattr(recording, "obtain_ranking", lambda *_, **__: pytest.fail("a ranking was computed"))
+    monkeypatch.setattr(workbench, "obtain_rankings", lambda *_, **__: pytest.fail("a ranking was computed"))
     bench.record(num_experts=1)
     assert recorded(bench.folder) == [0]
 
@@ -371,13 +374,106 @@ def test_no_ranking_is_made_where_every_epoch_uses_all_images(bench, monkeypatch
 def test_whether_to_compile_does_not_depend_on_the_number_of_experts(bench, monkeypatch):
     """Compiled code rounds differently, and an expert is the same however many are trained."""
     asked = []
-    monkeypatch.setattr(recording, "should_compile", lambda *arguments: bool(asked.append(arguments)))
+    monkeypatch.setattr(recording, "how_to_compile", lambda *arguments: asked.append(arguments) or "off")
     for number in (1, 2, 3):
         bench.record(num_experts=number)
     assert asked == asked[:1] * 3
 
 
-def test_parameters_that_diverge_stop_the_run_and_leave_no_expert(bench):
-    with pytest.raises(InputError, match="expert 0 are not finite"):
+# Numbers that go wrong
+
+
+def diverge(monkeypatch, *when):
+    """Experts whose parameters become other than finite in their second epoch: (expert, attempt) in ``when``."""
+    train = ExpertTask.train
+
+    def diverging(self, expert, start, attempt):
+        for epoch, theta in enumerate(train(self, expert, start, attempt)):
+            yield theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
+
+    monkeypatch.setattr(ExpertTask, "train", diverging)
+
+
+def test_an_expert_that_diverges_is_trained_again_with_other_random_numbers(bench, tmp_path, monkeypatch, caplog):
+    whole = digests(bench.record(buffer_path=str(tmp_path / "other")))
+    diverge(monkeypatch, (1, 0), (1, 1))
+    with caplog.at_level("WARNING", logger="pad"):
+        bench.record()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["expert 1 is not finite after epoch 2: trained again with other random numbers"] * 2
+    store, found = TrajectoryStore.open(bench.folder), digests(bench.folder)
+    assert [store.header(k)["settings"]["attempt"] for k in store.experts] == [0, 2, 0]
+    name = expert_path("", 1).name
+    assert found.pop(name) != whole.pop(name) and found == whole
+    network = build(NETWORK, 3, CLASSES, SIZE, 0, "expert", 1, "attempt", 2)
+    assert store.rows(1, [0])[0].equal(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    diverge(monkeypatch, (1, 0), (1, 1))
+    again = digests(bench.record(buffer_path=str(tmp_path / "again")))
+    assert again == digests(bench.folder), "a function of (seed, expert, attempt)"
+
+
+def test_attempts_draw_other_batches():
+    task = make_task()
+    start = start_of(0)
+    first, second, third = (list(task.train(0, start, attempt))[-1] for attempt in (0, 1, 1))
+    assert second.equal(third) and not second.equal(first)
+    assert first.equal(list(task.train(0, start))[-1])
+
+
+def test_an_expert_that_diverges_every_time_stops_the_run_and_what_is_finished_is_kept(bench, monkeypatch):
+    with pytest.raises(Stopped, match=r"expert 0 diverged 4 times; .* Lower lr_teacher \(1e\+30\)") as stop:
         bench.record(lr_teacher=1e30)
-    assert not digests(bench.folder)
+    assert stop.value.code == 1 and not bench.folder.exists()
+    diverge(monkeypatch, *((1, attempt) for attempt in range(4)))
+    with pytest.raises(Stopped, match="expert 1 diverged 4 times"):
+        bench.record()
+    assert set(digests(bench.folder)) == {expert_path("", 0).name}
+
+
+# Buffers of another make
+
+
+def test_every_expert_of_a_buffer_must_be_of_the_recipe(bench, tmp_path):
+    bench.record(num_experts=1)
+    other = bench.record(num_experts=2, lr_teacher=0.1, buffer_path=str(tmp_path / "other"))
+    shutil.copy(expert_path(other, 1), bench.folder)
+    with pytest.raises(InputError, match=r"expert_0001.safetensors: lr_teacher: 0.1 in the buffer, 0.05 in the config"):
+        bench.record()
+    assert recorded(bench.folder) == [0, 1]
+
+
+def test_another_ranking_is_another_recipe(bench):
+    curriculum = dict(init_ratio=0.5, add_end_epoch=1)
+    bench.record(num_experts=1, **curriculum)
+    (path,) = bench.rankings.iterdir()
+    ranking = Ranking.load(path)
+    Ranking([row.flip(0) for row in ranking.rows], -ranking.scores, ranking.metadata).save(path)
+    with pytest.raises(InputError, match=r"expert_0000.safetensors: ranking: \w+ in the buffer, \w+ in the config"):
+        bench.record(num_experts=2, **curriculum)
+    assert recorded(bench.folder) == [0]
+    ranking.save(path)
+    bench.record(num_experts=2, **curriculum)
+
+
+def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "_EXPERT_RECIPE", recording._EXPERT_RECIPE - {"adaptive"})
+        bench.record(num_experts=1)
+    with pytest.raises(InputError, match="adaptive: True in the buffer, False in the config"):
+        bench.record(adaptive=False)
+    bench.record()
+    assert recorded(bench.folder) == [0, 1, 2]
+
+
+def test_two_runs_with_other_settings_at_once_do_not_mix_their_experts(bench, tmp_path, monkeypatch):
+    other = bench.record(num_experts=2, lr_teacher=0.1, buffer_path=str(tmp_path / "other"))
+    train = ExpertTask.train
+
+    def meanwhile(self, expert, start, attempt):
+        yield from train(self, expert, start, attempt)
+        shutil.copy(expert_path(other, 1), bench.folder)  # what the other run stores
+
+    monkeypatch.setattr(ExpertTask, "train", meanwhile)
+    with pytest.raises(InputError, match="lr_teacher: 0.1 in the buffer, 0.05 in the config"):
+        bench.record()
+    assert set(digests(bench.folder)) == {expert_path("", 1).name}

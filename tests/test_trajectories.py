@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -113,13 +114,20 @@ def test_opening_and_reading_two_rows_does_not_read_the_file(tmp_path):
     path = write(tmp_path, 0, torch.zeros(2, width), parameters=[("w", (width,))])
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    header["params"] = {"dtype": "F32", "shape": [epochs + 1, width], "data_offsets": [0, 4 * (epochs + 1) * width]}
+    ones, zeros = (fill(width).numpy().tobytes() for fill in (torch.ones, torch.zeros))
+    description = json.dumps([header["__metadata__"]["pad"], [["params", "F32", epochs + 1, width]]])
+    checksums = torch.full((epochs + 2,), zlib.crc32(zeros))
+    checksums[0], checksums[1 + 700] = zlib.crc32(description.encode()), zlib.crc32(ones)
+    start = checksums.nbytes
+    end = start + 4 * (epochs + 1) * width
+    header["checksums"] = {"dtype": "I64", "shape": [epochs + 2], "data_offsets": [0, start]}
+    header["params"] = {"dtype": "F32", "shape": [epochs + 1, width], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with open(path, "wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        handle.truncate(8 + len(text) + header["params"]["data_offsets"][1])
-        handle.seek(8 + len(text) + 4 * 700 * width)
-        handle.write(torch.ones(width).numpy().tobytes())
+        handle.write(struct.pack("<Q", len(text)) + text + checksums.numpy().tobytes())
+        handle.truncate(8 + len(text) + end)
+        handle.seek(8 + len(text) + start + 4 * 700 * width)
+        handle.write(ones)
     probe = f"""
 import resource, torch
 from pad.trajectories import TrajectoryStore
@@ -136,7 +144,7 @@ def test_any_safetensors_reader_reads_the_file(tmp_path):
     params = numbers(3)
     path = write(tmp_path, 0, params, accuracy={0: 0.1, 2: 0.5})
     tensors = load_file(path)
-    assert set(tensors) == {"params", "test_accuracy"} and torch.equal(tensors["params"], params)
+    assert set(tensors) == {"checksums", "params", "test_accuracy"} and torch.equal(tensors["params"], params)
     with safe_open(path, framework="pt") as handle:
         assert json.loads(handle.metadata()["pad"])["kind"] == "trajectory"
 
@@ -214,22 +222,21 @@ def test_a_diverged_expert_is_refused(tmp_path, value):
     assert names(tmp_path) == []
 
 
-def test_leftovers_of_dead_runs_are_ignored_then_removed_by_their_expert_alone(tmp_path):
-    for name in ("expert_0000.safetensors.4242.partial", "expert_0001.safetensors.4242.partial"):
+def test_leftovers_of_dead_runs_are_ignored_then_removed_by_the_next_writer(tmp_path):
+    for name in ("expert_0000.safetensors.4242-0123abcd.partial", "expert_0001.safetensors.4242-0123abcd.partial"):
         (tmp_path / name).write_bytes(b"half a file")
     for name in ("expert_001.safetensors", "expert_00003.safetensors"):
         (tmp_path / name).write_bytes(b"another name")
     with pytest.raises(InputError, match="no expert trajectories"):
         TrajectoryStore.open(tmp_path)
-    living = tmp_path / "expert_0000.safetensors.4343.partial"
+    living = tmp_path / "expert_0000.safetensors.4343-0123abcd.partial"
     with open(living, "wb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         write(tmp_path, 0, numbers(2))
     assert names(tmp_path) == [
         "expert_0000.safetensors",
-        "expert_0000.safetensors.4343.partial",
+        "expert_0000.safetensors.4343-0123abcd.partial",
         "expert_00003.safetensors",
-        "expert_0001.safetensors.4242.partial",
         "expert_001.safetensors",
     ]
     assert TrajectoryStore.open(tmp_path).experts == [0]
@@ -267,23 +274,40 @@ def test_a_truncated_file_is_refused(tmp_path, length):
         TrajectoryStore.open(tmp_path)
 
 
-def test_a_flipped_bit_in_the_header_is_refused_or_harmless(tmp_path):
+def test_a_flipped_bit_in_the_header_or_the_checksums_is_refused(tmp_path):
     params = numbers(2)
     path = write(tmp_path, 0, params)
     data = path.read_bytes()
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    layout = data.rindex(b'"params"', 0, end)  # what lies before it is the description, in words
-    for position in range(end):
+    for position in range(len(data) - 2 * 4 * P):  # and in the checksums
         flipped = bytearray(data)
         flipped[position] ^= 1 << position % 7
         path.write_bytes(flipped)
-        try:
-            store = TrajectoryStore.open(tmp_path)
-        except InputError as error:
-            assert path.name in str(error)
-            continue
-        assert 8 <= position < layout
-        assert store.num_parameters == P and torch.equal(store.rows(0, [0, 1]), params)
+        with pytest.raises(InputError, match=path.name):
+            TrajectoryStore.open(tmp_path).rows(0, [0, 1])
+
+
+def test_a_flipped_bit_in_a_row_is_found_when_that_row_is_read_and_the_others_are_used(tmp_path):
+    params = numbers(4)
+    path = write(tmp_path, 0, params, accuracy={0: 0.5})
+    data = bytearray(path.read_bytes())
+    data[data.index(params[2].numpy().tobytes()) + 5] ^= 16
+    path.write_bytes(data)
+    store = TrajectoryStore.open(tmp_path)
+    assert torch.equal(store.rows(0, [3, 0, 1]), params[[3, 0, 1]]) and store.figures(0)["test_accuracy"][0] == 0.5
+    with pytest.raises(InputError) as caught:
+        store.rows(0, [1, 2])
+    assert str(caught.value).startswith(f"{path} is damaged (params[2] does not match its checksum); remove it and record")
+    with pytest.raises(InputError, match=r"params\[2\]"):
+        export_published(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_replaced_while_it_is_in_use_is_refused(tmp_path):
+    write(tmp_path, 0, numbers(3))
+    store = TrajectoryStore.open(tmp_path)
+    write(tmp_path, 0, numbers(3, seed=1), settings={"rho": 2.0})
+    with pytest.raises(InputError, match="not the file any more"):
+        store.rows(0, [1])
 
 
 def trajectory_metadata(**changes):
@@ -294,7 +318,7 @@ def trajectory_metadata(**changes):
     "params, metadata, message",
     [
         (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not an expert trajectory"),
-        (torch.zeros(3, P), ["trajectory"], "not an expert trajectory"),
+        (torch.zeros(3, P), ["trajectory"], "carries no description"),
         (torch.zeros(3, P), trajectory_metadata(format=2), "format 2"),
         (torch.zeros(1, P), trajectory_metadata(), "damaged"),
         (torch.zeros(3, P + 1), trajectory_metadata(), "damaged"),

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pad.data.sources import ImageData
 from pad.errors import InputError
 from pad.files import load_tensors, save_tensors
+from pad.locks import in_turn
 
 logger = logging.getLogger("pad")
 
@@ -163,20 +163,29 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
     identity = {"kind": "zca", "eps": ZCA_EPS, "shape": shape, "digest": digest}
     cache_dir = Path(cache_dir or os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
     path = cache_dir / f"zca-{digest}.safetensors"
-    if path.is_file():
+    there = path.is_file()
+    if there and (kept := _kept_zca(path, identity)) is not None:
+        return kept.to(device)
+    with in_turn(path.with_name(f".{path.name}.lock"), "the same ZCA"):
+        if not there and path.is_file() and (kept := _kept_zca(path, identity)) is not None:
+            return kept.to(device)  # fitted meanwhile by the process that was waited for
+        tensors = _fit_zca(data.train_images)
         try:
-            tensors, found = load_tensors(path)
-            if found != identity or set(tensors) != {"mean", "unwhiten", "whiten"}:
-                raise InputError("it holds something else than its name says")
-            return Preprocessing.from_tensors(identity, tensors).to(device)
-        except InputError as error:
-            logger.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
-    tensors = _fit_zca(data.train_images)
-    try:
-        save_tensors(path, tensors, identity)
-    except (OSError, SafetensorError) as error:
-        logger.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
+            save_tensors(path, tensors, identity)
+        except OSError as error:
+            logger.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
     return ZCA(identity, tensors)
+
+
+def _kept_zca(path: Path, identity: dict) -> Preprocessing | None:
+    """The ZCA that was written to ``path``; None, with a line that says why, when it is not usable."""
+    try:
+        tensors, found = load_tensors(path)
+        if found != identity or set(tensors) != {"mean", "unwhiten", "whiten"}:
+            raise InputError("it holds something else than its name says")
+        return Preprocessing.from_tensors(identity, tensors)
+    except InputError as error:
+        logger.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
 
 
 def _digest(*parts) -> str:

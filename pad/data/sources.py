@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from pad.errors import InputError
+from pad.files import put_in_place, temporary_folder
 
 logger = logging.getLogger("pad")
 
@@ -66,6 +66,8 @@ _FASHION_CLASSES = (
 )
 _MINI_SHEET = Path(__file__).parent / "files" / "fashion_mnist_mini.png"
 
+# Of the formats that files of an image's ending can have; of others, some hand the file to other programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 _CHUNK = 256  # images handled at a time, by one decoding thread or in one sum
 _DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download counts as failed
 
@@ -249,6 +251,11 @@ def _from_torchvision(name: str, root: Path, download: bool) -> ImageData:
         if len(images[-1]) != len(labels[-1]):
             raise InputError(f"{name} in {root} is damaged: {len(images[-1])} images but {len(labels[-1])} labels")
     class_names = tuple(getattr(train, "classes", None) or map(str, range(10)))
+    shape, side = images[0].shape[1:], _FIXED_SIZE[name]
+    if any(part.shape[1:] != shape or part.shape[2:] != (side, side) or part.dtype != torch.uint8 for part in images):
+        raise InputError(f"{name} in {root} is damaged: its images are not all uint8 of {side}x{side} pixels")
+    if any(not len(part) or part.min() < 0 or part.max() >= len(class_names) for part in labels):
+        raise InputError(f"{name} in {root} is damaged: its labels are not numbers of {len(class_names)} classes")
     return ImageData(name, images[0], labels[0], images[1], labels[1], class_names, *MEAN_STD[name])
 
 
@@ -276,8 +283,7 @@ def _download(root: Path, files: list[str], archives: list[str], read) -> list:
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as name:
-            folder = Path(name)
+        with temporary_folder(root) as folder:
             for wanted in archives or files:
                 found = next((path for path in (root / wanted, root / Path(wanted).name) if path.is_file()), None)
                 if found:
@@ -286,8 +292,7 @@ def _download(root: Path, files: list[str], archives: list[str], read) -> list:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                 parts = read(folder, download=True)
             for file in files:
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(folder / file, root / file)
+                put_in_place(folder / file, root / file)
         return parts
     except BaseException:
         if new_root:
@@ -339,9 +344,12 @@ def _tiny(root: Path, res: int) -> ImageData:
     if _class_folders(validation):
         test = _labelled_files(validation, labels)
     elif annotations.is_file():  # as in the zip archive: all images in one folder, "<file>\t<wnid>\t<box>" in a list
-        pairs = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+        text = annotations.read_text(encoding="utf-8", errors="replace")
+        pairs = [line.split("\t")[:2] for line in text.splitlines() if line.strip()]
         if any(len(pair) < 2 or pair[1] not in labels for pair in pairs):
             raise InputError(f"{annotations} names a class that {root / 'train'} has no folder for, or is damaged")
+        if outside := [file for file, _ in pairs if Path(file).name != file or file == ".."]:
+            raise InputError(f"{annotations} names {outside[0]!r}, which is not the name of a file in {validation}")
         test = [(validation / file, labels[wnid]) for file, wnid in sorted(pairs, key=lambda pair: pair[::-1])]
     else:
         raise InputError(f"{validation} holds neither class folders nor is there a {annotations}")
@@ -427,24 +435,24 @@ def _read_images(files: list[Path], size: tuple[int, int], channels: int, resize
 
 def _read_image(file: Path, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
     """One file as uint8 ``[channels, H, W]``."""
-    with _image_errors(file), Image.open(file) as image:
+    with _image_errors(file), Image.open(file, formats=_FORMATS) as image:
         if image.mode == "F" or image.mode.startswith("I"):
             raise InputError(f"{file} has more than 8 bits per channel; convert it to 8 bits")
         if channels == 1 and image.mode not in ("1", "L", "LA"):
             raise InputError(f"{file} is in colour, but the first image of every class is grey; convert it or those")
-        image = image.convert("L" if channels == 1 else "RGB")
         height, width = size
+        if image.size != (width, height) and not resize:
+            found = f"{image.width}x{image.height}"
+            raise InputError(f"{file} is {found} pixels, but the first image is {width}x{height}; give a res")
+        image = image.convert("L" if channels == 1 else "RGB")  # up to here nothing was decoded
         if image.size != (width, height):
-            if not resize:
-                found = f"{image.width}x{image.height}"
-                raise InputError(f"{file} is {found} pixels, but the first image is {width}x{height}; give a res")
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _header(file: Path) -> tuple[str, tuple[int, int]]:
     """Colour mode and (H, W) of an image file, without decoding it."""
-    with _image_errors(file), Image.open(file) as image:
+    with _image_errors(file), Image.open(file, formats=_FORMATS) as image:
         return image.mode, (image.height, image.width)
 
 

@@ -1,1 +1,1 @@
-"""How hard each real image is: per-image scores, and the ranking of every class that PAD's curriculum filters by."""
+"""How hard each real image is: scores, orderings, and the ranking of every class that PAD's curriculum filters by."""

@@ -1,75 +1,24 @@
-"""Per-image difficulty from short training runs: GraNd and EL2N (arXiv 2107.07075). Low is easy.
+"""Per-image difficulty as numbers, low = easy: the formulas. Which end is easy, and why, stands with each.
 
-A few networks are trained once and serve every method asked for: a method turns what a trained network says about a
-batch into one number per image, and the numbers are averaged over the networks.
+They take what one trained network says (:mod:`pad.difficulty.evidence`), except DeepFool, which asks the network
+itself, and Forgetting, which watches it being trained. Costs are for n images, K classes and D features, beside the
+forward pass that all share. Everything is computed in float64, and small differences are never taken from large
+numbers: of the easiest images, which the curriculum adds first, most have a p_y that rounds to 1.
 """
 
-import difflib
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
-from pad.data.placement import Images, batches, to_device
-from pad.distributed import ALONE, Ranks
-from pad.errors import InputError
-from pad.networks import Network, build
-from pad.rng import generator
+from pad.networks import Network
 
-
-@dataclass(frozen=True)
-class ScoringSettings:
-    """How the networks are trained that score images. Raises InputError for a value out of range.
-
-    The defaults are DeepCore's for selection (arXiv 2204.08499): ten networks of 40 epochs, SGD with Nesterov momentum,
-    a constant learning rate, no augmentation. Ours alone: networks and preprocessing are this toolkit's, and scores are
-    exact gradient norms, where DeepCore feeds softmax outputs to a cross-entropy that applies softmax again.
-    The paper that proposed the scores augments and takes them early (epochs of 10 to 20).
-
-    Args:
-        model: name of a network (:func:`pad.networks.build`).
-        repeats: how many independently initialised networks are averaged.
-        epochs: epochs each is trained for; 0 scores networks as initialised.
-        lr, momentum, weight_decay, batch: of SGD; momentum is Nesterov's.
-        augmentation: "none", or a DSA strategy such as "crop_flip": per batch one of its transformations.
-    """
-
-    model: str
-    repeats: int = 10
-    epochs: int = 40
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch: int = 256
-    augmentation: str = "none"
-
-    def __post_init__(self):
-        def need(name: str, valid: bool, what: str) -> None:
-            if not valid:
-                raise InputError(f"scoring: {name} is {getattr(self, name)!r}; it must be {what}")
-
-        need("repeats", self.repeats >= 1, "1 or more")
-        need("epochs", self.epochs >= 0, "0 or more")
-        need("lr", 0 < self.lr < math.inf, "a positive number")
-        need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-        need("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
-        need("batch", self.batch >= 1, "1 or more")
-        kinds = DSA_STRATEGY.split("_")
-        known = self.augmentation == "none" or set(self.augmentation.split("_")) <= set(kinds)
-        need("augmentation", known, f"none, or names joined by _ out of {', '.join(kinds)}")
-
-
-# ------------------------------------------------------------------------------------------------- the formulas
+# --------------------------------------------------------------------------- of the label and what is predicted
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """EL2N, the length of the error vector p - y (arXiv 2107.07075, section 2.2).
+    """EL2N, the length of the error vector, ||p - y|| (arXiv 2107.07075, section 2.2). Low is easy: it is learned.
 
-    logits ``[B, K]``, labels ``[B]`` int64 -> ``[B]`` float64 in [0, sqrt(2)]; p is the softmax, y the one-hot label.
+    logits ``[n, K]``, labels ``[n]`` int64 -> ``[n]`` float64 in [0, sqrt(2)]; p is the softmax, y the one-hot label.
+    Cost n K.
     """
     # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
     wrong = logits.double().softmax(dim=1).scatter(1, labels[:, None], 0.0)
@@ -80,112 +29,169 @@ def grand(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """GraNd of the last linear layer: the norm of each image's cross-entropy gradient in its weight and bias.
 
     That gradient is (p - y) h^T and p - y for an input h, so its norm is ||p - y|| sqrt(1 + ||h||^2) (arXiv 2107.07075,
-    section 2.1). logits ``[B, K]``, features h ``[B, D]``, labels ``[B]`` int64 -> ``[B]`` float64, at least 0.
+    section 2.1). Low is easy: training has nothing left to do for the image. Cost n (K + D).
+    logits ``[n, K]``, features h ``[n, D]``, labels ``[n]`` int64 -> ``[n]`` float64, at least 0.
     """
     return el2n(logits, labels) * (1 + features.double().square().sum(dim=1)).sqrt()
 
 
-# (logits, features, labels) of a batch -> [B] float64, low = easy
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "GraNd": grand,
-    "EL2N": lambda logits, features, labels: el2n(logits, labels),
-}
+# ------------------------------------------------------------------------------- of what is predicted, label or not
 
 
-def nearest_method(name: str) -> str:
-    """The method whose name is most like ``name``."""
-    lowered = {method.lower(): method for method in METHODS}
-    return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
+def _odds(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p_k / p_max for all classes but the most probable, which gets 0, ``[n, K]`` float64; and their logarithms."""
+    logits = logits.double()
+    top, best = logits.max(dim=1, keepdim=True)
+    logarithms = logits - top
+    return logarithms.exp().scatter(1, best, 0.0), logarithms
 
 
-# --------------------------------------------------------------------------------------------- training, scoring
+def least_confidence(logits: Tensor) -> Tensor:
+    """Uncertainty-LeastConfidence, 1 - max_k p_k (Coleman et al., arXiv 1906.11829).
 
-
-def train_scoring_network(
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
-    repeat: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Network:
-    """Network number ``repeat``, trained on everything and in eval mode; it depends on (seed, repeat) only.
-
-    images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 lie on the device that trains.
-    ``progress(repeat, epoch)`` is called after each epoch. Raises InputError as :func:`pad.networks.build` does.
+    Low is easy: the network is sure. An image with a wrong label that it is sure of counts as easy. Cost n K.
+    logits ``[n, K]`` -> ``[n]`` float64 in [0, 1).
     """
-    channels, height, width = images.shape[1:]
-    # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
-    network = build(settings.model, channels, num_classes, (height, width), seed, "score", repeat).to(images.device)
-    optimiser = torch.optim.SGD(
-        network.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-    )
-    augmentation = NoAugmentation() if settings.augmentation == "none" else DSA(settings.augmentation)
-    for epoch in range(settings.epochs):
-        rng = generator(seed, "score", repeat, epoch)
-        order = torch.randperm(len(images), generator=rng)
-        targets = labels[to_device(order, labels.device)].split(settings.batch)
-        for x, y in zip(batches(images, order, settings.batch), targets):
-            x = augment(x, augmentation.draw(len(x), rng))
-            optimiser.zero_grad()
-            F.cross_entropy(network(x), y).backward()
-            optimiser.step()
-        if progress is not None:
-            progress(repeat, epoch)
-    return network.eval()
+    rest = _odds(logits)[0].sum(dim=1)
+    return rest / (1 + rest)
 
 
-@torch.no_grad()
-def score_network(
-    methods: Sequence[str], network: Network, images: Images, labels: Tensor, batch: int = 512
-) -> dict[str, Tensor]:
-    """The scores that one trained network gives, ``[N]`` float64 on the CPU per method, all from one forward pass.
+def entropy(logits: Tensor) -> Tensor:
+    """Uncertainty-Entropy, -sum_k p_k log p_k (arXiv 1906.11829). Low is easy: the network is sure.
 
-    The network must be in eval mode; then ``batch`` changes speed and memory only.
+    logits ``[n, K]`` -> ``[n]`` float64 in [0, log K]. Cost n K.
     """
-    scores: dict[str, list[Tensor]] = {method: [] for method in methods}
-    for x, y in zip(images.split(batch), labels.split(batch)):
-        features = network.features(x)
-        logits = network.classifier(features)
-        for method in methods:
-            scores[method].append(METHODS[method](logits, features, y))
-    return {method: torch.cat(parts).cpu() for method, parts in scores.items()}
+    odds, logarithms = _odds(logits)
+    rest = odds.sum(dim=1)  # log p_k = logarithm_k - log(1 + rest)
+    return rest.log1p() - (odds * logarithms).sum(dim=1) / (1 + rest)
 
 
-def score(
-    methods: Sequence[str],
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
-) -> dict[str, Tensor]:
-    """Difficulty of every image, ``[N]`` float64 on the CPU for each of ``methods``; low is easy.
+def margin(logits: Tensor) -> Tensor:
+    """Uncertainty-Margin, 1 - (p_max - p_second), of the two most probable classes (arXiv 2204.08499).
 
-    images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 on one device. The methods share the
-    training of ``settings.repeats`` networks; ``progress(repeat, epoch)`` is called after each epoch of each.
-    Networks are dealt to ``ranks``, which all get the same result as one would.
-    Raises InputError for an unknown method or model, and when a network diverges.
+    Low is easy: a wide margin. logits ``[n, K]`` -> ``[n]`` float64 in [0, 1]. Cost n K.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise InputError(f"there is no difficulty score {method!r}; the nearest name is {nearest_method(method)}")
-    per_network = {method: torch.zeros(settings.repeats, len(images), dtype=torch.float64) for method in methods}
-    for repeat in ranks.deal(range(settings.repeats)):
-        network = train_scoring_network(images, labels, num_classes, settings, seed, repeat, progress)
-        for method, values in score_network(methods, network, images, labels).items():
-            if not values.isfinite().all():
-                raise InputError(
-                    f"the {method} of scoring network {repeat} ({settings.model}) is not finite: training diverged, "
-                    f"a learning rate below {settings.lr:g} may help"
-                )
-            per_network[method][repeat] = values
-    ranks.all_reduce_(*per_network.values())  # each row is of one rank, and zero for the others
-    return {method: values.mean(dim=0) for method, values in per_network.items()}
+    odds = _odds(logits)[0]
+    rest = odds.sum(dim=1)
+    return (rest + odds.amax(dim=1)) / (1 + rest)
+
+
+def cal(features: Tensor, logits: Tensor, neighbours: int = 10) -> Tensor:
+    """CAL: how much predictions differ between an image and its nearest neighbours (arXiv 2109.03764, algorithm 1).
+
+    The mean over the ``neighbours`` images j nearest to image i, by Euclidean distance of features, of
+    (KL(p_i || p_j) + KL(p_j || p_i)) / 2: both directions, as DeepCore (arXiv 2204.08499) has it, the paper has the
+    second. Neighbours are looked for among the images given, which are those of one class. Low is easy: around the
+    image, the network says the same. Of n <= ``neighbours`` images all others are neighbours; a single one scores 0.
+    Cost n^2 D, exact search; memory 1024 n.
+
+    features ``[n, D]``, logits ``[n, K]`` -> ``[n]`` float64, at least 0.
+    """
+    k = min(neighbours, len(features) - 1)
+    if k == 0:
+        return torch.zeros(1, dtype=torch.float64, device=logits.device)
+    log_p = logits.double().log_softmax(dim=1)
+    p = log_p.exp()
+    features = features - features.mean(dim=0)  # distances stay, and are rounded less
+    scores = []
+    for rows in torch.arange(len(features), device=features.device).split(1024):
+        distances = torch.cdist(features[rows], features).scatter_(1, rows[:, None], torch.inf)
+        near = distances.topk(k, largest=False).indices
+        divergence = (p[near] - p[rows, None]) * (log_p[near] - log_p[rows, None]) / 2
+        scores.append(divergence.sum(dim=2).mean(dim=1))
+    return torch.cat(scores)
+
+
+# ------------------------------------------------------------------------------------ of the network at the image
+
+_OVERSHOOT = 1.02  # the paper's: a step to the linearised boundary is carried on a little, to come out behind it
+
+
+def deepfool(network: Network, images: Tensor, labels: Tensor, max_steps: int = 50) -> Tensor:
+    """DeepFool: the distance to the decision boundary, signed (arXiv 1511.04599, algorithm 2).
+
+    ``-||r||`` for an image that the network classifies as its label says, with r from :func:`deepfool_perturbation`:
+    low is easy, since much has to change to make it another class. ``+||r||`` for one that is misclassified: the
+    further inside a wrong class, the harder. (DeepCore looks at the length only, and so takes that for easy.)
+    Distances are those between preprocessed images. Cost n (K + 2) forward and backward passes a step, of which an
+    image takes some 2 to 4: by far the dearest score.
+
+    The network is in eval mode; images ``[n, C, H, W]``, labels ``[n]`` int64 -> ``[n]`` float64.
+    """
+    perturbation, predicted = deepfool_perturbation(network, images, max_steps)
+    length = perturbation.flatten(1).double().norm(dim=1)
+    return torch.where(predicted == labels, -length, length)
+
+
+def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50) -> tuple[Tensor, Tensor]:
+    """A small r ``[n, C, H, W]`` that takes each image to the boundary of its predicted class ``[n]`` int64; both.
+
+    Each step goes to the nearest boundary of the network linearised where the image is: to class k of the least
+    |f_k - f_own| / ||grad(f_k - f_own)||. An image stops when 1.02 r changes its class, or after ``max_steps``.
+    Of an affine classifier the first step is exact. Gradients of one class are taken for all images at once, and only
+    the nearest boundary is kept, so memory is that of a training step on these images, whatever K.
+    """
+    with torch.no_grad():
+        predicted = network(images).argmax(dim=1)
+    total = torch.zeros_like(images)
+    moving = torch.arange(len(images), device=images.device)
+    for _ in range(max_steps):
+        own = predicted[moving]
+        total[moving] += _to_boundary(network, images[moving] + _OVERSHOOT * total[moving], own)
+        with torch.no_grad():
+            moving = moving[network(images[moving] + _OVERSHOOT * total[moving]).argmax(dim=1) == own]
+        if not len(moving):
+            break
+    return total, predicted
+
+
+@torch.enable_grad()
+def _to_boundary(network: Network, x: Tensor, own: Tensor) -> Tensor:
+    """The step from ``x [n, C, H, W]`` to the nearest boundary of class ``own [n]``, by the gradients at x."""
+    x = x.detach().requires_grad_()
+    logits = network(x)
+    gaps = (logits - logits.gather(1, own[:, None])).unbind(1)
+    nearest = torch.full_like(gaps[0], torch.inf)
+    step = torch.zeros_like(x)
+    for k, gap in enumerate(gaps):
+        (slope,) = torch.autograd.grad(gap.sum(), x, retain_graph=k + 1 < len(gaps))
+        length = slope.flatten(1).norm(dim=1)
+        distance = gap.detach().abs() / length
+        nearer = distance < nearest  # not so for its own class, 0 / 0, and where the gradient is zero, infinite
+        nearest = torch.where(nearer, distance, nearest)
+        onto = slope * (distance / length)[:, None, None, None]
+        step = torch.where(nearer[:, None, None, None], onto, step)
+    return step
+
+
+# --------------------------------------------------------------------------------------------- of the training
+
+
+class ForgettingEvents:
+    """Forgetting: how often an image was classified rightly, and the next time not (arXiv 1812.05159, section 3).
+
+    Counted over the times that training meets the image, from the logits of the step itself, so it costs n K an epoch
+    and no pass of its own. Few is easy. An image that was never learned was never forgotten, but is the hardest: it
+    scores the number of epochs, which no count reaches. Counts are whole numbers, so there are many ties, the fewer
+    the more networks are averaged.
+
+    An observer of :func:`pad.difficulty.training.train_scoring_network`. labels: ``[n]`` int64, on the device.
+    """
+
+    def __init__(self, labels: Tensor):
+        self._labels = labels
+        self._right = torch.zeros_like(labels)  # 0 or 1, when last met
+        self._learned = torch.zeros_like(labels)  # 0 or 1, ever
+        self._events = torch.zeros_like(labels)
+
+    def __call__(self, indices: Tensor, logits: Tensor) -> None:
+        """Note what a training step says, ``logits [B, K]``, of the images ``indices [B]``, each at most once."""
+        # integers rather than masks: a mask as an index would make the host wait for the device
+        right = (logits.argmax(dim=1) == self._labels[indices]).long()
+        self._events[indices] += self._right[indices] * (1 - right)
+        self._learned[indices] |= right
+        self._right[indices] = right
+
+    def scores(self, epochs: int) -> Tensor:
+        """``[n]`` float64 after training for ``epochs``: the number of events, or ``epochs`` if never learned."""
+        return torch.where(self._learned == 1, self._events, epochs).double()

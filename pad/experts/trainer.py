@@ -35,15 +35,15 @@ class ExpertTask:
     epochs: int
     seed: int
 
-    def train(self, expert: int, start: Tensor) -> Iterator[Tensor]:
+    def train(self, expert: int, start: Tensor, attempt: int = 0) -> Iterator[Tensor]:
         """Yield expert ``expert``'s parameters ``[P]``: ``start`` itself, then those after each epoch.
 
-        Depends on (seed, expert) only, so an expert is the same however many are trained, and where.
+        Depends on (seed, expert, attempt) only, so an expert is the same however many are trained, and where.
         """
         w, momentum = to_device(start, self.images.device), None
         yield w
         for epoch in range(self.epochs):
-            rng = generator(self.seed, "expert", expert, epoch)
+            rng = generator(self.seed, "expert", expert, epoch, *(("attempt", attempt) if attempt else ()))
             indices = self.epoch_indices(epoch)
             order = indices[torch.randperm(len(indices), generator=rng)]
             labels = self.labels[to_device(order, self.labels.device)].split(self.batch_size)

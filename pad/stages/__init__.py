@@ -1,7 +1,8 @@
-"""The three stages as flat recipes: settings in, files out."""
+"""The three stages, and what goes with the first, as flat recipes: settings in, files out."""
 
 from pad.stages.distilling import distill
 from pad.stages.evaluating import evaluate
 from pad.stages.recording import record_experts
+from pad.stages.scoring import score_difficulty, select_coreset
 
-__all__ = ["distill", "evaluate", "record_experts"]
+__all__ = ["distill", "evaluate", "record_experts", "score_difficulty", "select_coreset"]

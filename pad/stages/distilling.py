@@ -1,5 +1,8 @@
 """Stage 2: optimise a synthetic set along the experts."""
 
+import contextlib
+import hashlib
+import json
 import logging
 import math
 from pathlib import Path
@@ -13,8 +16,9 @@ from pad.data.augment import DSA, NoAugmentation
 from pad.distiller import Distiller, Schedule, State
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.functional import FlatModel, should_compile
+from pad.functional import FlatModel, how_to_compile
 from pad.initialisation import Experts, class_order, initial_set
+from pad.locks import only_writer
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.stages.workbench import Workbench, check_writable, evaluation_protocol, experts_folder, set_up
 from pad.synthetic import SyntheticSet
@@ -27,29 +31,37 @@ log = logging.getLogger("pad")
 MAY_DIFFER_ON_RESUME = (
     "Iteration", "eval_it", "save_it", "checkpoint_every", "num_eval", "device", "resume", "overwrite", "tracker", "project",
     "data_path", "buffer_path", "log_dir", "experts", "max_bad_iterations", "batch_train", "epoch_eval_train", "eval_mode",
-    "images_on",
+    "images_on", "compile",
 )  # fmt: skip
 
 
 def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
     """Stage 2: optimise a synthetic set along the experts. Returns the run folder.
 
-    The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder.
+    The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder, and sees to it
+    that no other process does.
     """
     bench = set_up(settings, ranks)
     folder = run_folder(
         settings.log_dir, bench.data.name, settings.ipc, settings.model, settings.name or f"pad-seed{settings.seed}"
     )
+    ranks.on_main(lambda: check_writable(folder))
+    lock = only_writer(folder.with_name(f".{folder.name}.lock"), f"the run folder {folder}")
+    with lock if ranks.is_main else contextlib.nullcontext():
+        return _distill(settings, ranks, bench, folder)
+
+
+def _distill(settings: DistillSettings, ranks: Ranks, bench: Workbench, folder: Path) -> Path:
     before = ranks.on_main(
         lambda: recorded_settings(folder) if settings.resume and run_state(folder) != "absent" else {}
     )
-    _settle_compile(settings, before, bench.device)
+    model = _flat_model(settings, before, bench)
     place = dict(
-        resume=settings.resume, overwrite=settings.overwrite, tracker=settings.tracker, may_differ=MAY_DIFFER_ON_RESUME
-    )
+        resume=settings.resume, overwrite=settings.overwrite, tracker=settings.tracker, may_differ=MAY_DIFFER_ON_RESUME,
+        defaults=DistillSettings().as_dict(),
+    )  # fmt: skip
 
     def is_finished() -> bool:
-        check_writable(folder)
         Run.check(folder, settings.as_dict(), **place)
         return settings.resume and finished_iterations(folder) > settings.Iteration
 
@@ -65,10 +77,11 @@ def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
     batch_syn = min(settings.batch_syn or count, count)
     if (settings.batch_syn or 0) > count:
         log.info("batch_syn: %d is more than the %d synthetic images; each step takes them all", settings.batch_syn, count)
-    model = bench.flat_model(settings.model, settings.compile == "on", settings.micro_batch)
     store = bench.open_experts(experts_folder(settings, bench.data), settings.model, model)
     experts = _selected_experts(store, settings)
     if "experts" in before:  # a buffer may have grown since; the run goes on with the experts it began with
+        if not (isinstance(before["experts"], list) and all(isinstance(k, int) for k in before["experts"])):
+            raise InputError(f"{folder}: its config.yaml is damaged; --overwrite starts the run anew")
         if gone := sorted(set(before["experts"]) - set(store.experts)):
             raise InputError(f"{folder} was started with expert {gone[0]}, which is not in {store.folder} any more")
         experts = before["experts"]
@@ -101,12 +114,21 @@ def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
     )  # fmt: skip
     protocol = evaluation_protocol(settings, bench.device, count)
 
+    fixed = {key: value for key, value in settings.as_dict().items() if key not in MAY_DIFFER_ON_RESUME}
+    recipe = {key: value for key, value in store.header(experts[0])["settings"].items() if key != "attempt"}
+    headers = json.dumps([store.header(k) for k in experts], sort_keys=True)
+    identity = {
+        **store.metadata, "buffer": recipe, "settings": fixed,
+        "experts": hashlib.sha256(headers.encode()).hexdigest()[:16],
+    }  # fmt: skip
+    del identity["parameters"]  # the model's, of which there can be hundreds
+
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
         metadata = {
             "data": bench.data.identity, "class_names": list(bench.data.class_names), "model": settings.model,
-            "iteration": iteration, "seed": settings.seed, "provenance": {"buffer": store.header(experts[0])["settings"]},
-            "settings": {key: value for key, value in settings.as_dict().items() if key not in MAY_DIFFER_ON_RESUME},
+            "iteration": iteration, "seed": settings.seed, "provenance": {"buffer": recipe},
+            "settings": fixed,
         }  # fmt: skip
         return SyntheticSet(images, labels, lr, classes, metadata, bench.preprocessing)
 
@@ -121,7 +143,7 @@ def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
     recorded = settings.as_dict() | {"experts": experts}
     with Run.start(folder, recorded, **place) if ranks.is_main else Follower(folder) as run:
         state = State(images.clone(), labels.clone(), torch.tensor(settings.lr_teacher, device=bench.device))
-        distiller = Distiller(run, state, objective, schedule, wrap, evaluate, ranks)
+        distiller = Distiller(run, state, objective, schedule, wrap, evaluate, ranks, identity)
         if settings.resume:
             distiller.resume()
         distiller.distill()
@@ -130,12 +152,19 @@ def distill(settings: DistillSettings, ranks: Ranks = ALONE) -> Path:
     return folder
 
 
-def _settle_compile(settings: DistillSettings, before: dict, device: torch.device) -> None:
-    """Turn ``compile: auto`` into on or off; a resumed run keeps what it began with, since compiled code rounds otherwise."""
+def _flat_model(settings: DistillSettings, before: dict, bench: Workbench) -> FlatModel:
+    """The student, with ``compile: auto`` turned into what it comes to.
+
+    A resumed run keeps what it began with, since each way rounds otherwise.
+    """
     if settings.compile == "auto":
         settings.compile = before.get("compile", "auto")
-    calls = settings.Iteration * settings.syn_steps
-    settings.compile = "on" if should_compile(settings.compile, device, calls) else "off"
+    compile = how_to_compile(settings.compile, bench.device, settings.Iteration * settings.syn_steps)
+    model = bench.flat_model(settings.model, compile, settings.micro_batch)
+    settings.compile = model.compile
+    if before.get("compile", model.compile) != model.compile:
+        log.warning("begun with compile: %s, now %s: results may differ by rounding", before["compile"], model.compile)
+    return model
 
 
 def _selected_experts(store: TrajectoryStore, settings: DistillSettings) -> list[int]:

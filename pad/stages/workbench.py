@@ -1,24 +1,30 @@
-"""What all three stages begin with: the data as the networks see it, and where files go."""
+"""What the commands have in common: the data as the networks see it, rankings and experts of it, where files go."""
 
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pad import evaluation, networks
-from pad.config import Common
+from pad.config import Common, checkout
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
 from pad.data.sources import ImageData, load_data
+from pad.difficulty.methods import METHODS
+from pad.difficulty.ranking import Ranking, obtain_rankings, ranking_file, ranking_method
+from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.functional import FlatModel, should_compile
+from pad.functional import FlatModel, how_to_compile
+from pad.initialisation import Experts
 from pad.trajectories import TrajectoryStore, buffer_folder, describe
 
 log = logging.getLogger("pad")
@@ -66,7 +72,7 @@ class Workbench:
         """A fresh network for these images, on the CPU."""
         return networks.build(name, self.data.channels, self.data.num_classes, self.data.size, seed, *stream)
 
-    def flat_model(self, name: str, compile: bool = False, micro_batch: int | None = None) -> FlatModel:
+    def flat_model(self, name: str, compile: str = "off", micro_batch: int | None = None) -> FlatModel:
         """A network for these images as a function of its flat parameters."""
         return FlatModel(self.network(name, 0), compile, micro_batch)
 
@@ -83,6 +89,37 @@ class Workbench:
         parameters = zip(model.names, model.shapes)
         store.check(describe(self.data.identity, name, parameters, store.metadata["preprocessing"]))
         return store
+
+    def final_experts(self, folder: Path, name: str) -> Experts:
+        """The trajectories' last networks, to label with. Raises InputError as :meth:`open_experts` does."""
+        model = self.flat_model(name)
+        store = self.open_experts(folder, name, model)
+        store.check(self.describe(name, model))
+        return Experts(model, lambda i: store.final(store.experts[i]).to(self.device), len(store))
+
+    def rankings(
+        self, methods: Sequence[str], folder: Path, settings, *, convert_flat: bool = False, overwrite: bool = False
+    ) -> dict[str, Ranking]:
+        """The images' rankings, see :func:`pad.difficulty.ranking.obtain_rankings`, with a progress bar."""
+        scoring = ScoringSettings(**settings.scoring)
+        seen, identity = (self.images, self.labels), self.preprocessing.identity  # before there is a bar: it may take long
+        names = [ranking_method(self.data.name, ranking_file(folder, self.data.name, method)) for method in methods]
+        kinds = [METHODS[name].kind for name in names if name in METHODS]
+        mine = len(self.ranks.deal(range(scoring.repeats if "score" in kinds else 1)))  # an order is of one network
+        with tqdm(
+            total=mine * scoring.epochs, desc="ranking", unit="epoch", leave=False, delay=1, dynamic_ncols=True,
+            disable=not self.ranks.is_main,
+        ) as bar:  # fmt: skip
+
+            def progress(repeat: int, epoch: int) -> None:
+                """Networks that were trained before the command was interrupted are passed over."""
+                bar.update(repeat // self.ranks.size * scoring.epochs + epoch + 1 - bar.n)
+
+            return obtain_rankings(
+                self.data, *seen, methods, folder, scoring, asked=settings.asked_scoring, seed=settings.seed,
+                preprocessing=identity, progress=progress, convert_flat=convert_flat, overwrite=overwrite,
+                ranks=self.ranks,
+            )  # fmt: skip
 
 
 def set_up(settings: Common, ranks: Ranks) -> Workbench:
@@ -113,6 +150,22 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
 
 
+def rankings_folder(settings: Common, path: str | None) -> Path:
+    """Where the data set's ranking files lie: in ``path``, where one was given.
+
+    Published names say the data set only, so rankings of other people's folders, and of parts, stay with their buffer.
+    Raises InputError when there is none.
+    """
+    if path is not None:
+        return Path(path)
+    if settings.dataset != "ImageFolder" and not settings.train_per_class:
+        return checkout() / "data_indices"
+    if getattr(settings, "buffer_path", None) is None:
+        option = "ranking_path" if hasattr(settings, "ranking_path") else "out"
+        raise InputError(f"rankings of an ImageFolder, or of a part, need a folder of their own: give --{option}")
+    return Path(settings.buffer_path) / "data_indices"
+
+
 def experts_folder(settings: Common, data: ImageData, model: str | None = None) -> Path:
     """Where the trajectories of the configured data set and network lie."""
     return buffer_folder(
@@ -124,7 +177,7 @@ def evaluation_protocol(settings, device: torch.device, num_images: int, num_set
     """How the configured evaluation networks are trained, on ``num_sets`` training sets of ``num_images`` each."""
     augmentation = DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else NoAugmentation()
     steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
-    compile = should_compile(settings.compile, device, num_sets * settings.num_eval * steps)
+    compile = how_to_compile(settings.compile, device, num_sets * settings.num_eval * steps)
     return evaluation.Protocol(
         augmentation, settings.epoch_eval_train, settings.batch_train, seed=settings.seed, compile=compile
     )

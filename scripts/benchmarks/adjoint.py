@@ -2,7 +2,8 @@
 """Print how exact the adjoint is (a minute or two).
 
     .venv/bin/python scripts/benchmarks/adjoint.py
-    .venv/bin/python scripts/benchmarks/adjoint.py --compile    # some minutes more, for the compiler
+    .venv/bin/python scripts/benchmarks/adjoint.py --compile on       # some minutes more, for the compiler
+    .venv/bin/python scripts/benchmarks/adjoint.py --compile fused
 
 Relative error of the gradients of images, labels and lr against differentiating the unrolled loop, in float64, with
 DSA, a ragged batch and both masks. Expect 1e-16 to 1e-14.
@@ -26,12 +27,12 @@ DEPTH_RATIO, LOSS_RATIO = 0.3, 0.2
 
 
 @functools.cache
-def flat_model(name: str, side: int, compile: bool) -> FlatModel:
+def flat_model(name: str, side: int, compile: str) -> FlatModel:
     """One for each network: it is compiled once."""
     return FlatModel(build(name, 3, 4, (side, side), 0), compile)
 
 
-def errors(name: str, side: int, count: int, compile: bool) -> list[float]:
+def errors(name: str, side: int, count: int, compile: str) -> list[float]:
     """Relative errors of the three gradients after ``count`` steps on ten images of four classes."""
     rng = generator(0, "benchmark", name)
     network = build(name, 3, 4, (side, side), 0).double()
@@ -60,7 +61,7 @@ def errors(name: str, side: int, count: int, compile: bool) -> list[float]:
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", action="store_true", help="with compiled derivatives")
+    parser.add_argument("--compile", default="off", choices=("off", "on", "fused"), help="how derivatives are computed")
     parser.add_argument("--tiny", action="store_true", help="one network, few steps, to see that it runs")
     args = parser.parse_args(command_line)
     cases, counts = (("ConvNetW8", 16), ("MLP", 16), ("LeNet", 32), ("ConvNetD2W8BN", 16)), (1, 7, 20, 80)

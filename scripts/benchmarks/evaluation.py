@@ -71,7 +71,7 @@ def competitors(args: argparse.Namespace) -> list[Competitor]:
     images, classes, test_images, test_labels = fashion(args.ipc, args.side)
     noise = torch.randn(len(images), CLASSES, generator=generator(0, "benchmark", "labels"))
     p = (5.0 * F.one_hot(classes, CLASSES) + noise).softmax(dim=1)
-    protocol = Protocol(dsa, args.epochs - 1, args.batch, together=1, compile=False)
+    protocol = Protocol(dsa, args.epochs - 1, args.batch, together=1, compile="off")
 
     def plain(protocol: Protocol) -> list[float]:
         accuracies = []
@@ -89,12 +89,13 @@ def competitors(args: argparse.Namespace) -> list[Competitor]:
     settings = {
         "ours": {},
         "ours, all together": {"together": args.networks},
-        "ours, compiled": {"compile": True},
-        "ours, compiled, all together": {"compile": True, "together": args.networks},
+        "ours, fused": {"compile": "fused"},
+        "ours, compiled": {"compile": "on"},
+        "ours, compiled, all together": {"compile": "on", "together": args.networks},
     }
     runs = {"plain loop": (plain, protocol)}
     for title, changes in settings.items():
-        if not (args.eager and "compile" in changes) and (args.together or "together" not in changes):
+        if not (args.eager and changes.get("compile") == "on") and (args.together or "together" not in changes):
             runs[title] = (ours, dataclasses.replace(protocol, **changes))
     return [
         Competitor(
@@ -116,7 +117,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--eager", action="store_true", help="leave out the compiled ones")
+    parser.add_argument("--eager", action="store_true", help="leave out those by torch.compile")
     parser.add_argument("--together", action="store_true", help="also train all networks at once, which takes longer")
     parser.set_defaults(rounds=1)
     args = parser.parse_args(command_line)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How time and peak memory of one iteration of trajectory matching grow with steps, images and width (ours; Linux).
 
-    .venv/bin/python scripts/benchmarks/scaling.py               # some five minutes on two cores
-    .venv/bin/python scripts/benchmarks/scaling.py --compile     # and a minute more for each new width and batch size
+    .venv/bin/python scripts/benchmarks/scaling.py               # some minutes on two cores
+    .venv/bin/python scripts/benchmarks/scaling.py --compile on  # and a minute more for each new width and batch size
 
 From ConvNetW32, 100 synthetic images, all of them in each of 10 steps: one thing changes at a time. The images per
 class (of 10 classes) change at batches of 10. Memory is measured uncompiled, each case in a process of its own: see
@@ -22,15 +22,15 @@ from pad.tracking import result_table
 
 
 @functools.cache
-def compiled_model(depth: int, width: int, side: int, batch: int) -> FlatModel:
-    """Compiled once for all cases that run the same code; the batch is an argument because each size is a graph."""
-    return FlatModel(build(f"ConvNetD{depth}W{width}", 3, CLASSES, (side, side), 0), compile=True)
+def flat_model(depth: int, width: int, side: int, batch: int, compile: str) -> FlatModel:
+    """One for all cases that run the same compiled code; the batch is an argument because each size is a graph."""
+    return FlatModel(build(f"ConvNetD{depth}W{width}", 3, CLASSES, (side, side), 0), compile)
 
 
-def iteration(case: dict, compile: bool) -> Competitor:
+def iteration(case: dict, compile: str) -> Competitor:
     """One case of :class:`common.Matching`, to be timed."""
     problem = Matching(**case)
-    model = compiled_model(*(case[key] for key in ("depth", "width", "side", "batch"))) if compile else problem.model
+    model = flat_model(*(case[key] for key in ("depth", "width", "side", "batch")), compile)
     rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
     return Competitor("", lambda: adjoint(model, *rest))
 
@@ -40,7 +40,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", default="fused", choices=("off", "on", "fused"), help="how derivatives are computed")
     parser.set_defaults(rounds=3)
     args = parser.parse_args(command_line)
     base = {"depth": 3, "width": 32, "n": 100, "batch": 100, "count": 10, "side": 32}

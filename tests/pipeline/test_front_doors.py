@@ -393,8 +393,8 @@ def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp
 def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, monkeypatch):
     train = recording.ExpertTask.train
 
-    def interrupted(self, expert, start):
-        for epoch, theta in enumerate(train(self, expert, start)):
+    def interrupted(self, expert, start, attempt):
+        for epoch, theta in enumerate(train(self, expert, start, attempt)):
             if (expert, epoch) == (1, 2):
                 raise KeyboardInterrupt
             yield theta
@@ -422,7 +422,7 @@ def refused(tmp_path, monkeypatch, capfd):
     def check(door, argv, *words: str, late: bool = False, root: Path = tmp_path) -> None:
         before = contents(root)
         with monkeypatch.context() as patch:
-            patch.setattr(ranking, "score", heavy)
+            patch.setattr(ranking, "compute_rankings", heavy)
             patch.setattr(recording.ExpertTask, "train", heavy)
             patch.setattr(distilling.Distiller, "distill", heavy)
             patch.setattr(evaluating.evaluation, "score", heavy)
@@ -501,7 +501,7 @@ def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
 
 def test_a_buffer_of_another_recipe_is_not_added_to(refused, images, buffer, tmp_path):
     shutil.copytree(buffer, tmp_path, dirs_exist_ok=True)
-    refused(cli.buffer, record_args(images, tmp_path, "--lr_teacher", "0.5"), "lr_teacher: 0.05", "0.5 in the settings")
+    refused(cli.buffer, record_args(images, tmp_path, "--lr_teacher", "0.5"), "lr_teacher: 0.05", "0.5 in the config")
     refused(cli.buffer, record_args(images, tmp_path, "--seed", "1"), "seed")
     truncate(experts_in(tmp_path) / "expert_0001.safetensors")
     refused(cli.buffer, record_args(images, tmp_path), "expert_0001.safetensors")
@@ -585,10 +585,10 @@ def test_runs_in_the_way(refused, images, buffer, finished, tmp_path, capfd):
     before = run_contents(folder)
     assert cli.distill([*argv, "--resume"]) == 0  # nothing is left to do
     assert run_contents(folder) == before
-    refused(cli.distill, [*argv, "--resume", "--syn_steps", "4"], "syn_steps (was 3, now 4)")
+    refused(cli.distill, [*argv, "--resume", "--syn_steps", "4"], "syn_steps: 3 in the run, 4 in the config")
     (folder / "finished.json").unlink()
     refused(cli.distill, argv, folder, "unfinished", "--resume")
-    refused(cli.distill, [*argv, "--resume", "--syn_steps", "4"], "syn_steps (was 3, now 4)")
+    refused(cli.distill, [*argv, "--resume", "--syn_steps", "4"], "syn_steps: 3 in the run, 4 in the config")
     truncate(folder / "checkpoint.safetensors")
     before = run_contents(folder)
     assert cli.distill([*argv, "--resume"]) == 2

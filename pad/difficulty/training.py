@@ -1,0 +1,120 @@
+"""The short training runs that difficulty is taken from, each shared by all methods that are asked for."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
+from pad.data.placement import Images, batches, to_device
+from pad.errors import InputError
+from pad.fused import forward_of
+from pad.networks import Network, build
+from pad.rng import generator
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How the networks are trained that score images. Raises InputError for a value out of range.
+
+    The defaults are DeepCore's for selection (arXiv 2204.08499): ten networks of 40 epochs, SGD with Nesterov momentum,
+    a constant learning rate, no augmentation. Ours alone: networks and preprocessing are this toolkit's, and scores are
+    exact gradient norms, where DeepCore feeds softmax outputs to a cross-entropy that applies softmax again.
+    The paper that proposed GraNd and EL2N augments and takes them early (epochs of 10 to 20).
+
+    Args:
+        model: name of a network (:func:`pad.networks.build`).
+        repeats: how many independently initialised networks are averaged.
+        epochs: epochs each is trained for; 0 scores networks as initialised.
+        lr, momentum, weight_decay, batch: of SGD; momentum is Nesterov's.
+        augmentation: "none", or a DSA strategy such as "crop_flip": per batch one of its transformations.
+    """
+
+    model: str
+    repeats: int = 10
+    epochs: int = 40
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256
+    augmentation: str = "none"
+
+    def __post_init__(self):
+        def need(name: str, valid: bool, what: str) -> None:
+            if not valid:
+                raise InputError(f"scoring: {name} is {getattr(self, name)!r}; it must be {what}")
+
+        need("repeats", self.repeats >= 1, "1 or more")
+        need("epochs", self.epochs >= 0, "0 or more")
+        need("lr", 0 < self.lr < math.inf, "a positive number")
+        need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        need("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
+        need("batch", self.batch >= 1, "1 or more")
+        kinds = DSA_STRATEGY.split("_")
+        known = self.augmentation == "none" or set(self.augmentation.split("_")) <= set(kinds)
+        need("augmentation", known, f"none, or names joined by _ out of {', '.join(kinds)}")
+
+
+def scoring_epochs(
+    images: Images,
+    labels: Tensor,
+    num_classes: int,
+    settings: ScoringSettings,
+    seed: int,
+    repeat: int,
+    observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
+) -> Iterator[Network]:
+    """Network number ``repeat`` as initialised, and after each epoch on everything; always the same module, in eval mode.
+
+    It depends on (settings, seed, repeat) only, and up to an epoch not on how many follow.
+    images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 lie on the device that trains.
+    ``observer(indices, logits)`` is called with each step's indices ``[B]`` and logits ``[B, K]``, which are those before
+    the step, of the images as augmented; both on the device. Raises InputError as :func:`pad.networks.build` does.
+    """
+    channels, height, width = images.shape[1:]
+    # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
+    network = build(settings.model, channels, num_classes, (height, width), seed, "score", repeat).to(images.device)
+    forward = forward_of(network)
+    optimiser = torch.optim.SGD(
+        network.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
+    augmentation = NoAugmentation() if settings.augmentation == "none" else DSA(settings.augmentation)
+    yield network.eval()
+    for epoch in range(settings.epochs):
+        network.train()
+        rng = generator(seed, "score", repeat, epoch)
+        order = torch.randperm(len(images), generator=rng)
+        indices = to_device(order, labels.device).split(settings.batch)
+        for x, seen in zip(batches(images, order, settings.batch), indices):
+            x = augment(x, augmentation.draw(len(x), rng))
+            optimiser.zero_grad()
+            logits = forward(x)
+            F.cross_entropy(logits, labels[seen]).backward()
+            optimiser.step()
+            for observer in observers:
+                observer(seen, logits.detach())
+        yield network.eval()
+
+
+def train_scoring_network(
+    images: Images,
+    labels: Tensor,
+    num_classes: int,
+    settings: ScoringSettings,
+    seed: int,
+    repeat: int,
+    progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
+) -> Network:
+    """The last of :func:`scoring_epochs`. ``progress(repeat, epoch)`` is called after each epoch."""
+    for epoch, network in enumerate(scoring_epochs(images, labels, num_classes, settings, seed, repeat, observers), -1):
+        if epoch >= 0 and progress is not None:
+            progress(repeat, epoch)
+    return network
