@@ -33,7 +33,7 @@ def score_difficulty(settings: ScoreSettings, ranks: Ranks = ALONE) -> dict[str,
         print(result_table(table, list(table[0])))
         return {}
     methods = list(METHODS) if settings.method_names is None else settings.method_names
-    scoring = ScoringSettings(**settings.scoring)
+    ScoringSettings(**settings.scoring)  # refuses what is out of range
     folder = rankings_folder(settings, settings.out)
     bench = set_up(settings, ranks)
     stems = ranks.on_main(lambda: [ranking_file(folder, bench.data.name, method) for method in methods])

@@ -3,7 +3,6 @@
 Commands that are killed are forked from the test process, which saves them the seconds of their imports.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json

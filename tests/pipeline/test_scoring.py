@@ -20,7 +20,7 @@ from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.difficulty.methods import METHODS
 from pad.difficulty.ranking import Ranking
-from pad.stages import scoring, workbench
+from pad.stages import workbench
 from pad.synthetic import SyntheticSet
 
 CHECKOUT = Path(__file__).resolve().parents[2]
