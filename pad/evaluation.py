@@ -186,9 +186,9 @@ def score_all(
     all of them get what one would. ``progress(case, j, score so far)`` is called after each network of this rank.
     ``known``: accuracies of networks (case, j), the same on all ranks, that need not be trained.
     """
-    groups = [(case, range(num_eval)[first : first + protocol.together])
-              for case in range(len(cases)) for first in range(0, num_eval, protocol.together)]  # fmt: skip
-    mine = ranks.deal([(case, group) for case, group in groups if not all((case, j) in known for j in group)])
+    together = [range(num_eval)[first : first + protocol.together] for first in range(0, num_eval, protocol.together)]
+    groups = [(case, group) for case in range(len(cases)) for group in together]
+    mine = ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
     found: dict[tuple[int, int], float] = {}
     for case, (network, training_set) in enumerate(cases):
         indices = [j for c, group in mine if c == case for j in group]

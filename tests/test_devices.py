@@ -19,7 +19,7 @@ from pad.data.preprocessing import MeanStd, Preprocessing
 from pad.difficulty import scores as scores_of
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS
-from pad.difficulty.training import ScoringSettings, train_scoring_network
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
@@ -183,7 +183,7 @@ def test_training_and_asking_a_scoring_network():
     images, labels = meta(N, 3, *SIZE), meta(N, dtype=torch.int64)
     scoring = ScoringSettings(NETWORK, epochs=1, batch=7, augmentation="crop_flip")
     events = scores_of.ForgettingEvents(labels)
-    trained = train_scoring_network(images, labels, CLASSES, scoring, seed=0, repeat=0, observers=[events])
+    trained = ScoringTask(images, labels, CLASSES, scoring, 0).train(0, observers=[events])
     assert is_meta(*trained.parameters())
     of_evidence = [method for method in METHODS.values() if (method.kind, method.needs) == ("score", "evidence")]
     assert len(of_evidence) == 6

@@ -22,7 +22,7 @@ from pad import evaluation, networks
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.preprocessing import MeanStd
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.distributed import ALONE, PeerLost, join
 from pad.errors import InputError
 from pad.functional import FlatModel
@@ -278,7 +278,8 @@ def test_dealt_networks_are_those_of_one_process():
 
     def work(ranks):
         epochs, seen = [], []
-        found = score_images(["GraNd"], images, labels, CLASSES, settings, 0, lambda *at: epochs.append(at), ranks)
+        task = ScoringTask(images, labels, CLASSES, settings, 0)
+        found = score_images(["GraNd"], task, lambda *at: epochs.append(at), ranks)
         together = {}
         for count in (1, 2):
             protocol = evaluation.Protocol(DSA("flip"), epochs=2, batch_size=5, together=count)

@@ -14,7 +14,7 @@ from pad.data.placement import HostImages, batches, fits, place, to_device
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import ImageData
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
@@ -189,7 +189,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         trajectory = torch.stack(list(task.train(0, start)))
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
         names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
-        scores = score_images(names, images, preprocessed.labels, CLASSES, scoring, seed=0).scores
+        scores = score_images(names, ScoringTask(images, preprocessed.labels, CLASSES, scoring, 0)).scores
         experts = Experts(model, lambda k: trajectory[-1], 1)
         sets = [
             initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, 0)

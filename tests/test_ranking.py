@@ -11,7 +11,7 @@ import torch
 from pad.data.sources import ImageData
 from pad.difficulty.methods import METHODS, score_images
 from pad.difficulty.ranking import Ranking, obtain_rankings, ranking_file, read_published
-from pad.difficulty.training import ScoringSettings
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
 from pad.files import save_tensors
 from pad.locks import in_turn
@@ -299,7 +299,7 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pad")
     data, folder = make_data(), tmp_path / "new" / "folder"
     ranking = obtain(data, "GraNd", folder)
-    expected = score_images(["GraNd"], data.train_images.float() / 255, LABELS, 3, SCORING, seed=0).scores["GraNd"]
+    expected = score_images(["GraNd"], ScoringTask(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores["GraNd"]
     assert torch.equal(ranking.scores, expected)
     for c, row in enumerate(ranking.rows):
         assert sorted(row.tolist()) == (LABELS == c).nonzero().flatten().tolist()

@@ -14,7 +14,7 @@ from pad.difficulty import methods
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS, compute_rankings, score_images, score_network
 from pad.difficulty.scores import ForgettingEvents, el2n
-from pad.difficulty.training import ScoringSettings, train_scoring_network
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
 from pad.networks import build
 from pad.rng import generator
@@ -65,7 +65,7 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
     settings = ScoringSettings(
         "ConvNetD1W8", epochs=2, lr=0.1, momentum=0.7, weight_decay=0.01, batch=16, augmentation="flip_crop"
     )
-    trained = train_scoring_network(images, labels, 3, settings, seed=2, repeat=1)
+    trained = ScoringTask(images, labels, 3, settings, 2).train(1)
     assert not trained.training
 
     network = build("ConvNetD1W8", 3, 3, (8, 8), 2, "score", 1)
@@ -90,10 +90,9 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
 def test_observers_see_every_image_once_an_epoch_and_change_nothing():
     images, labels = random_task()
     seen = []
-    watched = train_scoring_network(
-        images, labels, 3, SMALL, 0, 0, observers=[lambda indices, logits: seen.append((indices, logits))]
-    )
-    alone = train_scoring_network(images, labels, 3, SMALL, 0, 0)
+    task = ScoringTask(images, labels, 3, SMALL, 0)
+    watched = task.train(0, observers=[lambda indices, logits: seen.append((indices, logits))])
+    alone = task.train(0)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters()))
     assert [len(indices) for indices, _ in seen] == [16, 16, 8] * 3
     for epoch in range(3):
@@ -126,7 +125,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
         sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history
     ]
     assert len(set(expected)) > 2
-    found = score_images(["Forgetting"], images, labels, 3, settings, seed=5).scores["Forgetting"]
+    found = score_images(["Forgetting"], ScoringTask(images, labels, 3, settings, 5)).scores["Forgetting"]
     assert found.tolist() == expected
 
 
@@ -134,7 +133,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
 def test_scores_do_not_depend_on_the_batch_they_are_computed_in(model):
     images, labels = random_task()
     settings = ScoringSettings(model, repeats=1, epochs=1, lr=0.05, batch=16)
-    network = train_scoring_network(images, labels, 3, settings, seed=0, repeat=0)
+    network = ScoringTask(images, labels, 3, settings, 0).train(0)
     whole = score_network(AT_THE_END, network, images, labels, batch=1000).scores
     parts = score_network(AT_THE_END, network, images, labels, batch=7).scores
     for name in AT_THE_END:
@@ -158,7 +157,7 @@ def test_no_epochs_scores_networks_as_initialised():
     network = build("ConvNetD1W8", 3, 3, (8, 8), 0, "score", 0).eval()
     with torch.no_grad():
         expected = el2n(network(images), labels)
-    torch.testing.assert_close(score_images(["EL2N"], images, labels, 3, settings, seed=0).scores["EL2N"], expected)
+    torch.testing.assert_close(score_images(["EL2N"], ScoringTask(images, labels, 3, settings, 0)).scores["EL2N"], expected)
 
 
 def test_wrongly_labelled_images_are_hardest():
@@ -171,7 +170,7 @@ def test_wrongly_labelled_images_are_hardest():
     labels[flipped] = (labels[flipped] + 1 + torch.randint(3, (40,), generator=rng)) % 4
     settings = ScoringSettings("ConvNetD1W16", repeats=2, epochs=4, lr=0.02, batch=50)
     names = ["GraNd", "EL2N", "Forgetting", "CAL", "DeepFool"]
-    for method, values in score_images(names, images, labels, 4, settings, seed=0).scores.items():
+    for method, values in score_images(names, ScoringTask(images, labels, 4, settings, 0)).scores.items():
         hardest = values.argsort(descending=True)[:40]
         found = torch.isin(hardest, flipped).double().mean().item()
         assert found >= 0.9, (method, found)  # chance is 0.1
@@ -184,19 +183,19 @@ def test_scores_are_the_mean_over_networks_each_of_which_depends_on_its_number_o
     images, labels = random_task()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    together = score_images(["GraNd", "DeepFool"], images, labels, 3, SMALL, seed=3).scores
+    together = score_images(["GraNd", "DeepFool"], ScoringTask(images, labels, 3, SMALL, 3)).scores
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     alone = {}
     for repeat in (1, 0):  # the second network before the first: neither needs the other
-        network = train_scoring_network(images, labels, 3, SMALL, 3, repeat)
+        network = ScoringTask(images, labels, 3, SMALL, 3).train(repeat)
         alone[repeat] = score_network(["GraNd", "DeepFool"], network, images, labels).scores
     for method in ("GraNd", "DeepFool"):
         assert not torch.equal(alone[0][method], alone[1][method])
         expected = (alone[0][method] + alone[1][method]) / 2
         torch.testing.assert_close(together[method], expected, rtol=1e-14, atol=0)
     assert not torch.equal(
-        score_images(["GraNd"], images, labels, 3, SMALL, seed=4).scores["GraNd"], together["GraNd"]
+        score_images(["GraNd"], ScoringTask(images, labels, 3, SMALL, 4)).scores["GraNd"], together["GraNd"]
     )
 
 
@@ -244,7 +243,7 @@ def test_orders_are_of_network_0_class_by_class_with_a_stream_for_each(monkeypat
     monkeypatch.setitem(METHODS, "Herding", methods.Method("Herding", "order", "", "evidence", order))
     ranking = rank(["EL2N", "Herding"], data, seed=4)["Herding"]
     images = data.train_images.float() / 255 - 0.5
-    network = train_scoring_network(images, data.train_labels, 3, SMALL, 4, 0)
+    network = ScoringTask(images, data.train_labels, 3, SMALL, 4).train(0)
     everyone = collect_evidence(network, images, data.train_labels)
     for c, (evidence, drawn) in enumerate(asked):
         row = (data.train_labels == c).nonzero().flatten()
@@ -362,7 +361,7 @@ def test_divergence_is_named():
     for names in (["GraNd"], ["Forgetting"], ["DeepFool"], []):
         message = r"scoring network 0 \(ConvNetD1W8\) diverged, its .* not finite.*below 1e\+30"
         with pytest.raises(InputError, match=message):
-            score_images(names, images, labels, 3, settings, seed=0, evidence=True)
+            score_images(names, ScoringTask(images, labels, 3, settings, 0), evidence=True)
 
 
 def test_a_diverged_network_is_not_kept(tmp_path):

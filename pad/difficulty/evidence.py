@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pad.data.placement import Images, fits
+from pad.difficulty.scores import error_vectors
 from pad.networks import Network
 
 
@@ -48,9 +49,7 @@ class Evidence:
     @property
     def errors(self) -> Tensor:
         """Probabilities minus the one-hot labels, ``[n, K]``."""
-        # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
-        wrong = self.probabilities.scatter(1, self.labels[:, None], 0.0)
-        return wrong.scatter(1, self.labels[:, None], -wrong.sum(dim=1, keepdim=True))
+        return error_vectors(self.logits, self.labels)
 
 
 @torch.no_grad()

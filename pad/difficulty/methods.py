@@ -23,7 +23,7 @@ from pad.difficulty import scores as formulas
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.orderings import ORDERINGS
 from pad.difficulty.rows import Ranking, by_class
-from pad.difficulty.training import ScoringSettings, train_scoring_network
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.files import load_tensors, save_tensors
@@ -143,22 +143,17 @@ def score_network(
 
 def _consult(
     methods: Sequence[str],
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
+    task: ScoringTask,
     repeat: int,
     progress: Callable[[int, int], None] | None,
     evidence: bool,
 ) -> Findings:
     """Train network number ``repeat``, and ask it. Raises InputError when what it says is not finite."""
-    observers = {name: METHODS[name].compute(labels) for name in methods if METHODS[name].needs == "training"}
-    network = train_scoring_network(
-        images, labels, num_classes, settings, seed, repeat, progress, list(observers.values())
-    )
-    found = score_network([name for name in methods if name not in observers], network, images, labels, evidence)
-    watched = {name: observer.scores(settings.epochs).cpu() for name, observer in observers.items()}
+    observers = {name: METHODS[name].compute(task.labels) for name in methods if METHODS[name].needs == "training"}
+    network = task.train(repeat, progress, list(observers.values()))
+    asked = [name for name in methods if name not in observers]
+    found = score_network(asked, network, task.images, task.labels, evidence)
+    watched = {name: observer.scores(task.settings.epochs).cpu() for name, observer in observers.items()}
     found = replace(found, scores=found.scores | watched)
     numbers = {"weights": network.parameters()} | {f"{name} scores": [values] for name, values in found.scores.items()}
     if found.evidence is not None:
@@ -166,8 +161,8 @@ def _consult(
     for what, tensors in numbers.items():
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise InputError(
-                f"training of scoring network {repeat} ({settings.model}) diverged, its {what} are not finite; "
-                f"a learning rate below {settings.lr:g} may help"
+                f"training of scoring network {repeat} ({task.settings.model}) diverged, its {what} are not finite; "
+                f"a learning rate below {task.settings.lr:g} may help"
             )
     return found
 
@@ -216,28 +211,24 @@ class _Kept:
 
 def score_images(
     methods: Sequence[str],
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
+    task: ScoringTask,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
     *,
     evidence: bool = False,
     keep: _Kept | None = None,
 ) -> Findings:
-    """Scores by ``methods``, the mean over ``settings.repeats`` networks that they share; network 0's ``evidence``.
+    """Scores by ``methods``, the mean over ``task.settings.repeats`` networks that they share; network 0's ``evidence``.
 
-    images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 on one device. Without methods, evidence is of
-    a single network. ``progress(repeat, epoch)`` is called after each epoch of each network. Networks are dealt to
+    Without methods, evidence is of a single network. ``progress(repeat, epoch)`` is called after each epoch of each network. Networks are dealt to
     ``ranks``, which all get the scores that one would; the evidence is rank 0's. Those that ``keep`` has are not trained.
     Raises InputError when a network diverges, and for a model or method that does not fit.
     """
-    if "Forgetting" in methods and settings.epochs == 0:
+    repeats, count = task.settings.repeats, len(task.images)
+    if "Forgetting" in methods and task.settings.epochs == 0:
         raise InputError("Forgetting watches networks being trained, so it needs 1 epoch or more")
-    keep = keep or _Kept(None, {}, labels)
-    networks = range(settings.repeats if methods else int(evidence))
+    keep = keep or _Kept(None, {}, task.labels)
+    networks = range(repeats if methods else int(evidence))
 
     kept = {repeat: keep.load(repeat, methods, evidence and repeat == 0) for repeat in networks}
     there = ranks.gather([repeat for repeat in networks if kept[repeat] is not None])
@@ -249,13 +240,13 @@ def score_images(
     others = {repeat for of_rank in there[: ranks.rank] for repeat in of_rank}  # what these have, they give
     mine = [repeat for repeat in there[ranks.rank] if repeat not in others]
 
-    per_network = {name: torch.zeros(settings.repeats, len(images), dtype=torch.float64) for name in methods}
+    per_network = {name: torch.zeros(repeats, count, dtype=torch.float64) for name in methods}
     seen = None
     for repeat in (*mine, *ranks.deal(missing)):
         found = kept[repeat] if repeat in mine else None
         if found is None:
             wanted = evidence and repeat == 0
-            found = _consult(methods, images, labels, num_classes, settings, seed, repeat, progress, wanted)
+            found = _consult(methods, task, repeat, progress, wanted)
             keep.save(repeat, found)
         if found.evidence is not None:
             seen = found.evidence
@@ -305,10 +296,8 @@ def compute_rankings(
         "preprocessing": preprocessing,
     }
     evidence = any(METHODS[name].needs == "evidence" for name in orders)
-    found = score_images(
-        scorers, images, labels, data.num_classes, settings, seed, progress, ranks,
-        evidence=evidence, keep=_Kept(keep, about, labels),
-    )  # fmt: skip
+    task = ScoringTask(images, labels, data.num_classes, settings, seed)
+    found = score_images(scorers, task, progress, ranks, evidence=evidence, keep=_Kept(keep, about, labels))
     rows = _ordered(orders, classes, found.evidence, images.device, seed, ranks)
 
     rankings = {}

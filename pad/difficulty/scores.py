@@ -14,15 +14,20 @@ from pad.networks import Network
 # --------------------------------------------------------------------------- of the label and what is predicted
 
 
+def error_vectors(logits: Tensor, labels: Tensor) -> Tensor:
+    """p - y, ``[n, K]`` in the logits' type, for logits ``[n, K]`` and labels ``[n]`` int64; p is the softmax, y one-hot."""
+    # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
+    wrong = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0)
+    return wrong.scatter(1, labels[:, None], -wrong.sum(dim=1, keepdim=True))
+
+
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     """EL2N, the length of the error vector, ||p - y|| (arXiv 2107.07075, section 2.2). Low is easy: it is learned.
 
     logits ``[n, K]``, labels ``[n]`` int64 -> ``[n]`` float64 in [0, sqrt(2)]; p is the softmax, y the one-hot label.
     Cost n K.
     """
-    # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
-    wrong = logits.double().softmax(dim=1).scatter(1, labels[:, None], 0.0)
-    return (wrong.square().sum(dim=1) + wrong.sum(dim=1).square()).sqrt()
+    return error_vectors(logits.double(), labels).norm(dim=1)
 
 
 def grand(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ class ForgettingEvents:
     scores the number of epochs, which no count reaches. Counts are whole numbers, so there are many ties, the fewer
     the more networks are averaged.
 
-    An observer of :func:`pad.difficulty.training.train_scoring_network`. labels: ``[n]`` int64, on the device.
+    An observer of :class:`pad.difficulty.training.ScoringTask`. labels: ``[n]`` int64, on the device.
     """
 
     def __init__(self, labels: Tensor):

@@ -58,63 +58,65 @@ class ScoringSettings:
         need("augmentation", known, f"none, or names joined by _ out of {', '.join(kinds)}")
 
 
-def scoring_epochs(
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
-    repeat: int,
-    observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
-) -> Iterator[Network]:
-    """Network number ``repeat`` as initialised, and after each epoch on everything; always the same module, in eval mode.
+@dataclass(frozen=True, eq=False)
+class ScoringTask:
+    """The networks that score images: what they are trained on, and how.
 
-    It depends on (settings, seed, repeat) only, and up to an epoch not on how many follow.
-    images ``[N, C, H, W]`` float32, preprocessed, and labels ``[N]`` int64 lie on the device that trains.
-    ``observer(indices, logits)`` is called with each step's indices ``[B]`` and logits ``[B, K]``, which are those before
-    the step, of the images as augmented; both on the device. Raises InputError as :func:`pad.networks.build` does.
+    Args:
+        images, labels: ``[N, C, H, W]`` float32, preprocessed, and ``[N]`` int64, on the device that trains.
+        seed: network ``repeat`` depends on (settings, seed, repeat) only.
     """
-    channels, height, width = images.shape[1:]
-    # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
-    network = build(settings.model, channels, num_classes, (height, width), seed, "score", repeat).to(images.device)
-    forward = forward_of(network)
-    optimiser = torch.optim.SGD(
-        network.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-    )
-    augmentation = NoAugmentation() if settings.augmentation == "none" else DSA(settings.augmentation)
-    yield network.eval()
-    for epoch in range(settings.epochs):
-        network.train()
-        rng = generator(seed, "score", repeat, epoch)
-        order = torch.randperm(len(images), generator=rng)
-        indices = to_device(order, labels.device).split(settings.batch)
-        for x, seen in zip(batches(images, order, settings.batch), indices):
-            x = augment(x, augmentation.draw(len(x), rng))
-            optimiser.zero_grad()
-            logits = forward(x)
-            F.cross_entropy(logits, labels[seen]).backward()
-            optimiser.step()
-            for observer in observers:
-                observer(seen, logits.detach())
+
+    images: Images
+    labels: Tensor
+    num_classes: int
+    settings: ScoringSettings
+    seed: int
+
+    def epochs(self, repeat: int, observers: Sequence[Callable[[Tensor, Tensor], None]] = ()) -> Iterator[Network]:
+        """Network ``repeat`` as initialised, and after each epoch on everything; always the same module, in eval mode.
+
+        Up to an epoch it does not depend on how many follow. ``observer(indices, logits)`` is called with each step's
+        indices ``[B]`` and logits ``[B, K]``, which are those before the step, of the images as augmented; both on the
+        device. Raises InputError as :func:`pad.networks.build` does.
+        """
+        settings, (channels, height, width) = self.settings, self.images.shape[1:]
+        # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
+        network = build(settings.model, channels, self.num_classes, (height, width), self.seed, "score", repeat)
+        network.to(self.images.device)
+        forward = forward_of(network)
+        optimiser = torch.optim.SGD(
+            network.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
+        augmentation = NoAugmentation() if settings.augmentation == "none" else DSA(settings.augmentation)
         yield network.eval()
+        for epoch in range(settings.epochs):
+            network.train()
+            rng = generator(self.seed, "score", repeat, epoch)
+            order = torch.randperm(len(self.images), generator=rng)
+            indices = to_device(order, self.labels.device).split(settings.batch)
+            for x, seen in zip(batches(self.images, order, settings.batch), indices):
+                x = augment(x, augmentation.draw(len(x), rng))
+                optimiser.zero_grad()
+                logits = forward(x)
+                F.cross_entropy(logits, self.labels[seen]).backward()
+                optimiser.step()
+                for observer in observers:
+                    observer(seen, logits.detach())
+            yield network.eval()
 
-
-def train_scoring_network(
-    images: Images,
-    labels: Tensor,
-    num_classes: int,
-    settings: ScoringSettings,
-    seed: int,
-    repeat: int,
-    progress: Callable[[int, int], None] | None = None,
-    observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
-) -> Network:
-    """The last of :func:`scoring_epochs`. ``progress(repeat, epoch)`` is called after each epoch."""
-    for epoch, network in enumerate(scoring_epochs(images, labels, num_classes, settings, seed, repeat, observers), -1):
-        if epoch >= 0 and progress is not None:
-            progress(repeat, epoch)
-    return network
+    def train(
+        self,
+        repeat: int,
+        progress: Callable[[int, int], None] | None = None,
+        observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
+    ) -> Network:
+        """The last of :meth:`epochs`. ``progress(repeat, epoch)`` is called after each epoch."""
+        for epoch, network in enumerate(self.epochs(repeat, observers), -1):
+            if epoch >= 0 and progress is not None:
+                progress(repeat, epoch)
+        return network

@@ -6,9 +6,9 @@
 //     z = (x - mean) r,  r = 1 / sqrt(variance + eps),  u = weight z + bias,  out = pool(max(u, 0)).
 // Along (x', weight', bias'), with m = mean(z x'):
 //     z' = r (x' - mean(x') - m z),  u' = weight z' + weight' z + bias',  out' = pool([u > 0] u').
-// As the first block, whose input needs no gradient, it takes the images themselves and convolves them too: 3 x 3 kernels
-// over few channels are computed faster than their result is written and read. A bias of the convolution is a constant of
-// the plane, which normalisation takes away.
+// As the first block it takes the images themselves and convolves them too: 3 x 3 kernels over few channels are computed
+// faster than their result is written and read. A bias of the convolution is a constant of the plane, which normalisation
+// takes away. The images' own gradient is left to a matrix product with what first_dual_backward writes, and to fold.
 //
 // What an odd last row or column holds takes part in the statistics and is not pooled.
 //

@@ -114,21 +114,14 @@ def _distill(settings: DistillSettings, ranks: Ranks, bench: Workbench, folder: 
     )  # fmt: skip
     protocol = evaluation_protocol(settings, bench.device, count)
 
-    fixed = {key: value for key, value in settings.as_dict().items() if key not in MAY_DIFFER_ON_RESUME}
-    recipe = {key: value for key, value in store.header(experts[0])["settings"].items() if key != "attempt"}
-    headers = json.dumps([store.header(k) for k in experts], sort_keys=True)
-    identity = {
-        **store.metadata, "buffer": recipe, "settings": fixed,
-        "experts": hashlib.sha256(headers.encode()).hexdigest()[:16],
-    }  # fmt: skip
-    del identity["parameters"]  # the model's, of which there can be hundreds
+    identity = _identity(settings, store, experts)
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
         metadata = {
             "data": bench.data.identity, "class_names": list(bench.data.class_names), "model": settings.model,
-            "iteration": iteration, "seed": settings.seed, "provenance": {"buffer": recipe},
-            "settings": fixed,
+            "iteration": iteration, "seed": settings.seed,
+            "provenance": {"buffer": identity["buffer"]}, "settings": identity["settings"],
         }  # fmt: skip
         return SyntheticSet(images, labels, lr, classes, metadata, bench.preprocessing)
 
@@ -150,6 +143,19 @@ def _distill(settings: DistillSettings, ranks: Ranks, bench: Workbench, folder: 
         run.finish(iterations=distiller.state.iteration, best_accuracy=distiller.state.best, skipped=distiller.state.skipped)
     log.info("the synthetic set is in %s", folder)
     return folder
+
+
+def _identity(settings: DistillSettings, store: TrajectoryStore, experts: list[int]) -> dict:
+    """What a run is of, as nested plain values: a checkpoint of another is refused by the first that differs."""
+    headers = [store.header(k) for k in experts]
+    identity = {
+        **store.metadata,
+        "buffer": {key: value for key, value in headers[0]["settings"].items() if key != "attempt"},
+        "settings": {key: value for key, value in settings.as_dict().items() if key not in MAY_DIFFER_ON_RESUME},
+        "experts": hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest()[:16],
+    }
+    del identity["parameters"]  # the model's, of which there can be hundreds
+    return identity
 
 
 def _flat_model(settings: DistillSettings, before: dict, bench: Workbench) -> FlatModel:

@@ -28,7 +28,7 @@ from pad.data.sources import ImageData, load_data
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import compute_rankings
 from pad.difficulty.scores import grand
-from pad.difficulty.training import ScoringSettings, scoring_epochs
+from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.rng import generator
 from pad.tracking import result_table
 
@@ -40,7 +40,8 @@ def grand_after(
 ) -> dict[int, Tensor]:
     """GraNd ``[N]`` by one network after each number of ``epochs``, from one training."""
     found = {}
-    for done, network in enumerate(scoring_epochs(images, data.train_labels, data.num_classes, settings, seed, repeat)):
+    task = ScoringTask(images, data.train_labels, data.num_classes, settings, seed)
+    for done, network in enumerate(task.epochs(repeat)):
         if done in epochs:
             evidence = collect_evidence(network, images, data.train_labels)
             found[done] = grand(evidence.logits, evidence.features, data.train_labels)

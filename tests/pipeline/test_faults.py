@@ -192,6 +192,25 @@ def measured(attempts: Killed) -> tuple[int, float]:
     return attempts.counter.value, time.monotonic() - began
 
 
+def kill_again_and_again(seed: int, attempts, check, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Runs in folder after folder, ``attempts(folder)``, until there were enough kills: each must end as expected.
+
+    ``check(folder)`` begins to watch an attempt and returns what is to be called after it.
+    """
+    measure = tmp_path / "measured"
+    measure.mkdir()
+    size = measured(attempts(measure))
+    assert files_in(measure) == expected
+    rng, kills = random.Random(seed), 0
+    for chain in itertools.count():
+        folder = tmp_path / str(chain)
+        folder.mkdir()
+        kills += kill_until_done(rng, attempts(folder), *size, lambda: check(folder))
+        assert files_in(folder) == expected
+        if kills >= KILLS:
+            break
+
+
 @pytest.fixture(scope="session")
 def buffer(images, tmp_path_factory) -> Path:
     """Four recorded experts."""
@@ -228,19 +247,7 @@ def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
 
         return after
 
-    measure = tmp_path / "measured"
-    measure.mkdir()
-    size = measured(attempts(measure))
-    expected = files_in(buffer)
-    assert files_in(measure) == expected
-    rng, kills = random.Random(0), 0
-    for chain in itertools.count():
-        folder = tmp_path / str(chain)
-        folder.mkdir()
-        kills += kill_until_done(rng, attempts(folder), *size, lambda: check(folder))
-        assert files_in(folder) == expected
-        if kills >= KILLS:
-            break
+    kill_again_and_again(0, attempts, check, files_in(buffer), tmp_path)
 
 
 def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_path):
@@ -262,19 +269,7 @@ def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_pat
 
         return after
 
-    measure = tmp_path / "measured"
-    measure.mkdir()
-    size = measured(attempts(measure))
-    expected = files_in(finished)
-    assert files_in(measure) == expected
-    rng, kills = random.Random(1), 0
-    for chain in itertools.count():
-        folder = tmp_path / str(chain)
-        folder.mkdir()
-        kills += kill_until_done(rng, attempts(folder), *size, lambda: check(folder))
-        assert files_in(folder) == expected
-        if kills >= KILLS:
-            break
+    kill_again_and_again(1, attempts, check, files_in(finished), tmp_path)
 
 
 # ---- SIGINT and SIGTERM
