@@ -461,12 +461,20 @@ void fold(Shape s, T, const T* const* in, T* const* out) {
 
 }  // namespace
 
+// Vectors wider than the machine's registers are taken apart by way of memory, which costs more than all the rest.
+#ifdef __AVX512F__
+constexpr int WIDEST = 16;
+#else
+constexpr int WIDEST = 8;
+#endif
+
 // channels must be a multiple of 8 (but in fold); pointers are of dense channels-last tensors, or of vectors [channels].
 #define EXPORT(NAME, T, FUNCTION, ...)                                                                                  \
     extern "C" void NAME##_##T(int64_t images, int64_t channels, int64_t height, int64_t width, double eps,             \
                                const T* const* in, T* const* out) {                                                     \
         const Shape s{images, channels, height, width};                                                                 \
-        channels % 16 ? FUNCTION<T, 8, ##__VA_ARGS__>(s, eps, in, out) : FUNCTION<T, 16, ##__VA_ARGS__>(s, eps, in, out);     \
+        channels % WIDEST ? FUNCTION<T, 8, ##__VA_ARGS__>(s, eps, in, out)                                              \
+                          : FUNCTION<T, WIDEST, ##__VA_ARGS__>(s, eps, in, out);                                        \
     }
 #define EXPORT_BOTH(NAME, ...) EXPORT(NAME, float, __VA_ARGS__) EXPORT(NAME, double, __VA_ARGS__)
 
