@@ -16,6 +16,7 @@ import warnings
 from typing import Callable
 
 from pad import config, distributed, stages
+from pad import settings as commands
 from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped
@@ -38,7 +39,7 @@ class _Terminated(KeyboardInterrupt):
 def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = None) -> int:
     """Run ``stage(argv, ranks)``; returns the exit code. Of several processes, one that fails ends here.
 
-    The same command (of stage 2, with --resume) goes on where an interrupted one stopped.
+    The same command (of the distilling ones, with --resume) goes on where an interrupted one stopped.
     """
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
@@ -49,15 +50,15 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    ranks = distributed.ALONE
+    ranks, resume = distributed.ALONE, stage in (_distill, _match_gradients, _match_distributions)
     try:
         ranks = distributed.join()
         with _one_voice(ranks, handler):
-            code = _exit_code(stage, argv, ranks)
+            code = _exit_code(stage, argv, ranks, resume)
     except InputError as error:  # the other processes did not come
         code = ranks.say(f"error: {error}", 2)
     except KeyboardInterrupt as stop:
-        command = _command(argv, ranks, resume=stage is _distill)
+        command = _command(argv, ranks, resume)
         message = f"interrupted; what was finished is kept\ngo on with: {command}"
         code = ranks.say(message, 143 if isinstance(stop, _Terminated) else 130)
     except Exception:
@@ -92,7 +93,7 @@ def _terminate(number, frame) -> None:
     raise _Terminated
 
 
-def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ranks: Ranks) -> int:
+def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ranks: Ranks, resume: bool) -> int:
     try:
         stage(argv, ranks)
         ranks.barrier()
@@ -104,10 +105,10 @@ def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ran
     except PeerLost as error:
         return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
     except Stopped as stop:  # those of a signal can be gone on with; others need other settings
-        return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks)}" if stop.code > 128 else str(stop), stop.code)
+        return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks, resume)}" if stop.code > 128 else str(stop), stop.code)
 
 
-def _command(argv: list[str], ranks: Ranks, resume: bool = True) -> str:
+def _command(argv: list[str], ranks: Ranks, resume: bool) -> str:
     if ranks.size > ranks.local_size:
         return f"the same commands{', and --resume' if resume else ''}"
     if not resume:
@@ -129,27 +130,37 @@ def _program(ranks: Ranks) -> list[str]:
 
 
 def _buffer(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(config.BufferSettings, argv, "buffer_CL.py")
+    settings, _ = config.parse(commands.BufferSettings, argv, "buffer_CL.py")
     stages.record_experts(settings, ranks)
 
 
 def _distill(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(config.DistillSettings, argv, "PAD.py")
+    settings, _ = config.parse(commands.DistillSettings, argv, "PAD.py")
+    stages.distill(settings, ranks)
+
+
+def _match_gradients(argv: list[str], ranks: Ranks) -> None:
+    settings, _ = config.parse(commands.DCSettings, argv, "DC.py")
+    stages.distill(settings, ranks)
+
+
+def _match_distributions(argv: list[str], ranks: Ranks) -> None:
+    settings, _ = config.parse(commands.DMSettings, argv, "DM.py")
     stages.distill(settings, ranks)
 
 
 def _evaluate(argv: list[str], ranks: Ranks) -> None:
-    settings, given = config.parse(config.EvaluationSettings, argv, "evaluation.py")
+    settings, given = config.parse(commands.EvaluationSettings, argv, "evaluation.py")
     stages.evaluate(settings, given, ranks)
 
 
 def _score(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(config.ScoreSettings, argv, "score_difficulty.py")
+    settings, _ = config.parse(commands.ScoreSettings, argv, "score_difficulty.py")
     stages.score_difficulty(settings, ranks)
 
 
 def _coreset(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(config.CoresetSettings, argv, "select_coreset.py")
+    settings, _ = config.parse(commands.CoresetSettings, argv, "select_coreset.py")
     stages.select_coreset(settings, ranks)
 
 
@@ -161,6 +172,16 @@ def buffer(argv: list[str] | None = None) -> int:
 def distill(argv: list[str] | None = None) -> int:
     """``pad-distill``, ``distill/PAD.py``."""
     return run(_distill, argv)
+
+
+def match_gradients(argv: list[str] | None = None) -> int:
+    """``pad-dc``, ``distill/DC.py``."""
+    return run(_match_gradients, argv)
+
+
+def match_distributions(argv: list[str] | None = None) -> int:
+    """``pad-dm``, ``distill/DM.py``."""
+    return run(_match_distributions, argv)
 
 
 def evaluate(argv: list[str] | None = None) -> int:

@@ -6,16 +6,17 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Callable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pad import kernels
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.files import load_tensors, save_tensors
-from pad.matching.unroll import Gradients
+from pad.matching.base import Objective
 from pad.synthetic import SyntheticSet
 from pad.tracking import Run, before_after, image_grid
 
@@ -30,20 +31,18 @@ class _Interrupted(KeyboardInterrupt):
     """A signal in a place where it need not wait."""
 
 
-class Objective(Protocol):
-    """What an outer iteration asks: a pure function of (iteration, synthetic set)."""
-
-    def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients: ...
-
-
 @dataclass
 class State:
-    """Everything that an outer iteration changes."""
+    """Everything that an outer iteration changes.
+
+    ``average``: the exponential moving average of the images (FTD, arXiv 2211.11004), where one is kept.
+    """
 
     images: Tensor
     labels: Tensor
     lr: Tensor
     momentum: list[Tensor] = field(default_factory=list)
+    average: Tensor | None = None
     iteration: int = 0  # the next one
     best: float = -1.0
     skipped: int = 0
@@ -56,26 +55,25 @@ class State:
     def variables(self) -> list[Tensor]:
         return [self.images, self.labels, self.lr]
 
-    def step(self, gradients: list[Tensor], rates: list[float], momenta: list[float]) -> None:
-        """One SGD step with momentum on images, labels and learning rate."""
+    def step(self, gradients: list[Tensor], rates: list[float], momenta: list[float], ema_decay: float = 0.0) -> None:
+        """One SGD step with momentum on images, labels and learning rate; then one of the average, with ``ema_decay``."""
         for variable, buffer, gradient, rate, momentum in zip(
             self.variables, self.momentum, gradients, rates, momenta, strict=True
         ):
             buffer.mul_(momentum).add_(gradient)
             variable.sub_(buffer, alpha=rate)
         self.lr.clamp_(min=SMALLEST_LR)
+        if self.average is not None:
+            self.average.mul_(ema_decay).add_(self.images, alpha=1 - ema_decay)
 
     _COUNTERS = ("iteration", "best", "skipped", "bad_in_a_row")
     _TENSORS = ("images", "labels", "lr")
 
     def save(self, path: Path, processes: int = 1, identity: dict | None = None) -> None:
         """Write a checkpoint, atomically. ``processes``: how many share the matching; ``identity``: see :meth:`load`."""
-        tensors = dict(zip(self._TENSORS, self.variables)) | {
-            f"momentum_{name}": buffer for name, buffer in zip(self._TENSORS, self.momentum)
-        }
         counters = {name: getattr(self, name) for name in self._COUNTERS}
         metadata = {"kind": "checkpoint", "format": _FORMAT, "arithmetic": _arithmetic(self.images, processes)}
-        save_tensors(path, tensors, metadata | counters | {"identity": identity or {}})
+        save_tensors(path, self._named(), metadata | counters | {"identity": identity or {}})
 
     @classmethod
     def load(cls, path: Path, like: "State", processes: int = 1, identity: dict | None = None) -> "State":
@@ -100,16 +98,24 @@ class State:
             raise InputError(
                 f"{path}: {where}: {there} in the checkpoint, {here} in the config; --overwrite starts the run anew"
             )
-        variables = [tensors.get(name) for name in cls._TENSORS]
-        momentum = [tensors.get(f"momentum_{name}") for name in cls._TENSORS]
-        for name, found, wanted in zip(cls._TENSORS * 2, variables + momentum, like.variables * 2):
-            if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
-                raise InputError(f"{path}: {name} in the checkpoint is not of this run's shape {list(wanted.shape)}")
-        before, now = {"tf32": False, **before}, _arithmetic(like.images, processes)
+        wanted = like._named()
+        for name, tensor in wanted.items():
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise InputError(f"{path}: {name} in the checkpoint is not of this run's shape {list(tensor.shape)}")
+        now = _arithmetic(like.images, processes)
+        before = {"tf32": False, "kernels": now["kernels"], **before}  # an older checkpoint does not say
         if before != now:
             log.warning("%s was written with %s, this is %s: results may differ by rounding", path, before, now)
-        moved = [tensor.to(like.images.device) for tensor in (*variables, *momentum)]
-        return cls(*moved[:3], moved[3:], **counters)
+        moved = {name: tensors[name].to(like.images.device) for name in wanted}
+        variables, momentum = ([moved[f"{kind}{name}"] for name in cls._TENSORS] for kind in ("", "momentum_"))
+        return cls(*variables, momentum, moved.get("average"), **counters)
+
+    def _named(self) -> dict[str, Tensor]:
+        """All tensors, as a checkpoint names them."""
+        momentum = {f"momentum_{name}": buffer for name, buffer in zip(self._TENSORS, self.momentum)}
+        average = {} if self.average is None else {"average": self.average}
+        return dict(zip(self._TENSORS, self.variables)) | momentum | average
 
 
 def first_difference(there: dict, here: dict) -> tuple[str, object, object] | None:
@@ -130,6 +136,7 @@ def _arithmetic(images: Tensor, processes: int) -> dict:
     return {
         "torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "processes": processes,
         "tf32": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "kernels": device == "cpu" and kernels.library() is not None,
     }  # fmt: skip
 
 
@@ -145,7 +152,8 @@ class Schedule:
     threshold: float
     max_bad_iterations: int
     rates: list[float]  # of images, labels, lr
-    momentum_y: float
+    momentum_y: float = 0.0
+    ema_decay: float = 0.0
 
 
 @dataclass
@@ -245,23 +253,31 @@ class Distiller:
         self._signal = number
 
     def _iterate(self, it: int) -> float:
-        """Match and, when the loss is good enough, update. Returns the loss."""
+        """The steps of an iteration: match and, when the loss is good enough, update. Returns their mean loss.
+
+        A step that changes nothing ends the iteration, which then counts as skipped.
+        """
         state, schedule = self.state, self.schedule
-        g = self.objective.gradients(it, state.images, state.labels, state.lr)
-        gradients = [g.images, g.labels, g.lr]
-        # One synchronisation an iteration: everything that decides comes over together.
-        found = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
-        # Of several ranks the main one decides, even if their machines should round differently, and all stop together.
-        reports = self.ranks.gather((found, self._signal))
-        (loss, *finite), self._stop = reports[0][0], max(sent for _, sent in reports)
-        finite = all(finite) and math.isfinite(loss)
-        updated = finite and loss <= schedule.threshold
-        if updated:
-            state.step(gradients, schedule.rates, [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM])
-        else:
-            state.skipped += 1
-        state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-        bad = {} if finite else {"bad": True}
+        losses, all_finite, updates = [], True, 0
+        for g in self.objective.steps(it, state.images, state.labels, state.lr):
+            gradients = [g.images, g.labels, g.lr]
+            # One synchronisation a step: everything that decides comes over together.
+            found = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
+            # Of several ranks the main one decides, even if their machines should round differently, and all stop together.
+            reports = self.ranks.gather((found, self._signal))
+            (loss, *finite), self._stop = reports[0][0], max(sent for _, sent in reports)
+            finite = all(finite) and math.isfinite(loss)
+            losses.append(loss)
+            all_finite = all_finite and finite
+            if finite and loss <= schedule.threshold:
+                updates += 1
+                state.step(gradients, schedule.rates, [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM], schedule.ema_decay)
+            else:
+                break
+        updated, loss = updates == len(losses), sum(losses) / len(losses)
+        state.skipped += not updated
+        state.bad_in_a_row = 0 if all_finite else state.bad_in_a_row + 1
+        bad = {} if all_finite else {"bad": True}
         self.run.record("match", it, loss=loss, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
         if state.bad_in_a_row >= schedule.max_bad_iterations:
             count, state.bad_in_a_row = state.bad_in_a_row, 0
@@ -282,7 +298,8 @@ class Distiller:
 
     def _set(self) -> SyntheticSet:
         state = self.state
-        return self.synthetic(state.images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
+        images = state.images if state.average is None else state.average
+        return self.synthetic(images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
 
     def _evaluate(self, it: int) -> str:
         """Score the set as it is before iteration ``it``; keep it when it is the best so far.

@@ -13,6 +13,7 @@ from pad.data.augment import augment
 from pad.data.placement import Images, to_device
 from pad.distributed import ALONE, Ranks
 from pad.functional import FlatModel, cross_entropy
+from pad.fused import forward_of
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
@@ -103,8 +104,8 @@ class Protocol:
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Images, labels: Tensor, batch: int = 512) -> float:
     """Share of ``images [N, C, H, W]`` that the network, in eval mode, classifies as ``labels [N]``; 0..1."""
-    network.eval()
-    right = sum((network(x).argmax(dim=1) == y).sum() for x, y in zip(images.split(batch), labels.split(batch)))
+    forward = forward_of(network.eval())
+    right = sum((forward(x).argmax(dim=1) == y).sum() for x, y in zip(images.split(batch), labels.split(batch)))
     return right.item() / len(images)
 
 

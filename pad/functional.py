@@ -117,6 +117,26 @@ class FlatModel:
             return slopes[0], h_thetas[0], h_xs[0][:n], h_ps[0][:n] / n
         return sum(slopes), sum(h_thetas), torch.cat(h_xs)[:n], torch.cat(h_ps)[:n] / n
 
+    @torch.no_grad()
+    def with_statistics(self, theta: Tensor, images: Tensor) -> "FlatModel":
+        """This network with BatchNorm's statistics fixed to those of ``images [N, C, H, W]`` under ``theta [P]``.
+
+        Its images do not depend on each other any more. The statistics are constants of its derivatives, which are
+        computed operation by operation.
+        """
+        fixed = copy.copy(self)
+        fixed.module = copy.deepcopy(self.module)
+        norms = [child for child in fixed.module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.track_running_stats, norm.momentum = True, 1.0
+            norm.running_mean, norm.running_var = theta.new_zeros(2, norm.num_features)
+        fixed(theta, images)
+        for norm in norms:
+            norm.eval()
+        fixed.separable, fixed.compiled, fixed.fused, fixed._forward = True, False, False, fixed
+        fixed._grad, fixed._hvp = _eager_derivatives(fixed)
+        return fixed
+
     def _pieces(self, x: Tensor, p: Tensor) -> list[tuple[Tensor, Tensor]]:
         """A batch in micro-batches; where code is compiled, a short one is filled up, with images that do not count.
 

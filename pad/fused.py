@@ -7,13 +7,14 @@ derivatives without a second pass backwards.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pad import kernels
-from pad.networks import InstanceNorm
+from pad.networks import InstanceNorm, Network
 
 _LANES = 8  # the kernels work on as many channels at a time
 
@@ -146,13 +147,19 @@ class FusedConvNet:
 
     def __call__(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         """Logits ``[N, K]`` of ``x [N, C, H, W]``."""
+        return F.linear(self.blocks(parameters, x)[-1].flatten(1), *_layer(parameters, "classifier"))
+
+    def blocks(self, parameters: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+        """The outputs of all blocks, shallow to deep."""
+        outputs = []
         for i, (padding, eps) in enumerate(self._blocks):
             (w, b), norm = _layer(parameters, f"body.{i}.0"), _layer(parameters, f"body.{i}.1")
             if i == 0 and _few_channels(x) and not x.requires_grad:
                 x = _FirstBlock.apply(x, w, b, *norm, padding, eps)
             else:
                 x = _Block.apply(F.conv2d(_dense(x), w, b, padding=padding), *norm, eps)
-        return F.linear(x.flatten(1), *_layer(parameters, "classifier"))
+            outputs.append(x)
+        return outputs
 
     def dual(self, parameters: dict[str, Tensor], along: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[N, K]`` and their derivative along ``along``, differentiable in the parameters and in x."""
@@ -175,11 +182,19 @@ class FusedConvNet:
 
 def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What ``module``'s forward computes, with the kernels where it is made of such blocks and lies on a CPU."""
+    network = _fused(module)
+    return module if network is None else partial(network, dict(module.named_parameters()))
+
+
+def blocks_of(module: Network) -> Callable[[Tensor], list[Tensor]]:
+    """The same of ``module.blocks``."""
+    network = _fused(module)
+    return module.blocks if network is None else partial(network.blocks, dict(module.named_parameters()))
+
+
+def _fused(module: nn.Module) -> FusedConvNet | None:
     on_cpu = all(parameter.is_cpu for parameter in module.parameters())
-    if not on_cpu or not FusedConvNet.fits(module) or kernels.library() is None:
-        return module
-    network, parameters = FusedConvNet(module), dict(module.named_parameters())
-    return lambda x: network(parameters, x)
+    return FusedConvNet(module) if on_cpu and FusedConvNet.fits(module) and kernels.library() is not None else None
 
 
 def _layer(parameters: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

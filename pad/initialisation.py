@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pad.coresets import hard_logits
 from pad.data.placement import Images
 from pad.errors import InputError
 from pad.functional import FlatModel
@@ -90,10 +91,11 @@ def initial_set(
     labels: Tensor,
     num_classes: int,
     ipc: int,
-    experts: Experts,
+    experts: Experts | None,
     seed: int,
     *stream: int | str,
     noise_logit: float = 10.0,
+    hard: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Initial images ``[num_classes * ipc, C, H, W]``, class by class, and label logits ``[.., num_classes]``.
 
@@ -102,6 +104,9 @@ def initial_set(
             real images, labelled by the first expert. ``noise``: standard normal images, ``noise_logit`` times one-hot
             labels (ours: the published code has no labels for noise).
         images, labels: the real training images ``[N, C, H, W]`` (preprocessed) and labels ``[N]``.
+        experts: not needed for hard labels of ``real`` images and ``noise``.
+        hard: labels whose softmax is one-hot, to the last bit. The gradient of any loss in such logits is zero, to the
+            last bit too, so that they stay what they are whatever learns.
 
     Raises InputError when a class has too few images, or too few that the experts get right.
     """
@@ -109,10 +114,14 @@ def initial_set(
     if kind == "noise":
         rng = generator(seed, "initial images", *stream)
         noise = torch.randn(len(classes), *images.shape[1:], generator=rng)
-        return noise.to(images.device, images.dtype), noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
-    rows = class_order(labels, num_classes, ipc, seed, *stream)
-    if kind == "samples_predicted_correctly":
-        chosen = images[predicted_correctly(experts, images, rows, ipc)]
-        return chosen, averaged_logits(experts, chosen, classes)
-    chosen = images[torch.cat([row[:ipc] for row in rows])]
-    return chosen, experts.model.logits(experts.parameters(0), chosen)
+        chosen = noise.to(images.device, images.dtype)
+        logits = noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    else:
+        rows = class_order(labels, num_classes, ipc, seed, *stream)
+        if kind == "samples_predicted_correctly":
+            chosen = images[predicted_correctly(experts, images, rows, ipc)]
+            logits = None if hard else averaged_logits(experts, chosen, classes)
+        else:
+            chosen = images[torch.cat([row[:ipc] for row in rows])]
+            logits = None if hard else experts.model.logits(experts.parameters(0), chosen)
+    return chosen, hard_logits(classes, num_classes).to(images.dtype) if hard else logits

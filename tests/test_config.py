@@ -13,12 +13,23 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pad import cli
-from pad.config import BufferSettings, CoresetSettings, DistillSettings, EvaluationSettings, ScoreSettings, parse
+from pad.config import parse
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
+from pad.settings import (
+    BufferSettings,
+    CoresetSettings,
+    DCSettings,
+    DistillSettings,
+    DMSettings,
+    EvaluationSettings,
+    ScoreSettings,
+)  # fmt: skip
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-STAGES = (BufferSettings, DistillSettings, EvaluationSettings, ScoreSettings, CoresetSettings)
+STAGES = (
+    BufferSettings, DistillSettings, DCSettings, DMSettings, EvaluationSettings, ScoreSettings, CoresetSettings,
+)  # fmt: skip
 TRIO = ["--data_dir", "i.pt", "--label_dir", "l.pt", "--lr_dir", "r.pt"]  # what the third stage cannot do without
 
 
@@ -166,7 +177,8 @@ def test_a_published_file_is_read_as_it_stands(published, caplog):
     assert found.device == "[3]" and found.max_files is None
     assert found.name == "IPC10-seed0"
     assert (found.syn_steps, found.model, found.Momentum_y, found.batch_train) == (80, "ConvNet", 0.9, 256)
-    assert "Iteration" in given_names and "ema_decay" not in given_names and "eval_it" not in given_names
+    assert "Iteration" in given_names and "eval_it" not in given_names
+    assert found.ema_decay == 0  # published, and of no account there
     assert first_words(caplog) == ["depth_ratio", "ema_decay", "texture"]
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
@@ -258,6 +270,7 @@ def test_every_published_flag_is_accepted(cls, flags, joined, caplog):
 def test_every_published_key_is_accepted(tmp_path, caplog):
     found, given_names = parse(DistillSettings, ["--cfg", config(tmp_path, yaml.safe_dump(DISTILL_KEYS))], "test")
     dead = DEAD[DistillSettings]
+    given_names -= {"ema_decay"}  # which another method reads
     assert given_names == set(DISTILL_KEYS) - dead
     assert first_words(caplog) == sorted(dead)
     unlike = {"device", "data_path", "buffer_path"}  # another form of the same
@@ -377,7 +390,7 @@ def test_help_names_every_live_flag_and_no_dead_one(capsys):
         assert caught.value.code == 0
         words = {word.strip("[],") for word in capsys.readouterr().out.split()}
         assert {f"--{field.name}" for field in dataclasses.fields(cls)} <= words
-        assert not {f"--{name}" for name in cls.dead} & words
+        assert not {f"--{name}" for name in (*cls.dead, *cls.refused)} & words
 
 
 # ---- refusals
@@ -436,6 +449,13 @@ RANGES = [  # a value that is just in, and one that is just out
     (ScoreSettings, "momentum", "0.99", "1"), (ScoreSettings, "weight_decay", "0", "-1"),
     (ScoreSettings, "batch", "1", "0"), (CoresetSettings, "ipc", "1", "0"), (CoresetSettings, "lr", "1e-9", "0"),
     (CoresetSettings, "end", "hardest", "middle"), (CoresetSettings, "labels", "hard", "firm"),
+    (DistillSettings, "method", "DATM", "DC"), (DistillSettings, "gradient", "truncated", "short"),
+    (DistillSettings, "labels", "hard", "firm"), (DistillSettings, "ema_decay", "0", "1"),
+    (DCSettings, "outer_loop", "1", "0"), (DCSettings, "inner_loop", "0", "-1"), (DCSettings, "batch_real", "1", "0"),
+    (DCSettings, "drop_easy", "0.99", "1"), (DCSettings, "drop_hard", "0", "-0.1"), (DCSettings, "lr_net", "1e-9", "0"),
+    (DCSettings, "pix_init", "real", "samples_predicted_correctly"), (DCSettings, "depth_ratio", "0.999", "1"),
+    (DMSettings, "depth_ratio", "0", "-0.1"), (DMSettings, "depth_ratio", "0.999", "1"),
+    (DMSettings, "drop_hard", "0.99", "1"), (DMSettings, "ipc", "1", "0"),
 ]  # fmt: skip
 
 
@@ -526,12 +546,114 @@ def test_files_that_cannot_be_read(tmp_path):
         (EvaluationSettings, ["--data_dir", "a"], ["--label_dir and --lr_dir"]),
         (EvaluationSettings, [*TRIO, "--synthetic", "s"], ["synthetic", "data_dir"]),
         (ScoreSettings, ["--methods", " , "], ["methods", "all"]),
+        (DCSettings, ["--drop_easy", "0.5", "--drop_hard", "0.5"], ["drop_easy: 0.5", "drop_hard: 0.5"]),
+        (DMSettings, ["--drop_easy", "0.7", "--drop_hard", "0.4"], ["drop_easy: 0.7", "drop_hard: 0.4"]),
+        (DCSettings, ["--ipc", "5"], ["ipc: 5", "outer_loop", "inner_loop"]),
+        (DCSettings, ["--ipc", "5", "--outer_loop", "3"], ["ipc: 5", "give both"]),
+        (DMSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
         (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
 )
 def test_settings_that_do_not_go_together(cls, argv, named):
     message = refusal(cls, *argv)
     assert all(name in message for name in named)
+
+
+# ---- the ways of matching
+
+FRONT_DOORS = {DistillSettings: cli.distill, DCSettings: cli.match_gradients, DMSettings: cli.match_distributions}
+REFUSED = [(cls, key) for cls in FRONT_DOORS for key in cls.refused]
+
+
+def test_each_way_of_matching_refuses_what_the_others_alone_have():
+    trajectories, gradients, distributions = (
+        {field.name for field in dataclasses.fields(cls)} for cls in (DistillSettings, DCSettings, DMSettings)
+    )
+    assert {"drop_easy", "drop_hard", "outer_loop", "inner_loop", "lr_net"} == set(DistillSettings.refused)
+    for key in ("buffer_path", "syn_steps", "batch_syn", "loss_ratio", "threshold", "gradient", "labels", "lr_y", "lr_lr"):
+        assert key in trajectories and {key} <= DCSettings.refused.keys() & DMSettings.refused.keys()
+    own = {"outer_loop", "inner_loop", "micro_batch"}
+    assert own == gradients - distributions == DMSettings.refused.keys() - DCSettings.refused
+    for cls in FRONT_DOORS:
+        names = {field.name for field in dataclasses.fields(cls)}
+        assert not names & cls.refused.keys() and not names & cls.dead.keys() and not cls.dead.keys() & cls.refused.keys()
+
+
+@pytest.mark.parametrize(("cls", "key"), REFUSED)
+def test_what_a_way_of_matching_does_not_have_is_refused_by_name(cls, key, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    argvs = [["--cfg", config(tmp_path, f"{key}: 0.5")], [f"--{key}", "0.5"], [f"--{key}=0.5"], [f"--{key}"]]
+    for argv in argvs:
+        assert FRONT_DOORS[cls](argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err == f"error: {key}: {cls.refused[key]}\n"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "some.yaml"]
+
+
+DEFINED = {
+    "MTT": "labels: hard", "FTD": "labels: hard", "TESLA": "gradient: truncated", "DATM": "labels: soft", "PAD": "labels: soft",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["PAD", "DATM", "MTT", "TESLA"])
+def test_a_moving_average_is_ftds_alone(method, tmp_path, caplog):
+    lines = f"method: {method}\n{DEFINED[method]}\n"
+    found = read(DistillSettings, "--cfg", config(tmp_path, f"{lines}ema_decay: 0.999"))
+    assert found.ema_decay == 0 and found.method == method
+    assert first_words(caplog) == ["ema_decay"] and f"{method} keeps no moving average" in caplog.text
+    caplog.clear()
+    assert read(DistillSettings, "--cfg", config(tmp_path, lines)).ema_decay == 0 and not caplog.records
+
+
+def test_ftd_keeps_its_moving_average(caplog):
+    ftd = ["--method", "FTD", "--labels", "hard"]
+    assert read(DistillSettings, *ftd, "--ema_decay", "0.999").ema_decay == 0.999 and not caplog.records
+    assert read(DistillSettings, *ftd).ema_decay == 0 and "not kept" in caplog.text
+
+
+@pytest.mark.parametrize(("method", "key", "value"), [
+    ("MTT", "labels", "soft"), ("FTD", "labels", "soft"), ("DATM", "labels", "hard"), ("TESLA", "gradient", "exact"),
+    ("MTT", "gradient", "truncated"), ("DATM", "gradient", "truncated"),
+])  # fmt: skip
+def test_what_would_make_a_method_another_is_refused(method, key, value, tmp_path):
+    lines = f"method: {method}\n{DEFINED[method]}\n{key}: {value}"
+    with pytest.raises(InputError, match=f"{key}: {value} is not {method}"):
+        read(DistillSettings, "--cfg", config(tmp_path, lines))
+    assert getattr(read(DistillSettings, f"--{key}", value), key) == value, "PAD, the default, leaves it open"
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null", "~", "''"])
+def test_no_threshold(text, tmp_path):
+    assert read(DistillSettings, "--cfg", config(tmp_path, f"threshold: {text}")).threshold is None
+    assert read(DistillSettings, "--threshold", "none").threshold is None
+    assert read(DistillSettings).threshold == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ipc", "loops"), [(1, (1, 1)), (10, (10, 50)), (20, (20, 25)), (30, (30, 20)), (40, (40, 15)), (50, (50, 10))]
+)
+def test_the_published_loops_of_gradient_matching(ipc, loops):
+    assert read(DCSettings, "--ipc", str(ipc)).loops == loops
+    assert read(DCSettings, "--ipc", str(ipc), "--inner_loop", "0").loops == (loops[0], 0)
+    assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "7").loops == (7, loops[1])
+
+
+def test_loops_of_another_ipc_are_given():
+    assert read(DCSettings, "--ipc", "5", "--outer_loop", "3", "--inner_loop", "0").loops == (3, 0)
+
+
+def test_published_defaults_of_gradient_and_distribution_matching():
+    gradients, distributions = DCSettings(), DMSettings()
+    assert (gradients.lr_img, gradients.lr_net, gradients.Iteration, gradients.pix_init) == (0.1, 0.01, 1000, "noise")
+    assert (distributions.Iteration, distributions.pix_init) == (20000, "real")
+    rates = {(name, ipc): read(DMSettings, "--dataset", name, "--ipc", ipc).lr_img
+             for name in ("CIFAR10", "CIFAR100") for ipc in ("50", "100")}  # fmt: skip
+    assert rates == {("CIFAR10", "50"): 1, ("CIFAR10", "100"): 10, ("CIFAR100", "50"): 1, ("CIFAR100", "100"): 1}
+    assert read(DMSettings, "--ipc", "100", "--lr_img", "3").lr_img == 3
+    assert gradients.batch_real == distributions.batch_real == 256
+    assert gradients.depth_ratio == 0 and distributions.depth_ratio is None and distributions.epoch_eval_train == 1000
+    assert not gradients.needs_ranking and read(DMSettings, "--drop_hard", "0.05").needs_ranking
 
 
 def test_start_epochs_without_sequential_generation():
@@ -613,7 +735,7 @@ def check_outcome(cls, argv: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("cls", STAGES)
 def test_any_command_line_gives_settings_or_a_sentence(cls, tmp_path):
-    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead, "cfg"]
+    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead, *cls.refused, "cfg"]
     words = st.one_of(
         st.tuples(st.sampled_from(names), SCALARS).map(lambda pair: [f"--{pair[0]}", str(pair[1])]),
         st.tuples(st.sampled_from(names), SCALARS).map(lambda pair: [f"--{pair[0]}={pair[1]}"]),
@@ -632,7 +754,7 @@ def test_any_command_line_gives_settings_or_a_sentence(cls, tmp_path):
 
 @pytest.mark.parametrize("cls", STAGES)
 def test_any_file_gives_settings_or_a_sentence(cls, tmp_path):
-    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead]
+    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead, *cls.refused]
     mappings = st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4)
     known = st.dictionaries(st.sampled_from(names), VALUES, max_size=4)
 

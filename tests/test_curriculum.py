@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pad.config import BufferSettings
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
+from pad.settings import BufferSettings
 from pad.stages import recording
 
 README = Curriculum(0.75, 20, 40, 60, 0.1, 0.2)  # the published CIFAR-10 setting

@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pad.cli import run as command
-from pad.config import EvaluationSettings
 from pad.data.preprocessing import MeanStd, fit_preprocessing
 from pad.data.sources import ImageData, load_data
 from pad.difficulty.rows import Ranking, read_published
 from pad.distiller import State
 from pad.errors import InputError
 from pad.files import atomic_file, load_pt, load_tensors, save_pt, save_tensors, temporary_folder, write_text
+from pad.settings import EvaluationSettings
 from pad.stages.evaluating import _read_set
 from pad.synthetic import SyntheticSet
 from pad.tracking import Run, save_picture

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from pad import cli, evaluation
 from pad.allocator import keep_compiled_code
-from pad.config import BufferSettings, DistillSettings, EvaluationSettings
 from pad.data.augment import _KINDS, DSA, CropScaleRotate, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, place, to_device
 from pad.data.preprocessing import MeanStd, Preprocessing
@@ -29,6 +28,7 @@ from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import adjoint, inner_steps, unroll
 from pad.networks import build
 from pad.rng import generator
+from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
 from pad.stages import workbench
 from pad.stages.workbench import use_tf32
 

@@ -11,7 +11,7 @@ from pad.data.preprocessing import MeanStd
 from pad.distiller import SMALLEST_LR, Distiller, Schedule, State
 from pad.errors import InputError, Stopped
 from pad.files import load_pt, load_tensors, save_tensors
-from pad.matching.unroll import Gradients
+from pad.matching.base import Gradients, Objective
 from pad.synthetic import SyntheticSet
 from pad.tracking import Run, run_state
 
@@ -27,7 +27,7 @@ def initial_state():
     return State(torch.randn(N, *SHAPE, generator=rng), torch.randn(N, K, generator=rng), torch.tensor(0.05))
 
 
-class Quadratic:
+class Quadratic(Objective):
     """L = scale_it / 2 * squared distance from a goal. ``change(it, gradients)`` may return other gradients, or act."""
 
     def __init__(self, change=None):
@@ -74,7 +74,10 @@ def distiller(folder, objective, *, resume=False, accuracies=None, **changes):
         return {"ConvNet": (accuracies[it] if accuracies else closeness(current), 0.01, 5), "MLP": (0.9, 0.0, 1)}
 
     run = Run.start(folder, {"name": folder.name}, resume=resume)
-    ours = Distiller(run, initial_state(), objective, Schedule(**(settings | changes)), wrap, evaluate)
+    state = initial_state()
+    if changes.get("ema_decay"):
+        state.average = state.images.clone()
+    ours = Distiller(run, state, objective, Schedule(**(settings | changes)), wrap, evaluate)
     ours.evaluated = evaluated
     if resume:
         ours.resume()
@@ -177,6 +180,157 @@ def test_losses_over_the_threshold_are_not_bad_iterations(tmp_path):
     ours = distiller(tmp_path / "run", Quadratic(), threshold=0.0)
     ours.distill()
     assert ours.state.skipped == 12 and same(ours.state, initial_state())
+
+
+# ---------------------------------------------------------------------------------- several steps an iteration
+
+
+class Stepped(Objective):
+    """``count`` steps of an iteration, each towards the goal from where the set then is; loss 1, 2, 3, ..."""
+
+    def __init__(self, count, change=None):
+        self.count, self.change, self.seen = count, change, []
+
+    def steps(self, it, images, labels, lr):
+        for step in range(self.count):
+            self.seen.append((it, step, images.clone()))
+            found = Gradients(torch.tensor(1.0 + step), images - GOAL[0], labels - GOAL[1], lr - GOAL_LR)
+            yield (self.change and self.change(it, step, found)) or found
+
+
+def test_the_set_moves_between_the_steps_of_an_iteration(tmp_path):
+    ours = distiller(tmp_path / "run", Stepped(3), iterations=2)
+    final = ours.distill()
+    assert [(it, step) for it, step, _ in ours.objective.seen] == [(it, step) for it in range(3) for step in range(3)]
+    at, velocity = initial_state().images, torch.zeros_like(GOAL[0])
+    for _, _, seen in ours.objective.seen:
+        torch.testing.assert_close(seen, at)
+        velocity = 0.5 * velocity + (at - GOAL[0])
+        at = at - 0.3 * velocity
+    torch.testing.assert_close(final.images, at)
+    assert [(entry["loss"], entry["updated"]) for entry in events(tmp_path / "run", "match")] == [(2.0, True)] * 3
+
+
+@pytest.mark.parametrize("bad, recorded", [({"images": math.nan}, 1.5), ({"loss": math.inf}, None), ({"loss": 4.0}, 2.5)])
+def test_a_bad_step_ends_its_iteration_and_changes_nothing(tmp_path, bad, recorded):
+    def change(it, step, found):
+        return broken(found, **bad) if (it, step) == (1, 1) else None
+
+    ours = distiller(tmp_path / "run", Stepped(3, change), iterations=2, threshold=3.5)
+    ours.distill()
+    seen = {(it, step): x for it, step, x in ours.objective.seen}
+    assert sorted(seen) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+    assert not torch.equal(seen[1, 0], seen[1, 1]), "the step before it counts"
+    assert torch.equal(seen[1, 1], seen[2, 0])
+    metrics = events(tmp_path / "run", "match")
+    assert [entry["loss"] for entry in metrics] == [2.0, recorded, 2.0]
+    assert [entry["updated"] for entry in metrics] == [True, False, True] and ours.state.skipped == 1
+    assert [entry.get("bad") for entry in metrics] == [None, None if bad == {"loss": 4.0} else True, None]
+
+
+def test_iterations_that_end_in_a_bad_step_are_counted_once_each(tmp_path):
+    ours = distiller(tmp_path / "run", Stepped(3, lambda it, step, found: broken(found, images=math.nan) if step else None))
+    with pytest.raises(Stopped, match="3 iterations in a row"):
+        ours.distill()
+    assert [(it, step) for it, step, _ in ours.objective.seen] == [(it, step) for it in range(3) for step in range(2)]
+
+
+def test_an_objective_that_gives_nothing_is_an_error():
+    class Nothing(Objective):
+        pass
+
+    with pytest.raises(TypeError, match="Nothing defines neither"):
+        next(Nothing().steps(0, *initial_state().variables))
+
+
+# ------------------------------------------------------------------------------------------- the moving average
+
+
+def closed_form(path, decay):
+    """The average of a path of images x_0, ..., x_k: decay^k x_0 + (1 - decay) sum_i decay^(k - i) x_i."""
+    weights = [decay ** (len(path) - 1), *((1 - decay) * decay ** (len(path) - 1 - i) for i in range(1, len(path)))]
+    assert sum(weights) == pytest.approx(1)
+    return sum(weight * x.double() for weight, x in zip(weights, path, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_average_of_the_images_is_its_closed_form(decay):
+    state = initial_state()
+    state.average = state.images.clone()
+    path = [state.images.clone()]
+    for k in range(12):
+        state.step([torch.sin(v + k) for v in state.variables], [0.3, 0.2, 0.1], [0.5, 0.9, 0.5], decay)
+        path.append(state.images.clone())
+        torch.testing.assert_close(state.average.double(), closed_form(path, decay), rtol=1e-5, atol=1e-6)
+    plain = initial_state()
+    for k in range(12):
+        plain.step([torch.sin(v + k) for v in plain.variables], [0.3, 0.2, 0.1], [0.5, 0.9, 0.5])
+    assert same(state, plain) and plain.average is None, "the images themselves do not follow it"
+
+
+def test_the_average_is_what_is_scored_and_saved(tmp_path):
+    folder, averages = tmp_path / "run", {}
+
+    def change(it, found):
+        averages[it] = ours.state.average.clone()
+
+    ours = distiller(folder, Quadratic(change), ema_decay=0.9)
+    final = ours.distill()
+    averages[12] = ours.state.average
+    assert torch.equal(final.images, averages[12]) and not torch.equal(final.images, ours.state.images)
+    assert [it for it, *_ in ours.evaluated] == [0, 4, 8, 12]
+    assert all(torch.equal(images, averages[it]) for it, images, *_ in ours.evaluated)
+    for tag, it in ((0, 0), (5, 5), (10, 10), ("last", 12)):
+        assert torch.equal(load_pt(folder / "Normal" / f"images_{tag}.pt"), averages[it])
+    best = SyntheticSet.load(folder / "Normal" / "synthetic_best.safetensors")
+    assert torch.equal(best.images, averages[best.metadata["iteration"]])
+
+
+def test_an_iteration_that_is_skipped_does_not_move_the_average(tmp_path):
+    averages = {}
+
+    def change(it, found):
+        averages[it] = ours.state.average.clone()
+        return broken(found, loss=2.0 if it == 2 else math.nan if it == 4 else 0.5)
+
+    ours = distiller(tmp_path / "run", Quadratic(change), iterations=6, threshold=1.0, ema_decay=0.5)
+    ours.distill()
+    assert [torch.equal(averages[it], averages[it + 1]) for it in range(6)] == [it in (2, 4) for it in range(6)]
+
+
+def test_the_average_moves_with_every_step(tmp_path):
+    ours = distiller(tmp_path / "run", Stepped(3), iterations=1, ema_decay=0.5)
+    ours.distill()
+    path = [x for *_, x in ours.objective.seen] + [ours.state.images]
+    torch.testing.assert_close(ours.state.average.double(), closed_form(path, 0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_keeps_the_average(tmp_path):
+    path, state, averaged = tmp_path / "checkpoint.safetensors", initial_state(), initial_state()
+    state.average = 2 * state.images
+    averaged.average = torch.zeros_like(state.images)
+    state.save(path)
+    loaded = State.load(path, averaged)
+    assert same(loaded, state) and torch.equal(loaded.average, state.average)
+    initial_state().save(path)
+    with pytest.raises(InputError, match="average in the checkpoint"):
+        State.load(path, averaged)
+    assert State.load(path, initial_state()).average is None
+
+
+@pytest.mark.parametrize("at", [1, 5, 8])
+def test_a_run_with_an_average_goes_on_from_it_bit_for_bit(tmp_path, at):
+    def kill(it, found):
+        if it == at:
+            raise Killed
+        return rough(it, found)
+
+    settings = dict(threshold=1.0, ema_decay=0.8)
+    distiller(tmp_path / "whole" / "run", Quadratic(rough), **settings).distill()
+    with pytest.raises(Killed):
+        distiller(tmp_path / "run", Quadratic(kill), **settings).distill()
+    distiller(tmp_path / "run", Quadratic(rough), resume=True, **settings).distill()
+    assert files(tmp_path / "run") == files(tmp_path / "whole" / "run")
 
 
 # ------------------------------------------------------------------------------------- evaluation and artifacts

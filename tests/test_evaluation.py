@@ -7,12 +7,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
-from pad.config import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.evaluation import Protocol, Score, accuracy, score
 from pad.functional import COMPILE_CALLS, FlatModel, compiler_available
 from pad.networks import build
 from pad.rng import generator
+from pad.settings import EvaluationSettings
 from pad.stages.workbench import evaluation_protocol
 
 K, SHAPE = 3, (3, 8, 8)

@@ -3,9 +3,12 @@ import torch
 from torch import nn
 
 from pad import initialisation
+from pad.data.augment import NoAugmentation
 from pad.errors import InputError
 from pad.functional import FlatModel
 from pad.initialisation import Experts, averaged_logits, class_order, initial_set, predicted_correctly
+from pad.matching.objective import matching_loss
+from pad.matching.unroll import inner_steps, unrolled_gradients
 
 K, PER_CLASS, SHAPE = 3, 40, (1, 2, 3)
 
@@ -231,3 +234,39 @@ def test_a_class_with_fewer_images_than_ipc_is_refused_before_any_work(task, kin
     with pytest.raises(InputError, match="ipc: 7 images are asked for, but class 1 has 6"):
         initial_set(kind, images[keep], labels[keep], K, 7, experts(thetas, asked), 0)
     assert not asked
+
+
+# ---------------------------------------------------------------------------------------------------- hard labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("kind", ["samples_predicted_correctly", "real", "noise"])
+def test_hard_labels_are_one_hot_and_have_no_gradient_to_the_last_bit(task, kind, truncated, dtype):
+    images, labels, thetas = task
+    thetas = [theta.to(dtype) for theta in thetas]
+    found, logits = initial_set(kind, images.to(dtype), labels, K, 12, experts(thetas), 5, hard=True)
+    classes = [c for c in range(K) for _ in range(12)]
+    assert logits.dtype == dtype and logits.softmax(dim=1).tolist() == [[float(c == k) for k in range(K)] for c in classes]
+    steps = inner_steps(len(found), 7, 9, NoAugmentation(), torch.Generator().manual_seed(0))
+    gradients = unrolled_gradients(
+        FlatModel(Linear()), thetas[0], found, logits, torch.tensor(0.1, dtype=dtype), steps,
+        lambda theta: matching_loss(theta, thetas[0], thetas[1]), truncated=truncated,
+    )  # fmt: skip
+    assert gradients.images.any() and gradients.lr != 0
+    assert torch.equal(gradients.labels, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("kind", ["samples_predicted_correctly", "real", "noise"])
+def test_hard_labels_go_with_the_same_images(task, kind):
+    images, labels, thetas = task
+    soft, hard = (initial_set(kind, images, labels, K, 12, experts(thetas), 5, hard=hard) for hard in (False, True))
+    assert torch.equal(soft[0], hard[0]) and not torch.equal(soft[1], hard[1])
+
+
+@pytest.mark.parametrize("kind", ["real", "noise"])
+def test_hard_labels_of_real_images_and_noise_need_no_experts(task, kind):
+    images, labels, thetas = task
+    found, logits = initial_set(kind, images, labels, K, 12, None, 5, hard=True)
+    expected = initial_set(kind, images, labels, K, 12, experts(thetas), 5, hard=True)
+    assert torch.equal(found, expected[0]) and torch.equal(logits, expected[1])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pad import evaluation, stages
-from pad.config import BufferSettings, DistillSettings, EvaluationSettings
 from pad.data import placement
 from pad.data.augment import DSA
 from pad.data.placement import HostImages, batches, fits, place, to_device
@@ -21,6 +20,7 @@ from pad.experts.trainer import ExpertTask
 from pad.functional import FlatModel
 from pad.initialisation import Experts, initial_set
 from pad.networks import build
+from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
 
 N, SHAPE, CLASSES = 1500, (3, 8, 8), 4
 

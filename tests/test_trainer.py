@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pad.config import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.sources import ImageData
 from pad.difficulty.ranking import Ranking
@@ -19,6 +18,7 @@ from pad.experts.trainer import ExpertTask
 from pad.files import save_pt
 from pad.functional import FlatModel
 from pad.networks import build
+from pad.settings import BufferSettings
 from pad.stages import recording, workbench
 from pad.trajectories import TrajectoryStore, expert_path, recorded
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -71,10 +72,10 @@ class Setting:
         self.images, self.labels = randn(2, (n, *SHAPE)), randn(3, (n, CLASSES))
         self.lr = torch.tensor(0.05, dtype=torch.float64)
 
-    def ours(self, steps, depth_ratio=0.0, loss_ratio=0.0):
+    def ours(self, steps, depth_ratio=0.0, loss_ratio=0.0, **how):
         return unrolled_gradients(
             self.model, self.start, self.images, self.labels, self.lr, steps,
-            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio),
+            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio), **how,
         )  # fmt: skip
 
     def autograd(self, steps, depth_ratio=0.0, loss_ratio=0.0):
@@ -211,6 +212,50 @@ def test_tensors_that_require_gradients_may_be_given():
     ours = setting.ours(steps)
     assert torch.equal(ours.images, plain.images) and not ours.images.requires_grad
     assert setting.images.grad is None and not ours.labels.requires_grad and not ours.lr.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- TESLA's gradient
+
+
+def held_constant(setting, steps):
+    """The gradients of sum_i -lr <grad l(theta_i), lam>, with every theta_i and lam taken as numbers."""
+    images, labels, lr = (tensor.clone().requires_grad_() for tensor in (setting.images, setting.labels, setting.lr))
+    module = setting.module.train()
+    torch.nn.utils.vector_to_parameters(setting.start.clone(), module.parameters())
+    parameters, along = list(module.parameters()), []
+    for step in steps:
+        logits = module(augment(images[step.indices], step.draw))
+        loss = F.cross_entropy(logits, labels[step.indices].softmax(dim=1))
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        along.append(torch.cat([g.flatten() for g in gradients]))
+        parameters = [(value - setting.lr * g).detach().requires_grad_() for value, g in zip(parameters, gradients)]
+        module = copy.deepcopy(module)
+        torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(parameters), module.parameters())
+        parameters = list(module.parameters())
+    end = torch.nn.utils.parameters_to_vector(parameters).detach()
+    lam = 2 * (end - setting.target) / (setting.start - setting.target).square().sum()
+    total = sum(-lr * (g @ lam) for g in along)
+    return torch.autograd.grad(total, (images, labels, lr))
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W8", "ConvNetD2W8BN", "Tiny"])
+def test_of_one_step_the_truncated_gradient_is_exact(name):
+    setting = Setting(name, 6)
+    steps = inner_steps(6, 4, 1, DSA(), torch.Generator().manual_seed(4))
+    exact, truncated = setting.ours(steps), setting.ours(steps, truncated=True)
+    for what in ("loss", "images", "labels", "lr"):
+        assert relative(getattr(truncated, what), getattr(exact, what)) < 1e-12, what
+
+
+@pytest.mark.parametrize("name, count", [("ConvNetD2W8", 7), ("ConvNetD2W8BN", 4), ("MLP", 7), ("Tiny", 30)])
+def test_the_truncated_gradient_is_that_of_steps_from_constant_points(name, count):
+    setting = Setting(name, 10)
+    steps = inner_steps(10, 4, count, DSA(), torch.Generator().manual_seed(4))
+    exact, truncated = setting.ours(steps), setting.ours(steps, truncated=True)
+    assert torch.equal(truncated.loss, exact.loss)
+    for what, theirs in zip(("images", "labels", "lr"), held_constant(setting, steps), strict=True):
+        assert theirs.norm() > 0 and relative(getattr(truncated, what), theirs) < 1e-10, what
+        assert relative(getattr(truncated, what), getattr(exact, what)) > 1e-4, f"{what}: nothing is left out"
 
 
 # ------------------------------------------------------------------------------------------------ mini-batches

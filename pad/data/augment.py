@@ -6,6 +6,7 @@ generator and are a few numbers per image, so every device sees the same ones.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,16 @@ def augment(x: Tensor, draw: Draw | None) -> Tensor:
         return x
     u = to_device(draw.u, x.device)
     return _KINDS[draw.kind](x, u.expand(x.shape[0], -1))
+
+
+@torch.enable_grad()
+def augment_and_back(x: Tensor, draw: Draw | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The augmented images, as constants, and what takes a gradient in them back to one in ``x [n, C, H, W]`` (once)."""
+    if draw is None:
+        return x, lambda gradient: gradient
+    x = x.detach().requires_grad_()
+    augmented = augment(x, draw)
+    return augmented.detach(), lambda gradient: torch.autograd.grad(augmented, x, gradient)[0]
 
 
 class DSA:

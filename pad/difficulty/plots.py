@@ -77,7 +77,7 @@ def save_figure(path: Path | str, figure: Figure) -> None:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches, that no global state of matplotlib's knows of."""
     from matplotlib.figure import Figure
 
@@ -106,7 +106,7 @@ def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Fi
 def _histograms(scores: list, everything: np.ndarray, scale: str, class_names: Sequence[str], method: str) -> Figure:
     columns = min(5, len(scores))
     rows = math.ceil(len(scores) / columns)
-    figure = _figure(max(7, 2.6 * columns), 1.2 + 1.9 * rows)
+    figure = new_figure(max(7, 2.6 * columns), 1.2 + 1.9 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     edges = _edges(everything, scale)
     median = np.median(everything)
@@ -144,7 +144,7 @@ def _quantiles(scores: list, everything: np.ndarray, scale: str, class_names: Se
     levels = np.stack([np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for values in scores])  # [classes, 5]
     order = levels[:, 2].argsort(kind="stable")
     levels, places = levels[order], np.arange(len(order))
-    figure = _figure(min(16, max(8, 0.16 * len(order))), 6)
+    figure = new_figure(min(16, max(8, 0.16 * len(order))), 6)
     axes = figure.subplots()
     for low, high, alpha, label in ((0, 4, 0.25, "5 to 95 % of its images"), (1, 3, 0.6, "25 to 75 %")):
         axes.bar(places, levels[:, high] - levels[:, low], 1.0, levels[:, low], color=BLUE, alpha=alpha, label=label)
@@ -239,7 +239,7 @@ def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     """A matrix of rank correlations (:func:`rank_correlation`) ``[m, m]`` with the numbers in its cells."""
     count = len(names)
     side, margin = max(3.5, 0.55 * count), 0.085 * max(map(len, names))  # inches
-    figure = _figure(side + margin + 1.3, side + margin + 0.6)
+    figure = new_figure(side + margin + 1.3, side + margin + 0.6)
     axes = figure.subplots()
     picture = axes.imshow(correlation.numpy(), cmap="PuOr", vmin=-1, vmax=1)
     for i in range(count):
@@ -261,7 +261,7 @@ def plot_curriculum(curriculum: Curriculum, epochs: int, n: int) -> Figure:
     """Which part of a class of ``n`` images, by difficulty, each of ``epochs`` epochs uses, and how many images."""
     windows = np.array([curriculum.window(epoch, n) for epoch in range(epochs)])  # [epochs, 2]
     edges = np.arange(epochs + 1) - 0.5
-    figure = _figure(8, 5.5)
+    figure = new_figure(8, 5.5)
     which, number = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     which.stairs(windows[:, 1] / n, edges, baseline=windows[:, 0] / n, fill=True, color=BLUE)
     which.set_ylim(0, 1)

@@ -59,7 +59,7 @@ class Curriculum:
             return 0, self._added(Fraction(epoch, self.add_end_epoch) if self.add_end_epoch else Fraction(1), n)
         if epoch <= self.rm_epoch_first:
             return 0, n
-        first, second = _exact(self.rm_easy_ratio_first), _exact(self.rm_easy_ratio_second)
+        first, second = exact_share(self.rm_easy_ratio_first), exact_share(self.rm_easy_ratio_second)
         if epoch > self.rm_epoch_second:
             ratio = second
         elif self.removal == "step":
@@ -71,7 +71,7 @@ class Curriculum:
 
     def _added(self, t: Fraction, n: int) -> int:
         """floor(p n) at the share ``t`` of the way to all images."""
-        init = _exact(self.init_ratio)
+        init = exact_share(self.init_ratio)
         if self.add_schedule == "linear":
             return int(min(1, init + (1 - init) * t) * n)
         if self.add_schedule == "root":  # floor(sqrt(q)) is the whole-number root of floor(q)
@@ -90,6 +90,6 @@ class Curriculum:
         return any(self.window(epoch, probe) != (0, probe) for epoch in range(epochs))
 
 
-def _exact(ratio: float) -> Fraction:
+def exact_share(ratio: float) -> Fraction:
     """What the person typed: 0.1 means one tenth, so floor(0.1 * 30) is 3 whatever binary rounding says."""
     return Fraction(repr(float(ratio)))

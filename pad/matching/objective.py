@@ -1,9 +1,14 @@
 """The trajectory-matching loss (MTT, arXiv 2203.11932, eq. 2) with PAD's filters: what counts (2408.03360, 3.3)."""
 
-import math
-
 import torch
 from torch import Tensor
+
+from pad.experts.curriculum import exact_share
+
+
+def shallow(depth_ratio: float, count: int) -> int:
+    """How many of ``count`` flat coordinates, from the shallow end on, PAD's filter leaves out: floor(depth_ratio count)."""
+    return int(exact_share(depth_ratio) * count)
 
 
 @torch.no_grad()
@@ -22,8 +27,8 @@ def matching_loss(
     """
     difference = theta - target
     weight = torch.ones_like(theta)
-    weight[: math.floor(depth_ratio * theta.numel())] = 0
-    dropped = math.floor(loss_ratio * theta.numel())
+    weight[: shallow(depth_ratio, theta.numel())] = 0
+    dropped = int(exact_share(loss_ratio) * theta.numel())
     if dropped:
         # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
         weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)

@@ -1,6 +1,7 @@
 """Trajectory matching: which expert segment an outer iteration follows, and the gradients for following it.
 
-MTT (arXiv 2203.11932) with DATM's sequential generation (2310.05773) and PAD's depth filter (2408.03360).
+MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and PAD's
+depth filter (2408.03360).
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.functional import FlatModel
+from pad.matching.base import Gradients, Objective
 from pad.matching.objective import matching_loss
-from pad.matching.unroll import Gradients, inner_steps, unrolled_gradients
+from pad.matching.unroll import inner_steps, unrolled_gradients
 from pad.rng import generator
 from pad.trajectories import TrajectoryStore
 
@@ -72,8 +74,8 @@ class SegmentSampler:
 
 
 @dataclass(frozen=True)
-class TrajectoryObjective:
-    """The exact gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
+class TrajectoryObjective(Objective):
+    """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set): exact, or TESLA's.
 
     ``ranks`` share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
     """
@@ -88,6 +90,7 @@ class TrajectoryObjective:
     loss_ratio: float
     seed: int
     ranks: Ranks = ALONE
+    truncated: bool = False
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
         """Matching loss and its gradients in images ``[N, C, H, W]``, label logits ``[N, K]`` and learning rate."""
@@ -104,5 +107,5 @@ class TrajectoryObjective:
         return unrolled_gradients(
             self.model, start, images, labels, lr, steps,
             lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
-            ranks,
+            ranks, self.truncated,
         )  # fmt: skip

@@ -22,10 +22,11 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from pad.data.augment import Draw, augment
+from pad.data.augment import Draw, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.functional import FlatModel
+from pad.matching.base import Gradients
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,6 @@ class Step:
         if draw is not None and len(draw.u) == n:  # otherwise all images share one row
             draw = Draw(draw.kind, draw.u[part])
         return Step(indices, draw), len(indices) / n
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """The loss and its exact gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar)."""
-
-    loss: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
 
 
 def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.Generator, device="cpu") -> list[Step]:
@@ -101,25 +92,29 @@ def adjoint(
     steps: list[Step],
     lam: Tensor,
     ranks: Ranks = ALONE,
+    truncated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pull ``lam = dL/dtheta_N [P]`` back through the steps of :func:`unroll`: (dL/dimages, dL/dlabels, dL/dlr)."""
+    """Pull ``lam = dL/dtheta_N [P]`` back through the steps of :func:`unroll`: (dL/dimages, dL/dlabels, dL/dlr).
+
+    ``truncated``: TESLA's gradient (arXiv 2211.10586), which holds every theta_i constant, so that lam does not
+    change on the way back: each step counts by itself, and not by what it makes of the steps after it. Exact for one
+    step; an approximation for more, of the same cost here.
+    """
     p = labels.softmax(dim=1)
     d_images, d_p, d_lr = torch.zeros_like(images), torch.zeros_like(p), torch.zeros_like(lr)
     for i in reversed(range(len(steps))):
         step, share = steps[i].share(ranks)
         if share:
-            with torch.enable_grad():
-                x = images[step.indices].requires_grad_()
-                augmented = augment(x, step.draw)
-            slope, h_theta, h_x, h_p = model.hvp(path[i], augmented.detach(), p[step.indices] * share, lam)
-            pulled = h_x if step.draw is None else torch.autograd.grad(augmented, x, h_x)[0]
-            d_images.index_add_(0, step.indices, pulled, alpha=-1)
+            x, back = augment_and_back(images[step.indices], step.draw)
+            slope, h_theta, h_x, h_p = model.hvp(path[i], x, p[step.indices] * share, lam)
+            d_images.index_add_(0, step.indices, back(h_x), alpha=-1)
             d_p.index_add_(0, step.indices, h_p, alpha=-share)
         else:
             slope, h_theta = torch.zeros_like(lr), torch.zeros_like(lam)
         ranks.all_reduce_(slope, h_theta)
         d_lr -= slope
-        lam = lam - lr * h_theta
+        if not truncated:
+            lam = lam - lr * h_theta
     ranks.all_reduce_(d_images, d_p)
     # d_images and d_p were collected without their common factor lr; through the softmax: dY = p * (dp - <dp, p>).
     d_labels = p * (d_p - (d_p * p).sum(dim=1, keepdim=True))
@@ -135,11 +130,13 @@ def unrolled_gradients(
     steps: list[Step],
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
     ranks: Ranks = ALONE,
+    truncated: bool = False,
 ) -> Gradients:
-    """Loss and exact gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
+    """Loss and gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
 
+    They are exact unless ``truncated`` (see :func:`adjoint`).
     Several ``ranks`` share each step's mini-batch; all of them have the same arguments and get the same result.
     """
     path = unroll(model, theta, images, labels, lr, steps, ranks)
     loss, lam = objective(path[-1])
-    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam, ranks))
+    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam, ranks, truncated))

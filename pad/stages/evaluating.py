@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pad import evaluation, networks
-from pad.config import EvaluationSettings
 from pad.coresets import first_of_each_class
 from pad.difficulty.ranking import ranking_file
 from pad.difficulty.training import ScoringSettings
@@ -25,6 +24,7 @@ from pad.errors import InputError
 from pad.files import write_text
 from pad.initialisation import class_order, initial_set
 from pad.locks import only_writer
+from pad.settings import EvaluationSettings
 from pad.stages.workbench import (
     Workbench,
     check_writable,
@@ -39,7 +39,9 @@ from pad.tracking import append_line, result_table
 log = logging.getLogger("pad")
 
 
-def evaluate(settings: EvaluationSettings, given: set[str], ranks: Ranks = ALONE) -> dict:
+def evaluate(
+    settings: EvaluationSettings, given: set[str], ranks: Ranks = ALONE, bench: Workbench | None = None
+) -> dict:
     """Stage 3: score a synthetic set, and real images of the same number, on fresh networks. Returns the results.
 
     The networks are dealt to the ranks; rank 0 writes. The score of each network is kept until the results are written,
@@ -52,11 +54,12 @@ def evaluate(settings: EvaluationSettings, given: set[str], ranks: Ranks = ALONE
     ranks.on_main(lambda: check_writable(out.parent))
     lock = only_writer(out.with_name(f".{out.name}.lock"), f"{out}")
     with lock if ranks.is_main else contextlib.nullcontext():
-        return _evaluate(settings, synthetic, out, ranks)
+        return _evaluate(settings, synthetic, out, ranks, bench or set_up(settings, ranks))
 
 
-def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, ranks: Ranks) -> dict:
-    bench = set_up(settings, ranks)
+def _evaluate(
+    settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, ranks: Ranks, bench: Workbench
+) -> dict:
     _check_fits(synthetic, bench)
     pool = networks.evaluation_pool(settings.eval_mode, settings.model)
     for network in pool:

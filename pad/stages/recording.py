@@ -1,19 +1,14 @@
 """Stage 1: rank the real images, train experts on the curriculum, record their trajectories."""
 
 import contextlib
-import hashlib
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from pad.config import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate
-from pad.difficulty.ranking import ranking_file
-from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
@@ -21,20 +16,21 @@ from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
 from pad.functional import FlatModel, how_to_compile
 from pad.locks import claim, in_turn, remove_leftovers
-from pad.stages.workbench import Workbench, check_writable, experts_folder, rankings_folder, set_up
+from pad.settings import BufferSettings
+from pad.stages.workbench import Workbench, check_writable, digest_of_rows, experts_folder, set_up
 from pad.trajectories import expert_path, recorded, write_expert
 
 log = logging.getLogger("pad")
 
 
-def record_experts(settings: BufferSettings, ranks: Ranks = ALONE) -> Path:
+def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Stage 1: rank the real images, train experts on the curriculum, record them. Returns the folder of trajectories.
 
     Experts that are there already are kept, so a stopped run goes on and a buffer can grow. Those that are missing are
     dealt to the ranks, each of which writes its own files. Several runs on one folder share the work: each takes the
     experts that no other has begun, and in the end waits for those that others have.
     """
-    bench = set_up(settings, ranks)
+    bench = bench or set_up(settings, ranks)
     n = len(bench.labels)
     if settings.batch_train > n:
         raise InputError(f"batch_train: {settings.batch_train} is more than the {n} training images of {bench.data.name}")
@@ -46,10 +42,8 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE) -> Path:
     check_writable(folder)
     remove_leftovers(folder)
     uses_ranking = curriculum.uses_ranking(settings.train_epochs)
-    if uses_ranking:  # refuse one that cannot be had; spell its name in one way, since it is part of the recipe
-        rankings, wanted = rankings_folder(settings, settings.ranking_path), settings.sort_method or "GraNd"
-        settings.sort_method = ranks.on_main(lambda: ranking_file(rankings, bench.data.name, wanted)).name
-        bench.network(ScoringSettings(**settings.scoring).model, 0)
+    if uses_ranking:
+        rankings = bench.settle_ranking(settings)
     else:
         settings.sort_method = ""
     # One expert's steps, not those of all: compiled code rounds differently, and an expert must not depend on their number.
@@ -69,7 +63,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE) -> Path:
     if uses_ranking:
         method = settings.sort_method
         rows = bench.rankings([method], rankings, settings, convert_flat=settings.convert_flat)[method].rows
-        recipe["ranking"] = _digest(rows)
+        recipe["ranking"] = digest_of_rows(rows)
     task = ExpertTask(
         model, bench.images, bench.labels, bench.data.num_classes,
         lambda epoch: curriculum.indices(epoch, rows),
@@ -205,9 +199,3 @@ def _check_buffer(
                 )
     if description is not None:
         store.check(description)
-
-
-def _digest(rows: list[Tensor]) -> str:
-    """Of a ranking: which image comes where in which class."""
-    text = ";".join(",".join(map(str, row.tolist())) for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from pad.config import CoresetSettings, ScoreSettings
 from pad.coresets import first_of_each_class, hard_logits
 from pad.difficulty import plots
 from pad.difficulty.methods import METHODS
@@ -15,7 +14,8 @@ from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.experts.curriculum import Curriculum
 from pad.initialisation import averaged_logits
-from pad.stages.workbench import check_writable, experts_folder, rankings_folder, set_up
+from pad.settings import CoresetSettings, ScoreSettings
+from pad.stages.workbench import Workbench, check_writable, experts_folder, rankings_folder, set_up
 from pad.synthetic import SyntheticSet
 from pad.tracking import result_table, save_grid
 
@@ -67,7 +67,7 @@ def _what_comes_first(name: str) -> str:
     return METHODS[name].summary if name in METHODS else "as its file has it"
 
 
-def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE) -> Path:
+def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Take the first images of each class in a ranking as a training set. Returns its file.
 
     The ranking is read, or computed as in stage 1, by all ranks; rank 0 writes the set, which stage 3 evaluates as it
@@ -75,7 +75,7 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE) -> Path:
     """
     folder, out = rankings_folder(settings, settings.ranking_path), Path(settings.out)
     scoring = ScoringSettings(**settings.scoring)
-    bench = set_up(settings, ranks)
+    bench = bench or set_up(settings, ranks)
     num_classes = bench.data.num_classes
     stem = ranks.on_main(lambda: ranking_file(folder, bench.data.name, settings.method))
     members = [(bench.data.train_labels == c).nonzero().flatten() for c in range(num_classes)]

@@ -1,5 +1,6 @@
 """What the commands have in common: the data as the networks see it, rankings and experts of it, where files go."""
 
+import hashlib
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pad import evaluation, networks
-from pad.config import Common, checkout
+from pad.config import checkout
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
@@ -25,6 +26,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.functional import FlatModel, how_to_compile
 from pad.initialisation import Experts
+from pad.settings import Common
 from pad.trajectories import TrajectoryStore, buffer_folder, describe
 
 log = logging.getLogger("pad")
@@ -97,6 +99,16 @@ class Workbench:
         store.check(self.describe(name, model))
         return Experts(model, lambda i: store.final(store.experts[i]).to(self.device), len(store))
 
+    def settle_ranking(self, settings) -> Path:
+        """The folder of rankings for ``settings.sort_method``, which is then spelled in one way: it is part of a recipe.
+
+        Raises InputError for one that is not there and cannot be computed.
+        """
+        folder, wanted = rankings_folder(settings, settings.ranking_path), settings.sort_method or "GraNd"
+        settings.sort_method = self.ranks.on_main(lambda: ranking_file(folder, self.data.name, wanted)).name
+        self.network(ScoringSettings(**settings.scoring).model, 0)
+        return folder
+
     def rankings(
         self, methods: Sequence[str], folder: Path, settings, *, convert_flat: bool = False, overwrite: bool = False
     ) -> dict[str, Ranking]:
@@ -120,6 +132,12 @@ class Workbench:
                 preprocessing=identity, progress=progress, convert_flat=convert_flat, overwrite=overwrite,
                 ranks=self.ranks,
             )  # fmt: skip
+
+
+def digest_of_rows(rows: Sequence[Tensor]) -> str:
+    """Of a ranking: which image comes where in which class."""
+    text = ";".join(",".join(map(str, row.tolist())) for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def set_up(settings: Common, ranks: Ranks) -> Workbench:

@@ -26,11 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from pad import cli, evaluation, stages
-from pad.config import BufferSettings, DistillSettings, EvaluationSettings
 from pad.data import preprocessing
 from pad.data.sources import load_data
 from pad.files import load_tensors
-from pad.stages import distilling, recording
+from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
+from pad.stages import recording, tasks
 from pad.trajectories import recorded
 
 FORK = multiprocessing.get_context("fork")
@@ -255,7 +255,7 @@ def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_pat
         log = tmp_path / "iterations"
         return Killed(
             cli.distill, distil_args(images, buffer, folder, "--resume"), folder,
-            lambda: noting(log, distilling.TrajectoryObjective, "gradients", lambda it, *_: it),
+            lambda: noting(log, tasks.TrajectoryObjective, "gradients", lambda it, *_: it),
         )  # fmt: skip
 
     def check(folder: Path):

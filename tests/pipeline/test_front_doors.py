@@ -18,7 +18,7 @@ from PIL import Image
 from pad import cli
 from pad.difficulty import ranking
 from pad.files import save_pt
-from pad.stages import distilling, evaluating, recording, workbench
+from pad.stages import distilling, evaluating, recording, tasks, workbench
 from pad.synthetic import SyntheticSet
 from pad.trajectories import TrajectoryStore
 
@@ -295,14 +295,14 @@ def test_another_seed_is_another_run(images, buffer, finished, tmp_path):
 
 def interrupt_at(monkeypatch, iteration: int, how) -> None:
     """Call ``how`` in the middle of an outer iteration."""
-    gradients = distilling.TrajectoryObjective.gradients
+    gradients = tasks.TrajectoryObjective.gradients
 
     def interrupted(self, it, *tensors):
         if it == iteration:
             how()
         return gradients(self, it, *tensors)
 
-    monkeypatch.setattr(distilling.TrajectoryObjective, "gradients", interrupted)
+    monkeypatch.setattr(tasks.TrajectoryObjective, "gradients", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -428,7 +428,7 @@ def refused(tmp_path, monkeypatch, capfd):
             patch.setattr(evaluating.evaluation, "score", heavy)
             if not late:
                 patch.setattr(workbench, "fit_preprocessing", heavy)
-                patch.setattr(distilling, "initial_set", heavy)
+                patch.setattr(tasks, "initial_set", heavy)
             capfd.readouterr()
             code = door([str(word) for word in argv])
         out, err = capfd.readouterr()

@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Match distributions (DM): optimise synthetic images whose mean features are those of real ones. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, from any working directory
+
+from pad.cli import match_distributions  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(match_distributions())

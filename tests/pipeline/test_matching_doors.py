@@ -1,0 +1,385 @@
+"""Gradient and distribution matching, and other methods' settings of trajectory matching, on the embedded images."""
+
+import json
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_front_doors import CHECKOUT, contents, run_contents
+from test_torchrun import two_ranks
+
+from pad import cli
+from pad.coresets import hard_logits
+from pad.difficulty import ranking
+from pad.files import load_tensors
+from pad.matching.distribution import DistributionObjective
+from pad.matching.gradient import GradientObjective
+from pad.matching.trajectory import TrajectoryObjective
+from pad.synthetic import SyntheticSet
+
+MODEL = "ConvNetD2W8"
+DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--num_eval", "1"]
+DATA += ["--epoch_eval_train", "1", "--eval_it", "2", "--checkpoint_every", "1"]
+SHORT = ["--ipc", "1", "--batch_real", "8", "--Iteration", "3"]
+OWN = {
+    "DC": ["--outer_loop", "2", "--inner_loop", "1", "--batch_train", "4"],
+    "DM": ["--depth_ratio", "0.5"],
+}
+DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions}
+OBJECTIVES = {"DC": (GradientObjective, "steps"), "DM": (DistributionObjective, "gradients")}
+
+
+def argv_of(method: str, runs: Path, *more: str) -> list[str]:
+    return [*DATA, *SHORT, *OWN[method], "--log_dir", str(runs), "--name", "run", *more]
+
+
+def run_folder(runs: Path) -> Path:
+    return runs / "FashionMNISTMini" / "1" / MODEL / "run"
+
+
+def last_of(runs: Path) -> SyntheticSet:
+    return SyntheticSet.load(run_folder(runs) / "Normal" / "synthetic_last.safetensors")
+
+
+def losses(runs: Path) -> list[float]:
+    lines = map(json.loads, (run_folder(runs) / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in lines if entry["event"] == "match"]
+
+
+def interrupt(monkeypatch, method: str, iteration: int, how) -> None:
+    """Call ``how`` in the middle of an outer iteration."""
+    cls, name = OBJECTIVES[method]
+    function = getattr(cls, name)
+
+    def interrupted(self, it, *tensors):
+        if it == iteration:
+            how()
+        return function(self, it, *tensors)
+
+    monkeypatch.setattr(cls, name, interrupted)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> dict[str, Path]:
+    """The ``log_dir`` of a finished run of each."""
+    runs = {method: tmp_path_factory.mktemp(method) for method in DOORS}
+    for method, folder in runs.items():
+        assert DOORS[method](argv_of(method, folder)) == 0
+    return runs
+
+
+# ---- what they write
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_a_run_moves_the_images_and_nothing_else(finished, method):
+    folder, last = run_folder(finished[method]), last_of(finished[method])
+    first = SyntheticSet.load(folder / "Normal" / "synthetic_0.safetensors")
+    assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
+    assert not torch.equal(last.images, first.images)
+    assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() == pytest.approx(0.01)
+    assert len(losses(finished[method])) == 4 and all(loss > 0 for loss in losses(finished[method]))
+    assert "ranking" not in last.metadata["provenance"]
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["batch_real"] == 8 and "experts" not in settings
+    assert json.loads((folder / "finished.json").read_text())["iterations"] == 4
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    ours, theirs = run_contents(run_folder(folder)), run_contents(run_folder(other))
+    assert ours == theirs and {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
+
+
+def test_the_same_command_in_another_process_and_folder_writes_the_same_bytes(finished, tmp_path):
+    argv = [sys.executable, str(CHECKOUT / "distill" / "DC.py"), *DATA, *SHORT, *OWN["DC"], "--log_dir", "runs", "--name", "run"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert_same_run(tmp_path / "runs", finished["DC"])
+
+
+def test_the_other_script_does_too(finished, tmp_path, monkeypatch):
+    script = CHECKOUT / "distill" / "DM.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *DATA, *SHORT, *OWN["DM"], "--log_dir", "runs", "--name", "run"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0
+    assert_same_run(tmp_path / "runs", finished["DM"])
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, method):
+    assert DOORS[method](argv_of(method, tmp_path, "--images_on", "host")) == 0
+    assert_same_run(tmp_path, finished[method])
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_a_run_without_a_name_is_called_after_its_method(tmp_path, method):
+    argv = [*DATA, *SHORT, *OWN[method], "--Iteration", "0", "--log_dir", str(tmp_path), "--seed", "3"]
+    assert DOORS[method](argv) == 0
+    assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{method.lower()}-seed3"]
+
+
+@pytest.mark.parametrize("method, more", [
+    ("DC", ["--depth_ratio", "0.5"]), ("DC", ["--dsa", "False"]), ("DC", ["--pix_init", "real"]), ("DC", ["--inner_loop", "2"]),
+    ("DC", ["--lr_net", "0.5"]), ("DC", ["--batch_real", "5"]), ("DC", ["--batch_train", "3"]), ("DC", ["--seed", "1"]),
+    ("DM", ["--depth_ratio", "0"]), ("DM", ["--dsa", "False"]), ("DM", ["--pix_init", "noise"]), ("DM", ["--seed", "1"]),
+], ids=lambda value: " ".join(value))  # fmt: skip
+def test_settings_arrive(finished, tmp_path, method, more):
+    assert DOORS[method](argv_of(method, tmp_path, "--Iteration", "1", "--skip_first_eva", *more)) == 0
+    assert losses(tmp_path) != losses(finished[method])[:2]
+
+
+def test_a_network_with_batchnorm(tmp_path):
+    for method, door in DOORS.items():
+        argv = argv_of(method, tmp_path / method, "--model", f"{MODEL}BN", "--Iteration", "1", "--skip_first_eva")
+        assert door(argv) == 0
+        folder = tmp_path / method / "FashionMNISTMini" / "1" / f"{MODEL}BN" / "run"
+        assert SyntheticSet.load(folder / "Normal" / "synthetic_last.safetensors").images.isfinite().all()
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, method):
+    argv = argv_of(method, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(CHECKOUT / "distill" / f"{method}.py"), *argv])
+        interrupt(patch, method, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert DOORS[method]() == 143
+    assert not (run_folder(tmp_path) / "finished.json").exists()
+    words = shlex.split(capfd.readouterr().err.splitlines()[-1])
+    assert words[:3] == ["go", "on", "with:"] and words[-1] == "--resume"
+    assert DOORS[method](words[words.index("--dataset") :]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, method):
+    def die():
+        raise KeyboardInterrupt
+
+    argv = argv_of(method, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(patch, method, 3, die)
+        assert DOORS[method](argv) == 130
+    assert capfd.readouterr().err.splitlines()[-1].endswith("--resume")
+    assert DOORS[method]([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+
+
+@pytest.mark.parametrize("method, more, words", [
+    ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
+    ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
+    ("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
+    ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
+    ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
+    ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, method, more, words):
+    argv = argv_of(method, tmp_path, "--ranking_path", str(tmp_path / "rankings"), "--skip_first_eva")
+    with monkeypatch.context() as patch:
+        interrupt(patch, method, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert DOORS[method](argv) == 143
+    before = contents(tmp_path)
+    capfd.readouterr()
+    assert DOORS[method]([*argv, "--resume", *more]) == 2
+    assert words in capfd.readouterr().err and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_two_processes_give_what_one_gives(finished, tmp_path, method):
+    codes, out, err = two_ranks(tmp_path, DOORS[method], argv_of(method, tmp_path))
+    assert codes == [0, 0], err
+    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[method]).images, rtol=1e-4, atol=1e-4)
+
+
+# ---- difficulty
+
+
+def with_ranking(method: str, folder: Path, *more: str) -> list[str]:
+    scoring = ["--score_repeats", "1", "--score_epochs", "1", "--ranking_path", str(folder / "rankings")]
+    return argv_of(method, folder / "runs", *scoring, "--drop_easy", "0.1", "--drop_hard", "0.2", *more)
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, method):
+    assert DOORS[method](with_ranking(method, tmp_path)) == 0
+    path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
+    assert torch.load(path, weights_only=True).shape == (10, 40)
+    assert losses(tmp_path / "runs") != losses(finished[method])
+    first, rankings = run_contents(run_folder(tmp_path / "runs")), contents(tmp_path / "rankings")
+    assert last_of(tmp_path / "runs").metadata["provenance"]["ranking"]
+    monkeypatch.setattr(ranking, "compute_rankings", lambda *args, **kwargs: pytest.fail("it is there"))
+    assert DOORS[method](with_ranking(method, tmp_path, "--overwrite")) == 0
+    again = run_contents(run_folder(tmp_path / "runs"))
+    assert contents(tmp_path / "rankings") == rankings
+    assert {name for name in again if again[name] != first[name]} == set()
+
+
+def test_no_batch_holds_an_image_that_is_left_out(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(GradientObjective, "_match", noting(GradientObjective._match, seen))
+    argv = with_ranking("DC", tmp_path, "--sort_method", "EL2N", "--Iteration", "0", "--skip_first_eva", "--outer_loop", "1")
+    assert cli.match_gradients(argv) == 0
+    rows = torch.load(tmp_path / "rankings" / "FashionMNISTMini_EL2N.pt", weights_only=True)
+    assert len(seen) == 1
+    for row, allowed in zip(rows, seen[0].real.rows, strict=True):
+        assert allowed.tolist() == row.tolist()[4:32]
+
+
+def noting(function, seen: list):
+    def noted(self, *arguments):
+        seen.append(self)
+        return function(self, *arguments)
+
+    return noted
+
+
+def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatch, capfd):
+    argv = with_ranking("DM", tmp_path, "--skip_first_eva")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "DM", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert cli.match_distributions(argv) == 143
+    assert load_tensors(run_folder(tmp_path / "runs") / "checkpoint.safetensors")[1]["identity"]["ranking"]
+    path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
+    rows = torch.load(path, weights_only=True)
+    for file in (tmp_path / "rankings").iterdir():
+        file.unlink()
+    torch.save(rows.flip(1).contiguous(), path)
+    capfd.readouterr()
+    assert cli.match_distributions([*argv, "--resume"]) == 2
+    assert "ranking: " in capfd.readouterr().err
+
+
+# ---- refused before anything is written
+
+
+@pytest.mark.parametrize("method, more, words", [
+    ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
+    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
+    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--score_model", "ConvNetD8"], "ConvNetD8"),
+    ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
+    ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
+    ("DM", ["--ipc", "41"], "ipc: 41"),
+    ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
+    ("DC", ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"], None),
+    ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
+])  # fmt: skip
+def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
+    monkeypatch.chdir(tmp_path)
+    code = DOORS[method](argv_of(method, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
+    err = capfd.readouterr().err
+    if words is None:  # one image a class: floor(0.5) and floor(0.49) leave it
+        assert code == 0
+        return
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- scoring what they made
+
+
+@pytest.mark.parametrize("method", DOORS)
+def test_the_third_stage_scores_the_set(finished, tmp_path, method):
+    out = tmp_path / "results.json"
+    argv = ["--synthetic", str(run_folder(finished[method])), "--num_eval", "2", "--epoch_eval_train", "1", "--out", str(out)]
+    assert cli.evaluate(argv) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
+    assert all(row["network"] == MODEL and row["n"] == 2 and 0 <= row["mean"] <= 1 for row in rows)
+
+
+# ---- other methods that follow trajectories
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory) -> Path:
+    """Two experts of two epochs."""
+    folder = tmp_path_factory.mktemp("buffer")
+    argv = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--buffer_path", str(folder)]
+    argv += ["--num_experts", "2", "--train_epochs", "3", "--batch_train", "40", "--init_ratio", "1", "--add_end_epoch", "0"]
+    argv += ["--rm_easy_ratio_first", "0", "--rm_easy_ratio_second", "0", "--rho_max", "0", "--rho_min", "0", "--alpha", "0"]
+    assert cli.buffer([*argv, "--lr_teacher", "0.1", "--eval_every", "0"]) == 0
+    return folder
+
+
+METHODS = {
+    "MTT": ["--labels", "hard", "--pix_init", "real", "--threshold", "none"],
+    "FTD": ["--labels", "hard", "--pix_init", "real", "--threshold", "none", "--ema_decay", "0.5"],
+    "TESLA": ["--pix_init", "real", "--threshold", "none", "--gradient", "truncated"],
+    "DATM": ["--pix_init", "real", "--threshold", "9", "--Sequential_Generation", "True"],
+}
+
+
+def trajectory_args(method: str, buffer: Path, runs: Path, *more: str) -> list[str]:
+    argv = ["--method", method, "--zca", "False", "--ipc", "1", "--buffer_path", str(buffer), "--syn_steps", "3"]
+    argv += ["--expert_epochs", "1", "--max_start_epoch", "2", "--Sequential_Generation", "False", "--lr_img", "10"]
+    argv += ["--current_max_start_epoch", "1", "--lr_lr", "1e-4", "--lr_teacher", "0.1", "--Iteration", "3"]
+    return [*DATA, *argv, "--log_dir", str(runs), "--name", "run", *METHODS[method], *more]
+
+
+@pytest.fixture(scope="module")
+def followed(buffer, tmp_path_factory) -> dict[str, Path]:
+    runs = {method: tmp_path_factory.mktemp(method) for method in METHODS}
+    for method, folder in runs.items():
+        assert cli.distill(trajectory_args(method, buffer, folder)) == 0
+    return runs
+
+
+def test_hard_labels_stay_one_hot_and_the_rest_is_learned(followed):
+    for method in ("MTT", "FTD"):
+        last = last_of(followed[method])
+        assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() != pytest.approx(0.1)
+    for method in ("TESLA", "DATM"):
+        assert not torch.equal(last_of(followed[method]).labels.softmax(dim=1), torch.eye(10))
+
+
+def test_ftd_is_mtt_with_a_moving_average(followed):
+    """The same losses, since the average is beside the optimisation, and another set."""
+    assert losses(followed["FTD"]) == losses(followed["MTT"])
+    tensors, metadata = load_tensors(run_folder(followed["FTD"]) / "checkpoint.safetensors")
+    assert torch.equal(last_of(followed["FTD"]).images, tensors["average"])
+    assert torch.equal(last_of(followed["MTT"]).images, tensors["images"])
+    assert not torch.equal(tensors["average"], tensors["images"])
+    assert "average" not in load_tensors(run_folder(followed["MTT"]) / "checkpoint.safetensors")[0]
+
+
+def test_teslas_gradient_is_another(followed, buffer, tmp_path):
+    assert cli.distill(trajectory_args("TESLA", buffer, tmp_path, "--method", "PAD", "--gradient", "exact")) == 0
+    truncated, exact = losses(followed["TESLA"]), losses(tmp_path)
+    assert truncated[0] == exact[0] and truncated[1:] != exact[1:]
+
+
+def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
+    high = ["--lr_teacher", "5", "--max_bad_iterations", "9", "--skip_first_eva"]
+    for threshold, skipped in (("none", 0), ("1e-9", 4)):
+        runs = tmp_path / threshold
+        assert cli.distill(trajectory_args("TESLA", buffer, runs, *high, "--lr_img", "0", "--threshold", threshold)) == 0
+        assert json.loads((run_folder(runs) / "finished.json").read_text())["skipped"] == skipped
+        assert all(loss > 1 for loss in losses(runs))
+
+
+@pytest.mark.parametrize("method", ["FTD", "TESLA"])
+def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, method):
+    gradients = TrajectoryObjective.gradients
+
+    def interrupted(self, it, *tensors):
+        if it == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(self, it, *tensors)
+
+    argv = trajectory_args(method, buffer, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryObjective, "gradients", interrupted)
+        assert cli.distill(argv) == 143
+    assert cli.distill([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[method]))
