@@ -164,6 +164,12 @@ def _coreset(argv: list[str], ranks: Ranks) -> None:
     stages.select_coreset(settings, ranks)
 
 
+def _study(argv: list[str], ranks: Ranks) -> None:
+    argv = ["--study", *argv] if argv and not argv[0].startswith("-") else argv
+    settings, _ = config.parse(commands.StudySettings, argv, "study.py")
+    stages.study(settings, ranks)
+
+
 def buffer(argv: list[str] | None = None) -> int:
     """``pad-buffer``, ``buffer/buffer_CL.py``."""
     return run(_buffer, argv)
@@ -197,3 +203,8 @@ def score(argv: list[str] | None = None) -> int:
 def coreset(argv: list[str] | None = None) -> int:
     """``pad-coreset``, ``scripts/select_coreset.py``."""
     return run(_coreset, argv)
+
+
+def study(argv: list[str] | None = None) -> int:
+    """``pad-study``, ``scripts/study.py``."""
+    return run(_study, argv)

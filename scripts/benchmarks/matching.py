@@ -84,10 +84,13 @@ def truncated(
 
 
 def adjoint(
-    model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step]
-):
-    """Loss and gradients (images, labels, lr), ours."""
-    result = unrolled_gradients(model, start, images, labels, lr, steps, lambda end: matching_loss(end, start, target))
+    model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step],
+    truncated: bool = False,
+):  # fmt: skip
+    """Loss and gradients (images, labels, lr), ours: exact, or TESLA's."""
+    result = unrolled_gradients(
+        model, start, images, labels, lr, steps, lambda end: matching_loss(end, start, target), truncated=truncated
+    )
     return result.loss, result.images, result.labels, result.lr
 
 
@@ -124,29 +127,29 @@ def times(args: argparse.Namespace) -> None:
     )
 
 
-def expert(args: argparse.Namespace) -> tuple[FlatModel, nn.Module, Tensor, list[Tensor], Tensor]:
+def expert(args: argparse.Namespace) -> tuple[FlatModel, list[Tensor], Tensor, Tensor]:
     """Four epochs of an expert on the Fashion-MNIST; some of its images and, as labels, the expert's logits."""
     data = load_data("FashionMNISTMini", None).first_per_class(1 if args.tiny else 400)
     images = fit_preprocessing(data, zca=False).apply(data.train_images)
     net = build(f"ConvNetD{args.depth}W{args.cosine_width}", 1, CLASSES, data.size, 0)
-    model = FlatModel(net)
+    model = FlatModel(net, "fused")
     task = ExpertTask(
         model, images, data.train_labels, CLASSES, lambda epoch: torch.arange(len(images)),
         GSAM(lr=0.01, rho=0.01, alpha=0.3), DSA(), batch_size=256, epochs=4, seed=0,
     )  # fmt: skip
     path = [theta.clone() for theta in task.train(0, model.flatten(net))]
     chosen = images[torch.randperm(len(images), generator=generator(0, "benchmark", "chosen"))[: args.images]]
-    return model, net, path, chosen, model.logits(path[-1], chosen)
+    return model, path, chosen, model.logits(path[-1], chosen)
 
 
 def cosines(args: argparse.Namespace) -> None:
     """The table of cosines between TESLA's gradient and the exact one, from epoch 1 of an expert to epoch 3."""
-    model, net, path, images, labels = expert(args)
+    model, path, images, labels = expert(args)
     lr, rows = torch.tensor(0.01), []
     for count in args.cosine_steps:
         steps = inner_steps(len(images), len(images), count, DSA(), generator(0, "benchmark", "cosine"))
         rest = (path[1], path[3], images, labels, lr, steps)
-        exact, tesla = adjoint(model, *rest), truncated(net, model, *rest)
+        exact, tesla = adjoint(model, *rest), adjoint(model, *rest, truncated=True)
         cosine = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(tesla[1:3], exact[1:3])]
         ratio = (tesla[1].norm() / exact[1].norm()).item()
         rows.append({"steps": count, "matching loss": exact[0].item(), "cosine, images": cosine[0],

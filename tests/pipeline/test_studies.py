@@ -1,0 +1,289 @@
+"""Studies: the grid, what is kept, what happens to cells that fail or are stopped, and what is refused."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_front_doors import CHECKOUT, contents
+
+from pad import cli
+from pad.errors import InputError, Stopped
+from pad.settings import StudySettings
+from pad.stages import studying
+from pad.stages.grid import Grid
+
+STUDY = """
+seeds: [0, 1]
+ipc: [1]
+reference: DATM
+common: {dataset: FashionMNISTMini, train_per_class: 20, model: ConvNetD1W8, zca: False, score_repeats: 1, score_epochs: 1}
+buffers:
+  SGD: &experts
+    {num_experts: 1, train_epochs: 3, batch_train: 50, lr_teacher: 0.05, rho_max: 0, rho_min: 0, add_end_epoch: 0, eval_every: 3}
+  curriculum: {<<: *experts, init_ratio: 0.5, add_end_epoch: 2}
+templates:
+  matching: &matching {skip_first_eva: True, eval_it: 1000, num_eval: 1, epoch_eval_train: 1, Iteration: 1}
+  following: &following
+    {<<: *matching, by: PAD, syn_steps: 2, expert_epochs: 1, max_start_epoch: 2, Sequential_Generation: False, pix_init: real}
+methods:
+  random real: {by: coreset, method: Uniform, lr: 0.05}
+  DM: {<<: *matching, by: DM, batch_real: 8, by_ipc: {1: {lr_img: 2}}}
+  DATM: {<<: *following, method: DATM, buffer: SGD}
+  PAD: {<<: *following, buffer: curriculum, depth_ratio: 0.25}
+evaluation: {num_eval: 2, epoch_eval_train: 1}
+"""
+METHODS = ("random real", "DM", "DATM", "PAD")
+
+
+def write(folder: Path, **changes) -> Path:
+    """The study's file with other values of its top-level keys."""
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(STUDY) | changes, sort_keys=False))
+    return path
+
+
+def run(folder: Path, out: str = "out", *more: str, **changes) -> int:
+    return cli.study([str(write(folder, **changes)), "--out", str(folder / out), *more])
+
+
+def table(folder: Path) -> dict[str, dict]:
+    with open(folder / "results.csv", newline="") as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def outcome_of(folder: Path) -> dict[str, bytes]:
+    """Everything but what depends on the clock."""
+    def plain(name: str, data: bytes) -> bytes:
+        if not name.startswith("cells/"):
+            return data
+        return json.dumps({key: value for key, value in json.loads(data).items() if key != "seconds"}).encode()
+
+    return {name: plain(name, data) for name, data in contents(folder).items()
+            if data != b"folder" and not name.startswith("results") and "timing" not in name and "config.yaml" not in name}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A study's folder."""
+    folder = tmp_path_factory.mktemp("study")
+    assert run(folder) == 0
+    return folder / "out"
+
+
+def test_every_cell_is_in_the_table(done):
+    rows = table(done)
+    assert tuple(rows) == METHODS
+    assert all((row["n"], row["networks"], row["failed"]) == ("2", "2", "") for row in rows.values())
+    cells = [json.loads(path.read_text()) for path in (done / "cells").glob("*.json")]
+    assert {(cell["method"], cell["seed"]) for cell in cells} == {(method, seed) for method in METHODS for seed in (0, 1)}
+    for cell in cells:
+        assert (done / cell["set"]).is_file() and len(cell["accuracies"]) == 2
+    means = [100 * sum(cell["accuracies"]) / 2 for cell in cells if cell["method"] == "DM"]
+    assert float(rows["DM"]["accuracy"]) == pytest.approx(sum(means) / 2, abs=1e-4)
+    names = {path.name for path in (done / "pictures").iterdir()}
+    assert names == {f"{name}_ipc1.png" for name in ("random_real", "DM", "DATM", "PAD")}
+
+
+def test_settings_reach_the_commands(done):
+    configs = {path.parent.name.split("-")[0]: yaml.safe_load(path.read_text()) for path in done.glob("sets/*/*/*/*/config.yaml")}
+    assert configs["DM"]["lr_img"] == 2 and configs["DM"]["train_per_class"] == 20
+    assert configs["PAD"]["depth_ratio"] == 0.25 and configs["DATM"]["depth_ratio"] == 0
+    assert len(list((done / "buffers").iterdir())) == 4, "two recipes, two seeds"
+
+
+def test_a_finished_study_does_nothing_again(done, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in done.glob("cells/*.json")}
+    for name in ("record_experts", "distill", "select_coreset", "evaluate"):
+        monkeypatch.setattr(studying, name, lambda *_, **__: pytest.fail("worked again"))
+    assert cli.study([str(write(done.parent)), "--out", str(done)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in done.glob("cells/*.json")}
+
+
+def test_a_change_concerns_its_cells_alone(done, tmp_path, monkeypatch):
+    made, distill = [], studying.distill
+    shutil.copytree(done, tmp_path / "out")
+    monkeypatch.setattr(studying, "distill", lambda settings, **more: made.append(settings.name) or distill(settings, **more))
+    methods = yaml.safe_load(STUDY)["methods"]
+    methods["PAD"]["lr_img"] = 10
+    assert run(tmp_path, methods=methods) == 0
+    assert [name.split("-")[0] for name in made] == ["PAD", "PAD"]
+
+
+def test_a_part_can_be_asked_for_and_the_report_is_of_all(tmp_path):
+    assert run(tmp_path, "out", "--methods", "random real", "--seeds", "1") == 0
+    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / "cells").iterdir()] == ["random_real-ipc1-seed1"]
+    assert run(tmp_path, "out", "--methods", "DM", "--seeds", "0") == 0
+    assert {method: row["n"] for method, row in table(tmp_path / "out").items()} == dict(zip(METHODS, "1100"))
+
+
+def test_a_cell_of_another_command_is_another(tmp_path):
+    settings = StudySettings.resolve({"study": str(write(tmp_path))})
+    before = {cell.method: cell.name for cell in Grid.read(settings).cells()}
+    methods = yaml.safe_load(STUDY)["methods"]
+    methods["DM"] = {**methods["DM"], "by": "DC"}
+    write(tmp_path, methods=methods)
+    after = {cell.method: cell.name for cell in Grid.read(settings).cells()}
+    assert [method for method in METHODS if before[method] != after[method]] == ["DM"]
+
+
+def test_every_set_is_evaluated_in_the_same_way(tmp_path):
+    methods = yaml.safe_load(STUDY)["methods"]
+    methods["DM"]["dsa"] = False
+    cells = Grid.read(StudySettings.resolve({"study": str(write(tmp_path, methods=methods))})).cells()
+    assert not next(cell for cell in cells if cell.method == "DM").distilling.dsa
+    ways = [{key: value for key, value in cell.evaluation.items() if key != "seed"} for cell in cells]
+    assert all(way == ways[0] for way in ways) and ways[0]["dsa"] is True and ways[0]["model"] == "ConvNetD1W8"
+
+
+def test_paths_in_the_file_and_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = write(tmp_path, common={"dataset": "ImageFolder", "data_path": "here"}, out="there")
+    assert Grid.read(StudySettings.resolve({"study": str(study)})).common.data_path == str(tmp_path / "here")
+    grid = Grid.read(StudySettings.resolve({"study": str(study), "data_path": "mine"}))
+    assert (grid.common.data_path, grid.out) == (str(tmp_path / "mine"), tmp_path / "there")
+    assert Grid.read(StudySettings.resolve({"study": str(write(tmp_path))})).out == CHECKOUT / "runs" / "studies" / "study"
+
+
+def test_other_images_are_refused(done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    common = yaml.safe_load(STUDY)["common"] | {"train_per_class": 19}
+    assert run(tmp_path, common=common) == 2
+    assert "begun with other images" in capsys.readouterr().err
+
+
+def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    for path in (tmp_path / "out" / "sets").glob("random_real*/*.safetensors"):
+        path.unlink()
+    assert run(tmp_path) == 0
+    assert "no picture of random real" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", (Stopped("stopped", 130), KeyboardInterrupt()), ids=("signal", "at once"))
+def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, capsys, stop):
+    evaluate, calls = studying.evaluate, []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise stop
+        return evaluate(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studying, "evaluate", interrupted)
+        assert run(tmp_path) == 130
+    assert "go on with" in (message := capsys.readouterr().err) and "--resume" not in message
+    assert "0 of 2" in (tmp_path / "out" / "results.md").read_text(), "an interrupted study shows what is there"
+    assert run(tmp_path) == 0
+    ours, expected = outcome_of(tmp_path / "out"), outcome_of(done)
+    assert ours == expected
+
+
+@pytest.mark.parametrize("error", (InputError("no such thing"), OSError(28, "No space left"), ValueError("odd")), ids=str)
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, error):
+    distill = studying.distill
+
+    def failing(settings, **more):
+        if settings.name.startswith("DM"):
+            raise error
+        return distill(settings, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studying, "distill", failing)
+        assert run(tmp_path, seeds=[0]) == 1
+    assert "1 of 4 cells failed" in capsys.readouterr().err
+    rows = table(tmp_path / "out")
+    assert str(error) in rows["DM"]["failed"] and rows["DM"]["n"] == "0"
+    assert all(rows[method]["n"] == "1" for method in METHODS if method != "DM")
+    assert run(tmp_path, seeds=[0]) == 0
+    assert table(tmp_path / "out")["DM"]["failed"] == ""
+
+
+def test_two_processes_share_the_cells(done, tmp_path):
+    command = [sys.executable, str(CHECKOUT / "scripts" / "study.py"), str(write(tmp_path)), "--out", str(tmp_path / "out")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ) for _ in "12"]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [line for text in printed for line in text.splitlines() if " %" in line and ", seed " in line]
+    assert len(lines) == len(METHODS) * 2, "each cell was computed by one of them"
+    theirs, ours = ({method: row | {"seconds": ""} for method, row in table(folder).items()} for folder in (done, tmp_path / "out"))
+    assert ours == theirs
+
+
+def change(path: str, value):
+    """The study with another value at a path as methods/DM/by; None takes the key away."""
+    content = yaml.safe_load(STUDY)
+    *parents, last = path.split("/")
+    inner = content
+    for key in parents:
+        inner = inner[key]
+    inner.pop(last) if value is None else inner.update({last: value})
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("methods/DM/ema_decay", 0.9, ("DM: ema_decay", "FTD")),
+        ("methods/DM/lr_imgg", 1, ("DM: ", "lr_img")),
+        ("methods/DM/batch_real", -1, ("DM: batch_real", "out of range")),
+        ("methods/DM/by_ipc", {1: {"batch_real": 0}}, ("DM: batch_real", "out of range")),
+        ("methods/DM/by", "DN", ("DM: by: 'DN'", "coreset")),
+        ("methods/DM/buffer", "SGD", ("DM: by: DM has no use for a buffer",)),
+        ("methods/PAD/buffer", None, ("PAD: by: PAD needs a buffer",)),
+        ("methods/PAD/buffer", "curiculum", ("the nearest is curriculum",)),
+        ("methods/PAD", 3, ("PAD is not a list",)),
+        ("buffers/SGD/rho_min", 1, ("buffers: SGD: rho_max",)),
+        ("evaluation/num_evall", 1, ("evaluation: ", "num_eval")),
+        ("common/datset", "x", ("common: unknown key 'datset'; the nearest is dataset",)),
+        ("seed", [0], ("unknown key 'seed'; the nearest is seeds",)),
+        ("seeds", [-1], ("seeds: [-1]",)),
+        ("ipc", None, ("ipc: None",)),
+        ("ipc", [True], ("ipc: [True]",)),
+        ("reference", "DTM", ("reference: 'DTM'", "DATM")),
+        ("reference", ["PAD"], ("reference: ['PAD']",)),
+        ("out", [5], ("out: [5]",)),
+        ("methods", {}, ("methods: there are none",)),
+        ("methods/DM/by", ["DM"], ("by: ['DM']",)),
+        ("methods/PAD/buffer", ["SGD"], ("buffer: ['SGD']",)),
+        ("methods/DM/by_ipc", {"1": {"batch_real": 9}}, ("by_ipc: '1'",)),
+        ("methods/DM/by_ipc", {50: {"bogus": 9}}, ("DM: ", "bogus")),
+        ("methods/DM/seed", 5, ("DM: seed", "the study decides it")),
+        ("methods/DM/ranking_path", "x", ("DM: ranking_path", "the study decides it")),
+        ("methods/DM/zca", True, ("DM: zca", "belongs in common")),
+        ("methods/PAD/model", "ConvNetD1W16", ("model: ConvNetD1W16, but its buffer's is ConvNetD1W8",)),
+        ("evaluation/baselines", "hard", ("baselines",)),
+        ("evaluation/eval_mode", "M", ("eval_mode: M",)),
+        ("common/out", "x", ("common: unknown key 'out'",)),
+        ("methods/A, B", {"by": "DM"}, ("'A, B' is no name",)),
+        ("methods", {1: {"by": "DM"}}, ("1 is no name",)),
+        ("methods/D.M|", {"by": "DM"}, ("no name",)),
+        ("methods/random_real", {"by": "DM"}, ("'random_real' and 'random real' are too much alike",)),
+    ],
+)
+def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, words):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(change(path, value)))
+    assert cli.study([str(file), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words) and "Traceback" not in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--methods", "DN"], "nearest is DM"), (["--seeds", "x"], "seeds"), (["--ipc", "0"], "no ipc 0"), (["--seeds", "7"], "no seed 7"),
+])  # fmt: skip
+def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
+    assert run(tmp_path, "out", *more) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_shipped_studies_are_studies():
+    for path in (CHECKOUT / "configs" / "studies").glob("*.yaml"):
+        assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()
