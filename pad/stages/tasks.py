@@ -19,7 +19,7 @@ from pad.matching.real import RealBatches, without_ends
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.networks import Network
 from pad.settings import DCSettings, DistillSettings, DMSettings
-from pad.stages.workbench import Workbench, digest_of_rows, experts_folder
+from pad.stages.workbench import Workbench, digest_of_rows, experts_folder, rankings_folder
 from pad.trajectories import TrajectoryStore
 
 log = logging.getLogger("pad")
@@ -121,7 +121,7 @@ def _real_batches(settings: DCSettings | DMSettings, bench: Workbench, model: Fl
     without_ends(rows, settings.drop_easy, settings.drop_hard)  # refuses shares that leave nothing, before there is a ranking
     made_from = {key: value for key, value in bench.describe(settings.model, model).items() if key != "parameters"}
     if settings.needs_ranking:
-        method, folder = settings.sort_method, bench.settle_ranking(settings)
+        method, folder = settings.sort_method, rankings_folder(settings, settings.ranking_path)
         rows = bench.rankings([method], folder, settings, convert_flat=settings.convert_flat)[method].rows
         made_from["ranking"] = digest_of_rows(rows)
     rows = without_ends(rows, settings.drop_easy, settings.drop_hard)
