@@ -15,11 +15,21 @@ import traceback
 import warnings
 from typing import Callable
 
-from pad import config, distributed, stages
-from pad import settings as commands
+from pad import config, distributed
 from pad.allocator import keep_compiled_code, keep_freed_memory
+from pad.commands.coreset import CoresetSettings, select_coreset
+from pad.commands.distil import distill as run_distillation
+from pad.commands.distribution import DMSettings
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.evaluate import evaluate as run_evaluation
+from pad.commands.gradient import DCSettings
+from pad.commands.rank import ScoreSettings, score_difficulty
+from pad.commands.record import BufferSettings, record_experts
+from pad.commands.trajectory import DistillSettings
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped
+from pad.study.grid import StudySettings
+from pad.study.study import study as run_study
 
 
 class _Handler(logging.StreamHandler):
@@ -105,7 +115,9 @@ def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ran
     except PeerLost as error:
         return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
     except Stopped as stop:  # those of a signal can be gone on with; others need other settings
-        return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks, resume)}" if stop.code > 128 else str(stop), stop.code)
+        return ranks.say(
+            f"{stop}\ngo on with: {_command(argv, ranks, resume)}" if stop.code > 128 else str(stop), stop.code
+        )
 
 
 def _command(argv: list[str], ranks: Ranks, resume: bool) -> str:
@@ -115,9 +127,10 @@ def _command(argv: list[str], ranks: Ranks, resume: bool) -> str:
         return shlex.join([*_program(ranks), *argv])
     replaced = ("--overwrite", "--resume")
     kept = [
-        word for word, before in zip(argv, ["", *argv])
+        word
+        for word, before in zip(argv, ["", *argv])
         if word.split("=")[0] not in replaced and (word.startswith("--") or before not in replaced)
-    ]  # fmt: skip
+    ]
     return shlex.join([*_program(ranks), *kept, "--resume"])
 
 
@@ -130,44 +143,44 @@ def _program(ranks: Ranks) -> list[str]:
 
 
 def _buffer(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.BufferSettings, argv, "buffer_CL.py")
-    stages.record_experts(settings, ranks)
+    settings, _ = config.parse(BufferSettings, argv, "buffer_CL.py")
+    record_experts(settings, ranks)
 
 
 def _distill(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DistillSettings, argv, "PAD.py")
-    stages.distill(settings, ranks)
+    settings, _ = config.parse(DistillSettings, argv, "PAD.py")
+    run_distillation(settings, ranks)
 
 
 def _match_gradients(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DCSettings, argv, "DC.py")
-    stages.distill(settings, ranks)
+    settings, _ = config.parse(DCSettings, argv, "DC.py")
+    run_distillation(settings, ranks)
 
 
 def _match_distributions(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DMSettings, argv, "DM.py")
-    stages.distill(settings, ranks)
+    settings, _ = config.parse(DMSettings, argv, "DM.py")
+    run_distillation(settings, ranks)
 
 
 def _evaluate(argv: list[str], ranks: Ranks) -> None:
-    settings, given = config.parse(commands.EvaluationSettings, argv, "evaluation.py")
-    stages.evaluate(settings, given, ranks)
+    settings, given = config.parse(EvaluationSettings, argv, "evaluation.py")
+    run_evaluation(settings, given, ranks)
 
 
 def _score(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.ScoreSettings, argv, "score_difficulty.py")
-    stages.score_difficulty(settings, ranks)
+    settings, _ = config.parse(ScoreSettings, argv, "score_difficulty.py")
+    score_difficulty(settings, ranks)
 
 
 def _coreset(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.CoresetSettings, argv, "select_coreset.py")
-    stages.select_coreset(settings, ranks)
+    settings, _ = config.parse(CoresetSettings, argv, "select_coreset.py")
+    select_coreset(settings, ranks)
 
 
 def _study(argv: list[str], ranks: Ranks) -> None:
     argv = ["--study", *argv] if argv and not argv[0].startswith("-") else argv
-    settings, _ = config.parse(commands.StudySettings, argv, "study.py")
-    stages.study(settings, ranks)
+    settings, _ = config.parse(StudySettings, argv, "study.py")
+    run_study(settings, ranks)
 
 
 def buffer(argv: list[str] | None = None) -> int:

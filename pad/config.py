@@ -117,7 +117,9 @@ def parse(cls: type[Some], argv: list[str], program: str) -> tuple[Some, set[str
 
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{name}" for name in (*fields, *cls.dead, "cfg")]))
+        raise InputError(
+            _unknown("option", unknown[0].split("=")[0], [f"--{name}" for name in (*fields, *cls.dead, "cfg")])
+        )
     flags, given = vars(flags), {}
     if (path := flags.pop("cfg", None)) is not None:
         given = cls.with_paths(read_yaml(path), path_base(Path(path)))
@@ -193,9 +195,11 @@ def _coerce(field: dataclasses.Field, hint, value):
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
     bounds = [
-        (meta["low"], lambda a, b: a >= b, "at least"), (meta["above"], lambda a, b: a > b, "above"),
-        (meta["high"], lambda a, b: a <= b, "at most"), (meta["below"], lambda a, b: a < b, "below"),
-    ]  # fmt: skip
+        (meta["low"], lambda a, b: a >= b, "at least"),
+        (meta["above"], lambda a, b: a > b, "above"),
+        (meta["high"], lambda a, b: a <= b, "at most"),
+        (meta["below"], lambda a, b: a < b, "below"),
+    ]
     for bound, holds, words in bounds:
         if bound is not None and not holds(value, bound):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {bound}")

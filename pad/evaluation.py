@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pad import networks
 from pad.data.augment import augment
 from pad.data.placement import Images, to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel, cross_entropy
-from pad.fused import forward_of
+from pad.nn import networks
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.fused import forward_of
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
@@ -45,9 +45,13 @@ class Protocol:
     together: int = 1
 
     def train(
-        self, model: FlatModel, nets: Sequence[nn.Module], sets: Sequence[TrainingSet], lr: float,
+        self,
+        model: FlatModel,
+        nets: Sequence[nn.Module],
+        sets: Sequence[TrainingSet],
+        lr: float,
         rngs: Sequence[torch.Generator],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
 
         Args:
@@ -198,6 +202,4 @@ def score_all(
             found[case, j] = so_far.accuracies[-1]
             progress(case, j, so_far)
     everywhere = dict(known) | {key: accuracy for part in ranks.gather(found) for key, accuracy in part.items()}
-    return [
-        Score(network, [everywhere[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
-    ]
+    return [Score(network, [everywhere[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)]

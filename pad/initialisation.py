@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.coresets import hard_logits
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.functional import FlatModel
+from pad.labels import hard_logits
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 _BATCH = 256  # images that an expert is asked about at a time, so that a search stops early

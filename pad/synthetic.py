@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pad.errors import InputError
-from pad.files import load_pt, load_tensors, save_pt, save_tensors
+from pad.store.foreign import load_pt, save_pt
+from pad.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pad.data.preprocessing import Preprocessing
@@ -77,8 +78,10 @@ class SyntheticSet:
             return self.preprocessing.invert(self.images)
         if self.stored_pixels is not None:
             return self.stored_pixels
-        raise InputError("the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
-                         "pixels; set its `preprocessing` to the one fitted on its data set")
+        raise InputError(
+            "the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
+            "pixels; set its `preprocessing` to the one fitted on its data set"
+        )
 
     def to_dataset(self) -> TensorDataset:
         """Pairs (preprocessed image [C, H, W], logits [K]) for a training loop; the target is softmax(logits)."""
@@ -106,8 +109,11 @@ class SyntheticSet:
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
-        loaded = cls(*(tensors[name] for name in ("images", "labels", "lr", "classes")), metadata,
-                     stored_pixels=tensors.get("pixels"))
+        loaded = cls(
+            *(tensors[name] for name in ("images", "labels", "lr", "classes")),
+            metadata,
+            stored_pixels=tensors.get("pixels"),
+        )
         loaded._check(str(path))
         return loaded
 
@@ -143,8 +149,9 @@ class SyntheticSet:
     def _check(self, where: str) -> None:
         """Raise InputError, naming the file and the thing, unless this is a whole and usable set."""
         self._check_tensors(where, where, where)
-        if self.classes.dtype != torch.int64 or \
-                not torch.equal(self.classes.cpu(), _class_order(len(self.images), self.num_classes)):
+        if self.classes.dtype != torch.int64 or not torch.equal(
+            self.classes.cpu(), _class_order(len(self.images), self.num_classes)
+        ):
             raise InputError(f"{where}: classes are not 0 to {self.num_classes - 1} in order, {self.ipc} times each")
         for key in ("data", "preprocessing", "settings", "provenance"):
             if not isinstance(self.metadata.get(key) or {}, dict):

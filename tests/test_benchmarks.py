@@ -16,10 +16,10 @@ from pad.data.sources import load_data
 from pad.difficulty.methods import score_network
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.evaluation import Protocol
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import adjoint, unroll
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
@@ -221,9 +221,13 @@ def test_what_does_not_fit_goes_on_in_a_straight_line(monkeypatch, capsys):
     measured["kept"] = measured["micro"] = measured["adjoint"]
     monkeypatch.setattr(memory, "in_child", lambda kind, count, **problem: measured[kind][count])
     monkeypatch.setattr(memory, "available_memory", lambda: 100e6)  # too little for the 90 MB at 8 steps
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: argparse.Namespace(
-        width=8, depth=1, side=8, images=10, steps=[8, 2, 4], kinds=memory.KINDS, case=None, tiny=False
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "parse_args",
+        lambda *_: argparse.Namespace(
+            width=8, depth=1, side=8, images=10, steps=[8, 2, 4], kinds=memory.KINDS, case=None, tiny=False
+        ),
+    )
     memory.main([])
     out = capsys.readouterr().out
     assert "~90.0" in out and "~9.0" in out and "~50.0" not in out

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pad.commands import record as recording
+from pad.commands.record import BufferSettings
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
-from pad.settings import BufferSettings
-from pad.stages import recording
 
 README = Curriculum(0.75, 20, 40, 60, 0.1, 0.2)  # the published CIFAR-10 setting
 
@@ -106,6 +106,7 @@ def test_where_a_ranking_is_needed():
     late = Curriculum(0.5, 0, 3, 5, 0.0, 0.1)
     assert [late.uses_ranking(epochs) for epochs in (1, 4, 6, 7)] == [False, False, False, True]
 
+
 # ---- other schedules
 
 
@@ -142,8 +143,12 @@ def test_shares_that_are_whole_numbers_of_images():
     cubes = Curriculum(0.729, 3, add_schedule="geometric")
     assert [cubes.window(epoch, 1000)[1] for epoch in range(4)] == [729, 810, 900, 1000]
     assert [Curriculum(0.0001, 4, add_schedule="geometric").window(e, 10**5)[1] for e in range(5)] == [
-        10, 100, 1000, 10**4, 10**5
-    ]  # fmt: skip
+        10,
+        100,
+        1000,
+        10**4,
+        10**5,
+    ]
 
 
 @pytest.mark.parametrize("schedule", ADD_SCHEDULES)

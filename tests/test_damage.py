@@ -18,18 +18,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pad.checkpoint import State
 from pad.cli import run as command
+from pad.commands.evaluate import EvaluationSettings, _read_set
+from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd, fit_preprocessing
-from pad.data.sources import ImageData, load_data
-from pad.difficulty.rows import Ranking, read_published
-from pad.distiller import State
+from pad.data.sources import load_data
+from pad.difficulty.ranking import Ranking, read_published
 from pad.errors import InputError
-from pad.files import atomic_file, load_pt, load_tensors, save_pt, save_tensors, temporary_folder, write_text
-from pad.settings import EvaluationSettings
-from pad.stages.evaluating import _read_set
+from pad.store.files import atomic_file, save_picture, temporary_folder, write_text
+from pad.store.foreign import load_pt, save_pt
+from pad.store.published import export_published, import_published
+from pad.store.run import Run
+from pad.store.tensors import load_tensors, save_tensors
+from pad.store.trajectories import TrajectoryStore, describe, expert_path, write_expert
 from pad.synthetic import SyntheticSet
-from pad.tracking import Run, save_picture
-from pad.trajectories import TrajectoryStore, describe, expert_path, export_published, import_published, write_expert
 
 PARAMETERS = [("weight", (3, 4)), ("bias", (3,))]
 DESCRIPTION = describe({"dataset": "CIFAR10"}, "MLP", PARAMETERS, {"kind": "meanstd", "digest": "0f"})
@@ -136,8 +139,11 @@ def read_replay_buffer(path):
 
 
 OURS = [
-    (trajectory, read_trajectory), (artifact, read_artifact), (ranking, read_ranking), (checkpoint, read_checkpoint),
-]  # fmt: skip
+    (trajectory, read_trajectory),
+    (artifact, read_artifact),
+    (ranking, read_ranking),
+    (checkpoint, read_checkpoint),
+]
 PUBLISHED = [
     (published_set, read_published_set),
     (published_ranking, read_published_ranking),

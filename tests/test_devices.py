@@ -12,6 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from pad import cli, evaluation
 from pad.allocator import keep_compiled_code
+from pad.commands import bench as workbench
+from pad.commands.bench import use_tf32
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.record import BufferSettings
+from pad.commands.trajectory import DistillSettings
 from pad.data.augment import _KINDS, DSA, CropScaleRotate, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, place, to_device
 from pad.data.preprocessing import MeanStd, Preprocessing
@@ -22,15 +27,12 @@ from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import adjoint, inner_steps, unroll
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
-from pad.stages import workbench
-from pad.stages.workbench import use_tf32
 
 NETWORK, CLASSES, SIZE, N = "ConvNetD1W8", 3, (8, 8), 24
 EPOCH = torch.arange(N)
@@ -48,8 +50,10 @@ class OneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket._qualified_op_name.replace("::", ".")
-        devices = [{x.device.type for x in tree_leaves(part) if isinstance(x, torch.Tensor) and x.dim()}
-                   for part in ((args, kwargs), out)]  # fmt: skip
+        devices = [
+            {x.device.type for x in tree_leaves(part) if isinstance(x, torch.Tensor) and x.dim()}
+            for part in ((args, kwargs), out)
+        ]
         if name not in MOVING and len(devices[0]) > 1:
             raise AssertionError(f"{name} mixes {devices[0]}")
         if name not in DRAWING and "cpu" in devices[1] - devices[0]:
@@ -77,12 +81,15 @@ def is_meta(*tensors):
 # ------------------------------------------------------------------------------------------ no tensor elsewhere
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda x: x @ torch.ones(8, 8),
-    lambda x: x[torch.tensor([0, 1])],
-    lambda x: x + torch.ones(8),
-    lambda x: x * torch.arange(8).to("meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x @ torch.ones(8, 8),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x + torch.ones(8),
+        lambda x: x * torch.arange(8).to("meta"),
+    ],
+)
 def test_the_guard_notices_a_tensor_on_the_wrong_device(wrong):
     complaints = "mixes|makes a tensor|not on the expected device"
     with OneDevice(), pytest.raises((AssertionError, RuntimeError), match=complaints):
@@ -136,9 +143,17 @@ def test_a_step_of_gsam(adaptive):
 def test_training_an_expert(model, augmentation, on_host):
     images = HostImages(torch.zeros(N, 3, *SIZE, dtype=torch.uint8), mean_std("meta")) if on_host else meta(N, 3, *SIZE)
     task = ExpertTask(
-        model, images, meta(N, dtype=torch.int64), CLASSES, lambda epoch: EPOCH,
-        GSAM(0.1, momentum=0.5, rho=0.5, alpha=0.4), augmentation, 7, 2, seed=0,
-    )  # fmt: skip
+        model,
+        images,
+        meta(N, dtype=torch.int64),
+        CLASSES,
+        lambda epoch: EPOCH,
+        GSAM(0.1, momentum=0.5, rho=0.5, alpha=0.4),
+        augmentation,
+        7,
+        2,
+        seed=0,
+    )
     start = model.flatten(network())
     with OneDevice():
         trajectory = list(task.train(0, start))
@@ -304,9 +319,16 @@ def matching_task(model, dtype, ratios=(0.3, 0.2)):
     start = model.flatten(network())
     rows = torch.stack([start, start + 0.01 * torch.randn(len(start), generator=rng)])
     objective = TrajectoryObjective(
-        model, SimpleNamespace(rows=lambda expert, epochs: rows[epochs]), SegmentSampler([0], 1, 0, 1, False, 1, 1, 0),
-        DSA(), syn_steps=6, batch_syn=7, depth_ratio=ratios[0], loss_ratio=ratios[1], seed=0,
-    )  # fmt: skip
+        model,
+        SimpleNamespace(rows=lambda expert, epochs: rows[epochs]),
+        SegmentSampler([0], 1, 0, 1, False, 1, 1, 0),
+        DSA(),
+        syn_steps=6,
+        batch_syn=7,
+        depth_ratio=ratios[0],
+        loss_ratio=ratios[1],
+        seed=0,
+    )
     images, labels = torch.randn(N, 3, *SIZE, generator=rng), torch.randn(N, CLASSES, generator=rng)
     return objective, [t.to(dtype) for t in (images, labels, torch.tensor(0.02))]
 
@@ -408,9 +430,17 @@ def test_the_host_never_waits_while_an_expert_trains(model, augmentation, on_hos
     pixels = torch.randint(256, (N, 3, *SIZE), dtype=torch.uint8)
     images = place(pixels, mean_std("cuda"), "host" if on_host else "device")
     task = ExpertTask(
-        model, images, torch.randint(CLASSES, (N,)).cuda(), CLASSES, lambda epoch: EPOCH,
-        GSAM(0.01, momentum=0.5, l2=1e-3, rho=0.5, alpha=0.4), augmentation, 3, 4, seed=0,
-    )  # fmt: skip
+        model,
+        images,
+        torch.randint(CLASSES, (N,)).cuda(),
+        CLASSES,
+        lambda epoch: EPOCH,
+        GSAM(0.01, momentum=0.5, l2=1e-3, rho=0.5, alpha=0.4),
+        augmentation,
+        3,
+        4,
+        seed=0,
+    )
     start = model.flatten(network())
     before = list(task.train(0, start))  # handles and workspaces of libraries are made
     with unsynchronised():

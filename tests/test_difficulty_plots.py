@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from pad.difficulty import plots
-from pad.difficulty.rows import Ranking
+from pad.difficulty.ranking import Ranking
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
+from pad.show import difficulty as plots
 
 
 def ranking(sizes, seed=0, scores=True, kind=torch.rand) -> Ranking:
@@ -70,8 +70,10 @@ def test_the_matrix_shows_the_numbers():
     axes = plots.plot_correlation(correlation, ["GraNd", "EL2N", "Herding"]).axes[0]
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert [[shown[j, i] for j in range(3)] for i in range(3)] == [
-        ["1.00", "-0.13", "0.00"], ["-0.13", "1.00", "0.00"], ["0.00", "0.00", "1.00"]
-    ]  # fmt: skip
+        ["1.00", "-0.13", "0.00"],
+        ["-0.13", "1.00", "0.00"],
+        ["0.00", "0.00", "1.00"],
+    ]
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [tick.get_text() for tick in ticks] == ["GraNd", "EL2N", "Herding"]
 
@@ -221,9 +223,14 @@ def test_every_picture_of_some_rankings(tmp_path):
     arguments = rankings, coloured(20), names(3), Curriculum(0.5, 3), 10
     written = plots.plot_all(tmp_path / "new" / "folder", *arguments)
     wanted = [
-        "scores_GraNd.png", "images_GraNd.png", "scores_EL2N.png", "images_EL2N.png", "images_Herding.png",
-        "correlation.png", "curriculum.png",
-    ]  # fmt: skip
+        "scores_GraNd.png",
+        "images_GraNd.png",
+        "scores_EL2N.png",
+        "images_EL2N.png",
+        "images_Herding.png",
+        "correlation.png",
+        "curriculum.png",
+    ]
     assert [path.name for path in written] == wanted
     assert sorted((tmp_path / "new" / "folder").iterdir()) == sorted(written)
     for path in written:

@@ -7,13 +7,15 @@ import signal
 import pytest
 import torch
 
+from pad.checkpoint import SMALLEST_LR, State
 from pad.data.preprocessing import MeanStd
-from pad.distiller import SMALLEST_LR, Distiller, Schedule, State
+from pad.distiller import Distiller, Schedule
 from pad.errors import InputError, Stopped
-from pad.files import load_pt, load_tensors, save_tensors
-from pad.matching.base import Gradients, Objective
+from pad.matching.objective import Gradients, Objective
+from pad.store.foreign import load_pt
+from pad.store.run import Run, run_state
+from pad.store.tensors import load_tensors, save_tensors
 from pad.synthetic import SyntheticSet
-from pad.tracking import Run, run_state
 
 K, IPC, SHAPE = 2, 2, (3, 4, 4)
 N = K * IPC
@@ -58,9 +60,16 @@ def closeness(current):
 def distiller(folder, objective, *, resume=False, accuracies=None, **changes):
     """A run in ``folder``. ``accuracies``: what evaluation finds, by iteration, in place of :func:`closeness`."""
     settings = dict(
-        iterations=11, eval_it=4, skip_first_eva=False, save_it=5, checkpoint_every=3, threshold=math.inf,
-        max_bad_iterations=3, rates=[0.3, 0.2, 0.1], momentum_y=0.9,
-    )  # fmt: skip
+        iterations=11,
+        eval_it=4,
+        skip_first_eva=False,
+        save_it=5,
+        checkpoint_every=3,
+        threshold=math.inf,
+        max_bad_iterations=3,
+        rates=[0.3, 0.2, 0.1],
+        momentum_y=0.9,
+    )
 
     def wrap(images, labels, lr, iteration):
         metadata = {"class_names": ["cat", "dog"], "iteration": iteration}
@@ -103,8 +112,10 @@ def test_updates_are_those_of_torchs_sgd_with_momentum(tmp_path):
 
     reference = initial_state()
     variables = [variable.requires_grad_() for variable in reference.variables]
-    groups = [{"params": [v], "lr": rate, "momentum": momentum}
-              for v, rate, momentum in zip(variables, (0.3, 0.2, 0.1), (0.5, 0.9, 0.5))]  # fmt: skip
+    groups = [
+        {"params": [v], "lr": rate, "momentum": momentum}
+        for v, rate, momentum in zip(variables, (0.3, 0.2, 0.1), (0.5, 0.9, 0.5))
+    ]
     sgd = torch.optim.SGD(groups)
     for it in range(25):
         sgd.zero_grad()
@@ -126,10 +137,18 @@ def test_the_learning_rate_stays_positive(tmp_path):
     assert final.lr.item() == pytest.approx(SMALLEST_LR) and final.lr > 0
 
 
-@pytest.mark.parametrize("name, value", [
-    ("loss", 2.0), ("loss", math.nan), ("loss", math.inf), ("loss", -math.inf),
-    ("images", math.nan), ("labels", -math.inf), ("lr", math.inf),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("loss", 2.0),
+        ("loss", math.nan),
+        ("loss", math.inf),
+        ("loss", -math.inf),
+        ("images", math.nan),
+        ("labels", -math.inf),
+        ("lr", math.inf),
+    ],
+)
 def test_an_iteration_over_the_threshold_or_not_finite_changes_nothing(tmp_path, name, value):
     """Iteration 2 is bad; the others' losses are below the threshold."""
     states = {}
@@ -211,7 +230,9 @@ def test_the_set_moves_between_the_steps_of_an_iteration(tmp_path):
     assert [(entry["loss"], entry["updated"]) for entry in events(tmp_path / "run", "match")] == [(2.0, True)] * 3
 
 
-@pytest.mark.parametrize("bad, recorded", [({"images": math.nan}, 1.5), ({"loss": math.inf}, None), ({"loss": 4.0}, 2.5)])
+@pytest.mark.parametrize(
+    "bad, recorded", [({"images": math.nan}, 1.5), ({"loss": math.inf}, None), ({"loss": 4.0}, 2.5)]
+)
 def test_a_bad_step_ends_its_iteration_and_changes_nothing(tmp_path, bad, recorded):
     def change(it, step, found):
         return broken(found, **bad) if (it, step) == (1, 1) else None
@@ -229,7 +250,9 @@ def test_a_bad_step_ends_its_iteration_and_changes_nothing(tmp_path, bad, record
 
 
 def test_iterations_that_end_in_a_bad_step_are_counted_once_each(tmp_path):
-    ours = distiller(tmp_path / "run", Stepped(3, lambda it, step, found: broken(found, images=math.nan) if step else None))
+    ours = distiller(
+        tmp_path / "run", Stepped(3, lambda it, step, found: broken(found, images=math.nan) if step else None)
+    )
     with pytest.raises(Stopped, match="3 iterations in a row"):
         ours.distill()
     assert [(it, step) for it, step, _ in ours.objective.seen] == [(it, step) for it in range(3) for step in range(2)]
@@ -398,8 +421,11 @@ def rough(it, found):
 
 def files(folder):
     """Name -> bytes of all that does not depend on the clock."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "timing.jsonl"}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timing.jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -584,10 +610,20 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference_named(
             State.load(path, initial_state(), 1, identity | change)
 
 
-@pytest.mark.parametrize("change", [
-    {"format": 2}, {"iteration": -1}, {"iteration": "3"}, {"iteration": 2.0}, {"best": None}, {"skipped": None},
-    {"arithmetic": 3}, {"identity": []},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"iteration": -1},
+        {"iteration": "3"},
+        {"iteration": 2.0},
+        {"best": None},
+        {"skipped": None},
+        {"arithmetic": 3},
+        {"identity": []},
+    ],
+    ids=str,
+)
 def test_a_checkpoint_that_says_something_else_than_a_checkpoint_is_refused(tmp_path, change):
     path = tmp_path / "checkpoint.safetensors"
     initial_state().save(path)

@@ -7,13 +7,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
+from pad.commands.bench import evaluation_protocol
+from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.evaluation import Protocol, Score, accuracy, score
-from pad.functional import COMPILE_CALLS, FlatModel, compiler_available
-from pad.networks import build
+from pad.nn.derivatives import COMPILE_CALLS, compiler_available
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.settings import EvaluationSettings
-from pad.stages.workbench import evaluation_protocol
 
 K, SHAPE = 3, (3, 8, 8)
 
@@ -90,10 +91,17 @@ def plain_training(net, images, p, lr, epochs, batch_size, augmentation, rng):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("name", ["ConvNetW8", "MLP", "ConvNetD1W8BN"])
-@pytest.mark.parametrize("epochs, batch_size, augmentation, hard", [
-    (5, 4, NoAugmentation(), False), (4, 10, NoAugmentation(), True), (3, 64, DSA(), False),
-    (6, 3, DSA(siamese=True), False), (1, 4, DSA(), True), (0, 4, DSA(), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "epochs, batch_size, augmentation, hard",
+    [
+        (5, 4, NoAugmentation(), False),
+        (4, 10, NoAugmentation(), True),
+        (3, 64, DSA(), False),
+        (6, 3, DSA(siamese=True), False),
+        (1, 4, DSA(), True),
+        (0, 4, DSA(), False),
+    ],
+)
 def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard, flat):
     images, p = training_set(hard=hard)
     ours, theirs = network(name), network(name)
@@ -114,7 +122,10 @@ def test_networks_trained_together_are_those_trained_alone(name):
     sets = [(randn(j, (10, *shape)), training_set(10, 10 * j, hard=j == 1)[1]) for j in range(3)]
     together, alone = ([build(name, 3, K, shape[1:], j).double() for j in range(3)] for _ in range(2))
     protocol = Protocol(DSA(), epochs=4, batch_size=4)
-    assert train(protocol, together, sets, 0.05, [generator(j, "x") for j in range(3)]) == (0, 0 if "BN" in name else 15)
+    assert train(protocol, together, sets, 0.05, [generator(j, "x") for j in range(3)]) == (
+        0,
+        0 if "BN" in name else 15,
+    )
     for j, net in enumerate(alone):
         start = {key: value.clone() for key, value in net.state_dict().items()}
         train(protocol, [net], [sets[j]], 0.05, [generator(j, "x")])
@@ -187,8 +198,12 @@ def test_mean_and_population_deviation():
     std = math.sqrt(((0.5 - mean) ** 2 + (0.6 - mean) ** 2 + (0.9 - mean) ** 2) / 3)
     assert result.n == 3 and result.mean == pytest.approx(mean) and result.std == pytest.approx(std)
     assert result.as_dict() == {
-        "network": "ConvNet", "mean": result.mean, "std": result.std, "n": 3, "accuracies": [0.5, 0.6, 0.9],
-    }  # fmt: skip
+        "network": "ConvNet",
+        "mean": result.mean,
+        "std": result.std,
+        "n": 3,
+        "accuracies": [0.5, 0.6, 0.9],
+    }
     assert Score("ConvNet", [0.4]).std == 0
 
 
@@ -214,8 +229,10 @@ def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_
         return images.float(), p.float()
 
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5, together=together)
-    progress = [(s.network, s.n, list(s.accuracies), list(asked))
-                for s in score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)]  # fmt: skip
+    progress = [
+        (s.network, s.n, list(s.accuracies), list(asked))
+        for s in score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)
+    ]
     expected = []
     for at, j in enumerate(indices):
         net = build(name, SHAPE[0], K, SHAPE[1:], 5, "evaluation", j)
@@ -274,14 +291,22 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
         evaluation._flat_model.cache_clear()
 
 
-@pytest.mark.parametrize("mode, device, num_sets, expected", [
-    ("auto", "cpu", 1, "fused"), ("auto", "cpu", 2, "auto"), ("auto", "cuda", 1, "on"), ("off", "cuda", 2, "off"),
-    ("on", "cpu", 1, "on"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, device, num_sets, expected",
+    [
+        ("auto", "cpu", 1, "fused"),
+        ("auto", "cpu", 2, "auto"),
+        ("auto", "cuda", 1, "on"),
+        ("off", "cuda", 2, "off"),
+        ("on", "cpu", 1, "on"),
+    ],
+)
 def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
     """Ten networks a set, two batches an epoch."""
     epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
     settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
     assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == expected
     settings.epoch_eval_train += 1
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(expected, expected)
+    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(
+        expected, expected
+    )

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pad import functional
 from pad.errors import InputError
-from pad.functional import FlatModel, compiler_available, cross_entropy, how_to_compile
-from pad.networks import build
+from pad.nn import derivatives
+from pad.nn.derivatives import compiler_available, how_to_compile
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.networks import build
 
 CLASSES, SHAPE = 4, (3, 16, 16)
 
@@ -72,7 +73,9 @@ def autograd_on_the_module(module, x, p, lam):
 
 
 def check_hvp(model, theta, x, p, lam, expected):
-    for what, ours, theirs in zip(("slope", "h_theta", "h_x", "h_p"), model.hvp(theta, x, p, lam), expected, strict=True):
+    for what, ours, theirs in zip(
+        ("slope", "h_theta", "h_x", "h_p"), model.hvp(theta, x, p, lam), expected, strict=True
+    ):
         assert ours.shape == theirs.shape, what
         assert relative(ours, theirs) < 1e-11, what
 
@@ -90,7 +93,7 @@ def test_grad_and_hvp_equal_autograd_on_the_ordinary_module(name):
     assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
     check_hvp(model, theta, x, p, lam, expected[1:])
     for forward_first in (False, True) if name in ("ConvNetW8", "LeNet", "ConvNetD1W8ALGNMP") else (False,):
-        model._grad, model._hvp = functional._derivatives(model, forward_first)  # as where they are compiled
+        model._grad, model._hvp = derivatives._derivatives(model, forward_first)  # as where they are compiled
         assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
         check_hvp(model, theta, x, p, lam, expected[1:])
 
@@ -105,7 +108,7 @@ def test_instance_norm_as_it_is_compiled_has_the_same_derivatives(monkeypatch):
     grad, hvp = model.grad(theta, x, p), model.hvp(theta, x, p, lam)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for forward_first in (False, True):
-        model._grad, model._hvp = functional._derivatives(model, forward_first)
+        model._grad, model._hvp = derivatives._derivatives(model, forward_first)
         assert relative(model.grad(theta, x, p), grad) < 1e-12
         check_hvp(model, theta, x, p, lam, hvp)
 
@@ -119,7 +122,9 @@ def test_micro_batches_add_up(name, micro_batch):
     lam, largest = direction(theta), []
     call = torch.func.functional_call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.func, "functional_call", lambda m, params, x: largest.append(len(x[0])) or call(m, params, x))
+        patch.setattr(
+            torch.func, "functional_call", lambda m, params, x: largest.append(len(x[0])) or call(m, params, x)
+        )
         assert relative(model.grad(theta, x, p), whole.grad(theta, x, p)) < 1e-12
         largest, most = [], max(largest[: math.ceil(7 / micro_batch)])
     assert most == (min(micro_batch, 7) if name == "ConvNetW8" else 7)  # statistics of a batch cannot be had in parts
@@ -278,15 +283,18 @@ def test_without_a_compiler_one_line_is_said_and_nothing_is_compiled(monkeypatch
     assert compiler_available()
 
 
-@pytest.mark.parametrize("mode, device, calls, expected", [
-    ("on", "cpu", 1, "on"),
-    ("off", "cpu", 10**9, "off"),
-    ("fused", "cpu", 10**9, "fused"),
-    ("off", "cuda", 10**9, "off"),
-    ("auto", "cuda", 1, "on"),
-    ("fused", "cuda", 1, "on"),  # the kernels are for CPUs
-    ("auto", "cpu", functional.COMPILE_CALLS - 1, "fused"),
-    ("auto", "cpu", functional.COMPILE_CALLS, "auto"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, device, calls, expected",
+    [
+        ("on", "cpu", 1, "on"),
+        ("off", "cpu", 10**9, "off"),
+        ("fused", "cpu", 10**9, "fused"),
+        ("off", "cuda", 10**9, "off"),
+        ("auto", "cuda", 1, "on"),
+        ("fused", "cuda", 1, "on"),  # the kernels are for CPUs
+        ("auto", "cpu", derivatives.COMPILE_CALLS - 1, "fused"),
+        ("auto", "cpu", derivatives.COMPILE_CALLS, "auto"),
+    ],
+)
 def test_when_to_compile(mode, device, calls, expected):
     assert how_to_compile(mode, torch.device(device), calls) == expected

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pad import kernels
-from pad.functional import FlatModel
-from pad.fused import FusedConvNet, _Block, _DualBlock, forward_of
-from pad.networks import build
+from pad.nn import kernels
+from pad.nn.flat import FlatModel
+from pad.nn.fused import FusedConvNet, _Block, _DualBlock, forward_of
+from pad.nn.networks import build
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels cannot be built here")
 EPS = 1e-5
@@ -83,9 +83,10 @@ def test_a_plane_without_variance_is_not_divided_by_zero():
     assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name, channels, size", [
-    ("ConvNet", 3, (16, 16)), ("ConvNetD4W8", 3, (33, 21)), ("ConvNetD2W16", 1, (28, 28)), ("ConvNetD1W8", 2, (5, 6)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, channels, size",
+    [("ConvNet", 3, (16, 16)), ("ConvNetD4W8", 3, (33, 21)), ("ConvNetD2W16", 1, (28, 28)), ("ConvNetD1W8", 2, (5, 6))],
+)
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_derivatives_equal_autograd(name, channels, size, micro_batch):
     module = build(name, channels, 4, size, 0).double()
@@ -100,11 +101,23 @@ def test_derivatives_equal_autograd(name, channels, size, micro_batch):
         assert (ours - theirs).norm() < 1e-11 * theirs.norm()
 
 
-@pytest.mark.parametrize("name, fits", [
-    ("ConvNet", True), ("ConvNetD5W64", True), ("ConvNetIN", True), ("ConvNetBN", False), ("ConvNetGN", False),
-    ("ConvNetNP", False), ("ConvNetMP", False), ("ConvNetAL", False), ("MLP", False), ("LeNet", False),
-    ("ResNet18", False), ("VGG11", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fits",
+    [
+        ("ConvNet", True),
+        ("ConvNetD5W64", True),
+        ("ConvNetIN", True),
+        ("ConvNetBN", False),
+        ("ConvNetGN", False),
+        ("ConvNetNP", False),
+        ("ConvNetMP", False),
+        ("ConvNetAL", False),
+        ("MLP", False),
+        ("LeNet", False),
+        ("ResNet18", False),
+        ("VGG11", False),
+    ],
+)
 def test_which_networks_are_fused(name, fits):
     module = build(name, 3, 10, (32, 32), 0)
     assert FusedConvNet.fits(module) is fits
@@ -130,7 +143,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert model.grad(theta, randn(2, 3, 16, 16).float(), torch.ones(2, 10)).isfinite().all()
 
 
-BUILD = "import sys; from pad import kernels; print(kernels.library() is not None)"
+BUILD = "import sys; from pad.nn import kernels; print(kernels.library() is not None)"
 
 
 def build_in(folder, **environment):

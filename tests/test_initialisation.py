@@ -5,10 +5,10 @@ from torch import nn
 from pad import initialisation
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.functional import FlatModel
 from pad.initialisation import Experts, averaged_logits, class_order, initial_set, predicted_correctly
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
+from pad.nn.flat import FlatModel
 
 K, PER_CLASS, SHAPE = 3, 40, (1, 2, 3)
 
@@ -247,12 +247,20 @@ def test_hard_labels_are_one_hot_and_have_no_gradient_to_the_last_bit(task, kind
     thetas = [theta.to(dtype) for theta in thetas]
     found, logits = initial_set(kind, images.to(dtype), labels, K, 12, experts(thetas), 5, hard=True)
     classes = [c for c in range(K) for _ in range(12)]
-    assert logits.dtype == dtype and logits.softmax(dim=1).tolist() == [[float(c == k) for k in range(K)] for c in classes]
+    assert logits.dtype == dtype and logits.softmax(dim=1).tolist() == [
+        [float(c == k) for k in range(K)] for c in classes
+    ]
     steps = inner_steps(len(found), 7, 9, NoAugmentation(), torch.Generator().manual_seed(0))
     gradients = unrolled_gradients(
-        FlatModel(Linear()), thetas[0], found, logits, torch.tensor(0.1, dtype=dtype), steps,
-        lambda theta: matching_loss(theta, thetas[0], thetas[1]), truncated=truncated,
-    )  # fmt: skip
+        FlatModel(Linear()),
+        thetas[0],
+        found,
+        logits,
+        torch.tensor(0.1, dtype=dtype),
+        steps,
+        lambda theta: matching_loss(theta, thetas[0], thetas[1]),
+        truncated=truncated,
+    )
     assert gradients.images.any() and gradients.lr != 0
     assert torch.equal(gradients.labels, torch.zeros_like(logits))
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from pad import locks
 from pad.errors import InputError
-from pad.locks import claim, holder, in_turn, only_writer, remove_leftovers
+from pad.store import locks
+from pad.store.locks import claim, holder, in_turn, only_writer, remove_leftovers
 
 FORK = multiprocessing.get_context("fork")
 

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pad.commands.distribution import DMSettings
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.gradient import DCSettings
+from pad.commands.record import BufferSettings
+from pad.commands.trajectory import DistillSettings
 from pad.config import parse
 from pad.experts.curriculum import Curriculum
-from pad.settings import BufferSettings, DCSettings, DistillSettings, DMSettings, EvaluationSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "configs" / "CIFAR-10"
@@ -21,14 +25,27 @@ EVERYWHERE = {"dataset": "CIFAR10", "model": "ConvNet", "data_path": str(CHECKOU
 SGD, GSAM = str(CHECKOUT / "buffer_storage_sgd"), str(CHECKOUT / "buffer_storage_gsam")
 MATCHING = EVERYWHERE | {"dsa": True, "loss_ratio": 0, "depth_ratio": 0}
 HARD = {
-    "labels": "hard", "pix_init": "real", "threshold": None, "batch_train": 256, "Sequential_Generation": False,
+    "labels": "hard",
+    "pix_init": "real",
+    "threshold": None,
+    "batch_train": 256,
+    "Sequential_Generation": False,
     "min_start_epoch": 0,
-}  # fmt: skip
+}
 SOFT = {
-    "pix_init": "samples_predicted_correctly", "batch_train": 128, "Iteration": 10000, "zca": True, "syn_steps": 80,
-    "lr_teacher": 0.01, "expert_epochs": 2, "min_start_epoch": 0, "Momentum_y": 0.9, "num_eval": 1, "eval_it": 500,
+    "pix_init": "samples_predicted_correctly",
+    "batch_train": 128,
+    "Iteration": 10000,
+    "zca": True,
+    "syn_steps": 80,
+    "lr_teacher": 0.01,
+    "expert_epochs": 2,
+    "min_start_epoch": 0,
+    "Momentum_y": 0.9,
+    "num_eval": 1,
+    "eval_it": 500,
     "epoch_eval_train": 1000,
-}  # fmt: skip
+}
 
 
 def inner(zca, syn_steps, max_start_epoch, lr_img, lr_lr, lr_teacher) -> dict:
@@ -43,13 +60,41 @@ MTT = {
     50: inner(False, 30, 40, 1000, 1e-5, 0.001),
 }
 DATM = {
-    1: {"batch_syn": 1000, "lr_img": 100, "lr_y": 5, "lr_lr": 1e-7, "threshold": 1.1, "skip_first_eva": True,
-        "Sequential_Generation": False, "max_start_epoch": 4},
-    10: {"batch_syn": 500, "lr_img": 100, "lr_y": 2, "lr_lr": 1e-5, "threshold": 1.0, "skip_first_eva": True,
-         "Sequential_Generation": True, "current_max_start_epoch": 10, "max_start_epoch": 20, "expansion_end_epoch": 1000},
-    50: {"batch_syn": 500, "lr_img": 1000, "lr_y": 2, "lr_lr": 1e-5, "threshold": 1.0, "skip_first_eva": False,
-         "Sequential_Generation": True, "current_max_start_epoch": 20, "max_start_epoch": 40, "expansion_end_epoch": 2000},
-}  # fmt: skip
+    1: {
+        "batch_syn": 1000,
+        "lr_img": 100,
+        "lr_y": 5,
+        "lr_lr": 1e-7,
+        "threshold": 1.1,
+        "skip_first_eva": True,
+        "Sequential_Generation": False,
+        "max_start_epoch": 4,
+    },
+    10: {
+        "batch_syn": 500,
+        "lr_img": 100,
+        "lr_y": 2,
+        "lr_lr": 1e-5,
+        "threshold": 1.0,
+        "skip_first_eva": True,
+        "Sequential_Generation": True,
+        "current_max_start_epoch": 10,
+        "max_start_epoch": 20,
+        "expansion_end_epoch": 1000,
+    },
+    50: {
+        "batch_syn": 500,
+        "lr_img": 1000,
+        "lr_y": 2,
+        "lr_lr": 1e-5,
+        "threshold": 1.0,
+        "skip_first_eva": False,
+        "Sequential_Generation": True,
+        "current_max_start_epoch": 20,
+        "max_start_epoch": 40,
+        "expansion_end_epoch": 2000,
+    },
+}
 MTT_WHOLE = MATCHING | HARD | {"batch_syn": None, "Iteration": 5000, "buffer_path": SGD}
 FTD_WHOLE = MATCHING | HARD | {"batch_syn": None, "buffer_path": GSAM}
 TESLA_WHOLE = MATCHING | HARD | {"gradient": "truncated", "Iteration": 10000, "buffer_path": SGD}
@@ -58,8 +103,13 @@ GRADIENTS = REAL | {"Iteration": 1000, "lr_img": 0.1, "depth_ratio": 0}
 DC = GRADIENTS | {"dsa": False, "pix_init": "noise", "epoch_eval_train": 300}
 DSA = GRADIENTS | {"dsa": True, "pix_init": "real", "epoch_eval_train": 1000}
 DM = REAL | {
-    "Iteration": 20000, "lr_img": 1, "depth_ratio": None, "dsa": True, "pix_init": "real", "epoch_eval_train": 1000
-}  # fmt: skip
+    "Iteration": 20000,
+    "lr_img": 1,
+    "depth_ratio": None,
+    "dsa": True,
+    "pix_init": "real",
+    "epoch_eval_train": 1000,
+}
 LOOPS = {1: (1, 1), 10: (10, 50), 50: (50, 10)}
 FOLLOWED = {"num_eval": 1, "eval_it": 500}
 FILTERED = {ipc: {"sort_method": "GraNd", "drop_easy" if ipc == 50 else "drop_hard": 0.1} for ipc in IPCS}
@@ -90,24 +140,42 @@ FACTS["TESLA", 1], OURS["TESLA", 1] = TESLA_WHOLE | inner(False, 50, 5, 1000, 1e
 
 TRAJECTORY = ("MTT", "FTD", "DATM", "TESLA")
 DEFINING = {  # keys that PAD's files do not have
-    "MTT": {"method", "labels"}, "FTD": {"method", "labels", "ema_decay"}, "DATM": {"method"},
+    "MTT": {"method", "labels"},
+    "FTD": {"method", "labels", "ema_decay"},
+    "DATM": {"method"},
     "TESLA": {"method", "labels", "gradient"},
-}  # fmt: skip
+}
 CASES = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method, ipc in FACTS]
 FAMILY = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method in TRAJECTORY for ipc in IPCS]
 
 BUFFER = EVERYWHERE | {
-    "zca": True, "num_experts": 100, "batch_train": 256, "dsa": True, "lr_teacher": 0.01, "mom": 0, "adaptive": True
-}  # fmt: skip
+    "zca": True,
+    "num_experts": 100,
+    "batch_train": 256,
+    "dsa": True,
+    "lr_teacher": 0.01,
+    "mom": 0,
+    "adaptive": True,
+}
 BUFFERS = {
     "SGD": BUFFER | {"train_epochs": 50, "rho_max": 0, "rho_min": 0, "alpha": 0, "buffer_path": SGD},
     "GSAM": BUFFER | {"train_epochs": 100, "rho_max": 0.01, "rho_min": 0.01, "alpha": 0.3, "buffer_path": GSAM},
-    "PAD": BUFFER | {
-        "train_epochs": 100, "rho_max": 0.01, "rho_min": 0.01, "alpha": 0.3, "sort_method": "GraNd", "init_ratio": 0.75,
-        "add_end_epoch": 20, "rm_epoch_first": 40, "rm_epoch_second": 60, "rm_easy_ratio_first": 0.1,
-        "rm_easy_ratio_second": 0.2, "buffer_path": str(CHECKOUT / "buffer_storage"),
+    "PAD": BUFFER
+    | {
+        "train_epochs": 100,
+        "rho_max": 0.01,
+        "rho_min": 0.01,
+        "alpha": 0.3,
+        "sort_method": "GraNd",
+        "init_ratio": 0.75,
+        "add_end_epoch": 20,
+        "rm_epoch_first": 40,
+        "rm_epoch_second": 60,
+        "rm_easy_ratio_first": 0.1,
+        "rm_easy_ratio_second": 0.2,
+        "buffer_path": str(CHECKOUT / "buffer_storage"),
     },
-}  # fmt: skip
+}
 BUFFER_OF = {"MTT": "SGD", "TESLA": "SGD", "FTD": "GSAM", "DATM": "GSAM"}
 
 
@@ -212,7 +280,9 @@ def test_values_are_those_that_were_found_and_the_others_are_marked(method, ipc,
     assert marked(path) == set(ours)
 
     rest = {key: getattr(found, key) for key in lines_of(path) if key not in expected}
-    if method in TRAJECTORY:  # lines that nothing reads or that only follow the run: PAD's, as the head of the file says
+    if (
+        method in TRAJECTORY
+    ):  # lines that nothing reads or that only follow the run: PAD's, as the head of the file says
         pad = settings_of(pads(ipc), DistillSettings).as_dict()
         assert rest == {key: pad[key] for key in rest}
         assert all(key in header_of(path) for key in rest)
@@ -246,7 +316,11 @@ def test_the_readme_gives_the_values_at_ten_images_per_class(method):
     for row in rows:
         key, cell = row[0].strip("`"), row[head.index(method)]
         said = row[head.index("PAD")]
-        assert said == pad_lines[key][0] if key in pad_lines else yaml.safe_load(said) == defaults[key] == getattr(pad, key)
+        assert (
+            said == pad_lines[key][0]
+            if key in pad_lines
+            else yaml.safe_load(said) == defaults[key] == getattr(pad, key)
+        )
         value, _, note = cell.partition(" ")
         if value:
             assert value == lines[key][0]
@@ -281,8 +355,13 @@ def test_buffers(name, caplog):
     never = {"rm_epoch_first", "rm_epoch_second"}
     assert marked(path) == (set() if name == "PAD" else never)
     curriculum = {
-        "init_ratio", "add_end_epoch", "rm_epoch_first", "rm_epoch_second", "rm_easy_ratio_first", "rm_easy_ratio_second"
-    }  # fmt: skip
+        "init_ratio",
+        "add_end_epoch",
+        "rm_epoch_first",
+        "rm_epoch_second",
+        "rm_easy_ratio_first",
+        "rm_easy_ratio_second",
+    }
     assert set(lines_of(path)) == set(expected) - {"adaptive"} | curriculum
     assert Curriculum(**found.curriculum).uses_ranking(found.train_epochs) == (name == "PAD")
     if name != "PAD":
@@ -308,15 +387,26 @@ def test_the_commands_above_the_files_fit_together(method, ipc, caplog):
     distil = settings_of(path, cls)
     score = parse(EvaluationSettings, third.split()[2:], "test")[0]
     assert Path(score.synthetic).parts == (
-        "logged_files", distil.dataset, str(distil.ipc), distil.model, distil.name, "Normal", "synthetic_last.safetensors"
-    )  # fmt: skip
+        "logged_files",
+        distil.dataset,
+        str(distil.ipc),
+        distil.model,
+        distil.name,
+        "Normal",
+        "synthetic_last.safetensors",
+    )
     assert str(CHECKOUT / score.data_path) == distil.data_path
     assert score.num_eval == 5
     assert (score.epoch_eval_train, score.batch_train) == (distil.epoch_eval_train, distil.batch_train)
     assert bool(first) == (cls is DistillSettings)
     if first:
         words = first[0].split()
-        assert words[:4] == ["python", "buffer/buffer_CL.py", "--cfg", f"configs/CIFAR-10/buffer-{BUFFER_OF[method]}.yaml"]
+        assert words[:4] == [
+            "python",
+            "buffer/buffer_CL.py",
+            "--cfg",
+            f"configs/CIFAR-10/buffer-{BUFFER_OF[method]}.yaml",
+        ]
         record = parse(BufferSettings, ["--cfg", str(CHECKOUT / words[3]), *words[4:]], "test")[0]
         for key in ("dataset", "model", "zca", "buffer_path", "data_path"):
             assert getattr(record, key) == getattr(distil, key), key

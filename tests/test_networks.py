@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_
 
 from pad.errors import InputError
-from pad.networks import NAMES, Network, build, evaluation_pool
+from pad.nn.networks import NAMES, Network, build, evaluation_pool
 from pad.rng import seeded
 
 RGB32, RGB64, GREY28 = (3, (32, 32)), (3, (64, 64)), (1, (28, 28))
@@ -380,10 +380,16 @@ def test_compiles_as_one_graph_with_torch_func_inside(name):
 @pytest.mark.parametrize(
     "name, nearest",
     [
-        ("ConvNett", "ConvNet"), ("convnetd4", "ConvNetD4"), ("ConvNetD9", "ConvNetD8"), ("ConvNetW3", "ConvNetW32"),
-        ("ResNet18_BN", "ResNet18BN"), ("VGG", "VGG11"), ("KIP", "ConvNetKIP"), ("", ""),
+        ("ConvNett", "ConvNet"),
+        ("convnetd4", "ConvNetD4"),
+        ("ConvNetD9", "ConvNetD8"),
+        ("ConvNetW3", "ConvNetW32"),
+        ("ResNet18_BN", "ResNet18BN"),
+        ("VGG", "VGG11"),
+        ("KIP", "ConvNetKIP"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_unknown_name_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(InputError) as error:
         network(name)
@@ -393,10 +399,17 @@ def test_unknown_name_is_refused_with_the_nearest(name, nearest):
 @pytest.mark.parametrize(
     "name, size",
     [
-        ("ConvNetD6", (32, 32)), ("ConvNetD7", (64, 64)), ("ConvNetD8", (128, 128)), ("ConvNetD4", (8, 64)),
-        ("VGG11", (16, 16)), ("LeNet", (8, 8)), ("AlexNet", (4, 4)), ("ResNet18_AP", (4, 4)), ("ResNet18", (8, 8)),
+        ("ConvNetD6", (32, 32)),
+        ("ConvNetD7", (64, 64)),
+        ("ConvNetD8", (128, 128)),
+        ("ConvNetD4", (8, 64)),
+        ("VGG11", (16, 16)),
+        ("LeNet", (8, 8)),
+        ("AlexNet", (4, 4)),
+        ("ResNet18_AP", (4, 4)),
+        ("ResNet18", (8, 8)),
     ],
-)  # fmt: skip
+)
 def test_images_too_small_are_refused(name, size):
     with pytest.raises(InputError) as error:
         build(name, 3, 10, size, 0)

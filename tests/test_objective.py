@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
-from pad.networks import build
+from pad.matching.loss import matching_loss
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 
 RATIOS = [(0.0, 0.0), (0.5, 0.0), (0.25, 0.0), (0.0, 0.5), (0.0, 0.3), (0.5, 0.5), (0.3, 0.6), (0.8, 0.8), (0.999, 0.0)]
 

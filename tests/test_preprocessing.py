@@ -7,10 +7,11 @@ import torch
 from kornia.enhance import ZCAWhitening
 
 from pad.data import preprocessing
+from pad.data.images import ImageData
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
-from pad.data.sources import ImageData, load_data
+from pad.data.sources import load_data
 from pad.errors import InputError
-from pad.files import save_tensors
+from pad.store.tensors import save_tensors
 
 
 def random_data(count=300, shape=(3, 4, 5), seed=0) -> ImageData:
@@ -47,7 +48,7 @@ def test_mean_std_formula():
     data = random_data()
     transform = fit_preprocessing(data, zca=False)
     x = transform.apply(data.train_images)
-    wanted = (data.train_images.double() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).double())
+    wanted = data.train_images.double() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).double()
     wanted = wanted / torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1).double()
     assert x.dtype == torch.float32 and (x - wanted).abs().max() < 1e-6
     assert (transform.invert(x) - data.train_images / 255).abs().max() < 1e-6

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pad.data.sources import ImageData
+from pad.data.images import ImageData
 from pad.difficulty.methods import METHODS, score_images
-from pad.difficulty.ranking import Ranking, obtain_rankings, ranking_file, read_published
+from pad.difficulty.obtain import Ranking, obtain_rankings, ranking_file, read_published
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
-from pad.files import save_tensors
-from pad.locks import in_turn
+from pad.store.locks import in_turn
+from pad.store.tensors import save_tensors
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
 ROWS = [torch.tensor([9, 0, 6, 3]), torch.tensor([1, 4, 7, 10]), torch.tensor([11, 8, 5, 2])]
@@ -32,9 +32,16 @@ def make_data(name="CIFAR10", labels=LABELS, seed=0):
 def obtain_all(data, sort_methods, folder, scoring=SCORING, seed=0, preprocessing=MEANSTD, **options):
     images = data.train_images.float() / 255
     return obtain_rankings(
-        data, images, data.train_labels, sort_methods, folder, scoring,
-        seed=seed, preprocessing=preprocessing, **options,
-    )  # fmt: skip
+        data,
+        images,
+        data.train_labels,
+        sort_methods,
+        folder,
+        scoring,
+        seed=seed,
+        preprocessing=preprocessing,
+        **options,
+    )
 
 
 def obtain(data, sort_method, folder, *args, **options):
@@ -299,7 +306,9 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pad")
     data, folder = make_data(), tmp_path / "new" / "folder"
     ranking = obtain(data, "GraNd", folder)
-    expected = score_images(["GraNd"], ScoringTask(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores["GraNd"]
+    expected = score_images(["GraNd"], ScoringTask(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores[
+        "GraNd"
+    ]
     assert torch.equal(ranking.scores, expected)
     for c, row in enumerate(ranking.rows):
         assert sorted(row.tolist()) == (LABELS == c).nonzero().flatten().tolist()
@@ -468,8 +477,10 @@ def test_a_second_process_waits_for_the_first_and_reads_its_rankings(tmp_path, m
 
     def second():
         begin.wait(30)
-        monkeypatch.setattr("pad.difficulty.ranking.compute_rankings", lambda *_, **__: os._exit(3))
-        monkeypatch.setattr(logging.getLogger("pad"), "info", lambda text, *_: text.startswith("waiting") and waiting.touch())
+        monkeypatch.setattr("pad.difficulty.obtain.compute_rankings", lambda *_, **__: os._exit(3))
+        monkeypatch.setattr(
+            logging.getLogger("pad"), "info", lambda text, *_: text.startswith("waiting") and waiting.touch()
+        )
         os._exit(0 if obtain(data, "EL2N", tmp_path).rows[0].tolist() == expected.rows[0].tolist() else 4)
 
     begin = multiprocessing.get_context("fork").Event()

@@ -10,7 +10,7 @@ from torch import nn
 from pad.difficulty import scores
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.scores import ForgettingEvents, cal, deepfool, deepfool_perturbation, el2n, grand
-from pad.networks import build
+from pad.nn.networks import build
 
 
 def random_task(n=40, classes=3, size=8, seed=0):

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from test_distributed import on_ranks
 
 from pad.data.augment import DSA, augment
-from pad.data.sources import ImageData
+from pad.data.images import ImageData
 from pad.difficulty import methods
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS, compute_rankings, score_images, score_network
 from pad.difficulty.scores import ForgettingEvents, el2n
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
-from pad.networks import build
+from pad.nn.networks import build
 from pad.rng import generator
 
 SMALL = ScoringSettings("ConvNetD1W8", repeats=2, epochs=3, lr=0.05, batch=16)
@@ -121,9 +121,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
                 history[i].append(prediction == int(labels[i]))
             F.cross_entropy(logits, labels[batch]).backward()
             optimiser.step()
-    expected = [
-        sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history
-    ]
+    expected = [sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history]
     assert len(set(expected)) > 2
     found = score_images(["Forgetting"], ScoringTask(images, labels, 3, settings, 5)).scores["Forgetting"]
     assert found.tolist() == expected
@@ -157,7 +155,9 @@ def test_no_epochs_scores_networks_as_initialised():
     network = build("ConvNetD1W8", 3, 3, (8, 8), 0, "score", 0).eval()
     with torch.no_grad():
         expected = el2n(network(images), labels)
-    torch.testing.assert_close(score_images(["EL2N"], ScoringTask(images, labels, 3, settings, 0)).scores["EL2N"], expected)
+    torch.testing.assert_close(
+        score_images(["EL2N"], ScoringTask(images, labels, 3, settings, 0)).scores["EL2N"], expected
+    )
 
 
 def test_wrongly_labelled_images_are_hardest():
@@ -341,9 +341,16 @@ def test_what_was_kept_of_something_else_is_not_used(tmp_path, caplog, what):
     if what == "preprocessing":
         images = arguments["data"].train_images.float() / 255 - 0.5
         compute_rankings(
-            ["EL2N"], arguments["data"], images, arguments["data"].train_labels, settings, seed=0,
-            preprocessing={"kind": "meanstd", "digest": "e"}, progress=lambda *at: trained.append(at), keep=tmp_path,
-        )  # fmt: skip
+            ["EL2N"],
+            arguments["data"],
+            images,
+            arguments["data"].train_labels,
+            settings,
+            seed=0,
+            preprocessing={"kind": "meanstd", "digest": "e"},
+            progress=lambda *at: trained.append(at),
+            keep=tmp_path,
+        )
     else:
         expected = rank(**arguments)
         assert_same(rank(**arguments, keep=tmp_path, progress=lambda *at: trained.append(at)), expected)
@@ -419,10 +426,19 @@ def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(mo
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("repeats", 0), ("epochs", -1), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf), ("momentum", 1.0),
-        ("momentum", -0.1), ("weight_decay", -1e-4), ("batch", 0), ("augmentation", "crop_flop"), ("augmentation", ""),
+        ("repeats", 0),
+        ("epochs", -1),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-4),
+        ("batch", 0),
+        ("augmentation", "crop_flop"),
+        ("augmentation", ""),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(InputError, match=f"scoring: {name} is {value!r}"):
         ScoringSettings("ConvNet", **{name: value})

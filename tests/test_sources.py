@@ -17,7 +17,9 @@ from PIL import Image
 from torchvision import datasets
 
 from pad.data import sources
-from pad.data.sources import DATASETS, IMAGENET_SUBSETS, ImageData, load_data
+from pad.data.folders import IMAGENET_SUBSETS
+from pad.data.images import ImageData
+from pad.data.sources import DATASETS, load_data
 from pad.errors import InputError
 
 
@@ -269,7 +271,9 @@ def test_archive_beside_is_unpacked(tmp_path, monkeypatch, no_network):
 )
 def test_damaged_mnist_is_refused(tmp_path, no_network, file, content, message):
     write_mnist(tmp_path / "MNIST" / "raw")
-    count = len(load_data("MNIST", tmp_path).train_labels if "train" in file else load_data("MNIST", tmp_path).test_labels)
+    count = len(
+        load_data("MNIST", tmp_path).train_labels if "train" in file else load_data("MNIST", tmp_path).test_labels
+    )
     (tmp_path / "MNIST" / "raw" / file).write_bytes(idx(content(count)))
     with pytest.raises(InputError, match=f"MNIST in .* is damaged: .*{message}"):
         load_data("MNIST", tmp_path)

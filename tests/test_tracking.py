@@ -10,23 +10,19 @@ import torch
 import yaml
 from PIL import Image
 
-from pad import tracking
 from pad.errors import InputError
-from pad.tracking import (
-    Run,
-    append_line,
-    before_after,
-    finished_iterations,
-    image_grid,
-    result_table,
-    run_folder,
-    run_state,
-    save_before_after,
-    save_grid,
-)
+from pad.show.pictures import before_after, image_grid, save_before_after, save_grid
+from pad.show.tables import result_table
+from pad.store import run as tracking
+from pad.store.run import Run, append_line, finished_iterations, run_folder, run_state
 
-SETTINGS = {"dataset": "CIFAR10", "ipc": 10, "lr_lr": 1e-5, "threshold": math.inf,
-            "expert": {"epochs": 50, "rho": [0.1, 0.2]}}
+SETTINGS = {
+    "dataset": "CIFAR10",
+    "ipc": 10,
+    "lr_lr": 1e-5,
+    "threshold": math.inf,
+    "expert": {"epochs": 50, "rho": [0.1, 0.2]},
+}
 
 
 def files(folder):
@@ -122,7 +118,9 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
     changed = SETTINGS | {"ipc": 50, "expert": {"epochs": 60, "rho": (0.1, 0.2)}}
     with pytest.raises(InputError) as error:
         Run.start(folder, changed, resume=True)
-    assert "expert.epochs: 50 in the run, 60 in the config; ipc: 10 in the run, 50 in the config" in str(error.value) and "rho" not in str(error.value)
+    assert "expert.epochs: 50 in the run, 60 in the config; ipc: 10 in the run, 50 in the config" in str(
+        error.value
+    ) and "rho" not in str(error.value)
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 10
     Run.start(folder, changed, resume=True, may_differ={"ipc", "expert.epochs"}).close()
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 50
@@ -160,7 +158,8 @@ def test_metrics_are_one_sorted_json_object_per_event(tmp_path):
         assert run.events()[1] == {"event": "evaluate", "iteration": 3, "accuracy": 0.5, "network": "ConvNet"}
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"event": "step", "grad": null, "iteration": 3, "loss": 0.25, "rows": [1.0, null], "skipped": false}\n'
-        '{"accuracy": 0.5, "event": "evaluate", "iteration": 3, "network": "ConvNet"}\n')
+        '{"accuracy": 0.5, "event": "evaluate", "iteration": 3, "network": "ConvNet"}\n'
+    )
     assert json.loads((tmp_path / "timing.jsonl").read_text()) == {"event": "step", "iteration": 3, "seconds": 1.234568}
 
 
@@ -346,8 +345,11 @@ def test_many_images_and_classes_are_capped_and_the_caption_says_so(monkeypatch)
     import PIL.ImageDraw
 
     text = PIL.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text",
-                        lambda self, xy, string, **rest: (captions.append(string), text(self, xy, string, **rest)))
+    monkeypatch.setattr(
+        PIL.ImageDraw.ImageDraw,
+        "text",
+        lambda self, xy, string, **rest: (captions.append(string), text(self, xy, string, **rest)),
+    )
     names = [f"class {c}" for c in range(200)]
     classes = torch.arange(200).repeat_interleave(12)
     picture = image_grid(torch.rand(2400, 3, 64, 64), classes, names, caption="iteration 5")
@@ -385,8 +387,9 @@ def test_equal_pictures_give_equal_bytes(tmp_path):
         save_grid(tmp_path / "deep" / name, images, classes, names, caption="iteration 3")
     data = files(tmp_path / "deep")
     assert list(data) == ["a.png", "b.png"] and data["a.png"] == data["b.png"]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data["a.png"]))),
-                          image_grid(images, classes, names, caption="iteration 3"))
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(data["a.png"]))), image_grid(images, classes, names, caption="iteration 3")
+    )
 
 
 def test_before_stands_left_of_after(tmp_path):
@@ -409,8 +412,6 @@ def test_before_stands_left_of_after(tmp_path):
 def test_a_table_is_aligned():
     rows = [{"model": "ConvNet", "accuracy": 64.2345, "n": 5, "other": 1}, {"model": "VGG", "accuracy": None}]
     assert result_table(rows, ["model", "accuracy", "n"]) == (
-        "model    accuracy  n\n"
-        "-------  --------  -\n"
-        "ConvNet     64.23  5\n"
-        "VGG             -  -")
+        "model    accuracy  n\n-------  --------  -\nConvNet     64.23  5\nVGG             -  -"
+    )
     assert result_table([], ["a", "bc"]) == "a  bc\n-  --"

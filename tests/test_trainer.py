@@ -8,19 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pad.commands import bench as workbench
+from pad.commands import record as recording
+from pad.commands.record import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
-from pad.data.sources import ImageData
-from pad.difficulty.ranking import Ranking
+from pad.data.images import ImageData
+from pad.difficulty.obtain import Ranking
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
-from pad.files import save_pt
-from pad.functional import FlatModel
-from pad.networks import build
-from pad.settings import BufferSettings
-from pad.stages import recording, workbench
-from pad.trajectories import TrajectoryStore, expert_path, recorded
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
+from pad.store.foreign import save_pt
+from pad.store.trajectories import TrajectoryStore, expert_path, recorded
 
 NETWORK, CLASSES, SIZE = "ConvNetD1W8", 3, (8, 8)
 
@@ -218,10 +219,20 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
     settings = dict(
-        dataset="CIFAR10", model=NETWORK, num_experts=3, train_epochs=2, batch_train=8, lr_teacher=0.05, mom=0.5,
-        buffer_path=str(tmp_path / "buffers"), ranking_path=str(tmp_path / "rankings"), device="cpu", compile="off",
-        score_repeats=1, score_epochs=1,
-    )  # fmt: skip
+        dataset="CIFAR10",
+        model=NETWORK,
+        num_experts=3,
+        train_epochs=2,
+        batch_train=8,
+        lr_teacher=0.05,
+        mom=0.5,
+        buffer_path=str(tmp_path / "buffers"),
+        ranking_path=str(tmp_path / "rankings"),
+        device="cpu",
+        compile="off",
+        score_repeats=1,
+        score_epochs=1,
+    )
     return SimpleNamespace(
         data=data,
         folder=tmp_path / "buffers" / "CIFAR10_NO_ZCA" / NETWORK,
@@ -288,11 +299,17 @@ def test_what_a_buffer_holds(bench):
 @pytest.mark.parametrize(
     "change",
     [
-        {"lr_teacher": 0.1}, {"seed": 1}, {"train_epochs": 3}, {"init_ratio": 0.5}, {"alpha": 0.0}, {"dsa": False},
-        {"adaptive": False}, {"batch_train": 9},
+        {"lr_teacher": 0.1},
+        {"seed": 1},
+        {"train_epochs": 3},
+        {"init_ratio": 0.5},
+        {"alpha": 0.0},
+        {"dsa": False},
+        {"adaptive": False},
+        {"batch_train": 9},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_experts_of_another_recipe_are_not_added(bench, change):
     bench.record(num_experts=1)
     before = digests(bench.folder)
@@ -325,9 +342,20 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
     monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
     bench.record(
-        num_experts=1, train_epochs=1, lr_teacher=0.02, mom=0.3, l2=1e-3, rho_max=0.7, rho_min=0.7, alpha=0.6,
-        adaptive=False, batch_train=7, seed=5, dsa_strategy="flip_crop", siamese=True,
-    )  # fmt: skip
+        num_experts=1,
+        train_epochs=1,
+        lr_teacher=0.02,
+        mom=0.3,
+        l2=1e-3,
+        rho_max=0.7,
+        rho_min=0.7,
+        alpha=0.6,
+        adaptive=False,
+        batch_train=7,
+        seed=5,
+        dsa_strategy="flip_crop",
+        siamese=True,
+    )
     bench.record(num_experts=1, train_epochs=1, dsa=False, buffer_path=str(bench.folder / "other"))
     first, second = tasks
     assert first.optimiser == GSAM(lr=0.02, momentum=0.3, l2=1e-3, rho=0.7, alpha=0.6, adaptive=False)
@@ -389,7 +417,9 @@ def diverge(monkeypatch, *when):
 
     def diverging(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
-            yield theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
+            yield (
+                theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
+            )
 
     monkeypatch.setattr(ExpertTask, "train", diverging)
 

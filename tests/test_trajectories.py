@@ -14,22 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pad import networks
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.errors import InputError
-from pad.files import save_tensors
-from pad.trajectories import (
-    TrajectoryStore,
-    buffer_folder,
-    describe,
-    expert_path,
-    export_published,
-    import_published,
-    importable_files,
-    recorded,
-    write_expert,
-)
+from pad.nn import networks
+from pad.store.published import export_published, import_published, importable_files
+from pad.store.tensors import save_tensors
+from pad.store.trajectories import TrajectoryStore, buffer_folder, describe, expert_path, recorded, write_expert
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES = [("body.weight", (3, 2)), ("body.bias", (3,)), ("classifier.weight", (1, 3))]
@@ -296,7 +287,9 @@ def test_a_flipped_bit_in_a_row_is_found_when_that_row_is_read_and_the_others_ar
     assert torch.equal(store.rows(0, [3, 0, 1]), params[[3, 0, 1]]) and store.figures(0)["test_accuracy"][0] == 0.5
     with pytest.raises(InputError) as caught:
         store.rows(0, [1, 2])
-    assert str(caught.value).startswith(f"{path} is damaged (params[2] does not match its checksum); remove it and record")
+    assert str(caught.value).startswith(
+        f"{path} is damaged (params[2] does not match its checksum); remove it and record"
+    )
     with pytest.raises(InputError, match=r"params\[2\]"):
         export_published(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,19 +5,25 @@ import torch
 
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.errors import InputError
-from pad.functional import FlatModel
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import inner_steps
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.trajectories import TrajectoryStore, describe, write_expert
+from pad.store.trajectories import TrajectoryStore, describe, write_expert
 
 
 def sampler(**changes):
     defaults = dict(
-        experts=[0, 1, 2, 3, 4], expert_epochs=2, min_start_epoch=0, max_start_epoch=20, sequential=True,
-        current_max_start_epoch=10, expansion_end_epoch=1000, seed=0,
-    )  # fmt: skip
+        experts=[0, 1, 2, 3, 4],
+        expert_epochs=2,
+        min_start_epoch=0,
+        max_start_epoch=20,
+        sequential=True,
+        current_max_start_epoch=10,
+        expansion_end_epoch=1000,
+        seed=0,
+    )
     return SegmentSampler(**(defaults | changes))
 
 
@@ -187,8 +193,12 @@ def test_the_settings_arrive(store):
     losses = {
         name: objective(store, **(plain | change)).gradients(1, *synthetic()).loss.item()
         for name, change in {
-            "plain": {}, "DSA": {"augmentation": DSA()}, "steps": {"syn_steps": 3}, "batch": {"batch_syn": 2},
-            "depth": {"depth_ratio": 0.5}, "loss": {"loss_ratio": 0.5},
+            "plain": {},
+            "DSA": {"augmentation": DSA()},
+            "steps": {"syn_steps": 3},
+            "batch": {"batch_syn": 2},
+            "depth": {"depth_ratio": 0.5},
+            "loss": {"loss_ratio": 0.5},
         }.items()
-    }  # fmt: skip
+    }
     assert len(set(losses.values())) == len(losses)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from pad.data.augment import DSA, NoAugmentation, augment
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, adjoint, inner_steps, unroll, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 CLASSES, SHAPE = 3, (3, 16, 16)
@@ -74,9 +74,15 @@ class Setting:
 
     def ours(self, steps, depth_ratio=0.0, loss_ratio=0.0, **how):
         return unrolled_gradients(
-            self.model, self.start, self.images, self.labels, self.lr, steps,
-            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio), **how,
-        )  # fmt: skip
+            self.model,
+            self.start,
+            self.images,
+            self.labels,
+            self.lr,
+            steps,
+            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio),
+            **how,
+        )
 
     def autograd(self, steps, depth_ratio=0.0, loss_ratio=0.0):
         """Loss and gradients by differentiating the whole loop on the ordinary module."""

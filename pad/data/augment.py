@@ -88,7 +88,9 @@ def _sample(x: Tensor, matrix: Tensor) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
-def _affine(xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor, dx: Tensor | None = None, dy: Tensor | None = None) -> Tensor:
+def _affine(
+    xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor, dx: Tensor | None = None, dy: Tensor | None = None
+) -> Tensor:
     zero = torch.zeros_like(xx)
     rows = (xx, xy, zero if dx is None else dx, yx, yy, zero if dy is None else dy)
     return torch.stack(rows, dim=1).view(-1, 2, 3)
@@ -125,9 +127,14 @@ def _crop_scale_rotate(x: Tensor, u: Tensor) -> Tensor:
 
 
 _KINDS = {
-    "color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate,
+    "color": _color,
+    "crop": _crop,
+    "cutout": _cutout,
+    "flip": _flip,
+    "scale": _scale,
+    "rotate": _rotate,
     "crop_scale_rotate": _crop_scale_rotate,
-}  # fmt: skip
+}
 
 
 def augment(x: Tensor, draw: Draw | None) -> Tensor:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pad.data.sources import ImageData
+from pad.data.images import ImageData
 from pad.errors import InputError
-from pad.files import load_tensors, save_tensors
-from pad.locks import in_turn
+from pad.store.locks import in_turn
+from pad.store.tensors import load_tensors, save_tensors
 
-logger = logging.getLogger("pad")
+log = logging.getLogger("pad")
 
 ZCA_EPS = 0.1
 ZCA_VERSION = 1  # part of the digest: raise it when a fit to the same data would give another transform
@@ -173,7 +173,7 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
         try:
             save_tensors(path, tensors, identity)
         except OSError as error:
-            logger.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
+            log.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
     return ZCA(identity, tensors)
 
 
@@ -185,7 +185,7 @@ def _kept_zca(path: Path, identity: dict) -> Preprocessing | None:
             raise InputError("it holds something else than its name says")
         return Preprocessing.from_tensors(identity, tensors)
     except InputError as error:
-        logger.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
+        log.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
 
 
 def _digest(*parts) -> str:

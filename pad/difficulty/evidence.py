@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pad.data.placement import Images, fits
 from pad.difficulty.scores import error_vectors
-from pad.networks import Network
+from pad.nn.networks import Network
 
 
 @dataclass(frozen=True, eq=False)

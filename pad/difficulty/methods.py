@@ -22,16 +22,16 @@ from pad.data.placement import Images
 from pad.difficulty import scores as formulas
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.orderings import ORDERINGS
-from pad.difficulty.rows import Ranking, by_class
+from pad.difficulty.ranking import Ranking, by_class
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.files import load_tensors, save_tensors
-from pad.networks import Network
+from pad.nn.networks import Network
 from pad.rng import generator
+from pad.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from pad.data.sources import ImageData
+    from pad.data.images import ImageData
 
 log = logging.getLogger("pad")
 
@@ -142,11 +142,7 @@ def score_network(
 
 
 def _consult(
-    methods: Sequence[str],
-    task: ScoringTask,
-    repeat: int,
-    progress: Callable[[int, int], None] | None,
-    evidence: bool,
+    methods: Sequence[str], task: ScoringTask, repeat: int, progress: Callable[[int, int], None] | None, evidence: bool
 ) -> Findings:
     """Train network number ``repeat``, and ask it. Raises InputError when what it says is not finite."""
     observers = {name: METHODS[name].compute(task.labels) for name in methods if METHODS[name].needs == "training"}

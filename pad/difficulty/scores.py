@@ -9,7 +9,7 @@ numbers: of the easiest images, which the curriculum adds first, most have a p_y
 import torch
 from torch import Tensor
 
-from pad.networks import Network
+from pad.nn.networks import Network
 
 # --------------------------------------------------------------------------- of the label and what is predicted
 

@@ -118,10 +118,12 @@ class FacilityLocation:
         self.covered = self.similarity.new_zeros(self.n)  # each image's largest similarity to the set
 
     def gains(self, candidates: Tensor) -> Tensor:
-        return torch.cat([
-            (self.similarity[chunk] - self.covered).clamp_(min=0).sum(dim=1, dtype=torch.float64)
-            for chunk in candidates.split(_CHUNK)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                (self.similarity[chunk] - self.covered).clamp_(min=0).sum(dim=1, dtype=torch.float64)
+                for chunk in candidates.split(_CHUNK)
+            ]
+        )
 
     def add(self, pick: Tensor) -> None:
         torch.maximum(self.covered, self.similarity[pick][0], out=self.covered)

@@ -11,8 +11,8 @@ from torch import Tensor
 from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
 from pad.data.placement import Images, batches, to_device
 from pad.errors import InputError
-from pad.fused import forward_of
-from pad.networks import Network, build
+from pad.nn.fused import forward_of
+from pad.nn.networks import Network, build
 from pad.rng import generator
 
 

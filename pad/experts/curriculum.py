@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pad.errors import InputError
+from pad.shares import exact_share
 
 ADD_SCHEDULES = ("linear", "root", "geometric")
+
 REMOVALS = ("step", "linear")
 
 
@@ -88,8 +90,3 @@ class Curriculum:
         """Whether any of the first ``epochs`` epochs leaves an image out (if not, no ranking is needed)."""
         probe = 10**6
         return any(self.window(epoch, probe) != (0, probe) for epoch in range(epochs))
-
-
-def exact_share(ratio: float) -> Fraction:
-    """What the person typed: 0.1 means one tenth, so floor(0.1 * 30) is 3 whatever binary rounding says."""
-    return Fraction(repr(float(ratio)))

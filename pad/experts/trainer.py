@@ -10,7 +10,7 @@ from torch import Tensor
 from pad.data.augment import augment
 from pad.data.placement import Images, batches, to_device
 from pad.experts.gsam import GSAM
-from pad.functional import FlatModel
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 

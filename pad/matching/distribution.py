@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pad.data.augment import augment
 from pad.distributed import ALONE, Ranks
-from pad.experts.curriculum import exact_share
-from pad.fused import blocks_of
-from pad.matching.base import Gradients, Objective
+from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
-from pad.networks import Network
+from pad.nn.fused import blocks_of
+from pad.nn.networks import Network
 from pad.rng import generator
+from pad.shares import exact_share
 
 
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
@@ -60,7 +60,9 @@ class DistributionObjective(Objective):
             loss, d_images = self.ranks.on_main(lambda: self._gradients(it, images, [list(classes)], len(classes)))
         return Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
 
-    def _gradients(self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int) -> tuple[Tensor, Tensor]:
+    def _gradients(
+        self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int
+    ) -> tuple[Tensor, Tensor]:
         """The share of ``groups`` of classes, each of which the network sees at once."""
         features = blocks_of(self.network(it))
         ipc = len(images) // num_classes

@@ -16,10 +16,10 @@ from torch import Tensor
 from pad.data.augment import augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel
-from pad.matching.base import Gradients, Objective
-from pad.matching.objective import shallow
+from pad.matching.loss import shallow
+from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 STATISTICS = 16  # real images of a class from which BatchNorm's statistics are taken, as published

@@ -1,37 +1,28 @@
-"""The trajectory-matching loss (MTT, arXiv 2203.11932, eq. 2) with PAD's filters: what counts (2408.03360, 3.3)."""
+"""What everything that is matched has in common: it gives gradients of a synthetic set."""
 
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from pad.experts.curriculum import exact_share
+
+@dataclass(frozen=True)
+class Gradients:
+    """The loss and its gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar)."""
+
+    loss: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
 
 
-def shallow(depth_ratio: float, count: int) -> int:
-    """How many of ``count`` flat coordinates, from the shallow end on, PAD's filter leaves out: floor(depth_ratio count)."""
-    return int(exact_share(depth_ratio) * count)
+class Objective:
+    """A function of (iteration, synthetic set): what an outer iteration asks, see :class:`pad.distiller.Distiller`."""
 
+    def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
+        """Loss and gradients of outer iteration ``it``, where that is a single step. Raises TypeError where it is not."""
+        raise TypeError(f"{type(self).__name__} defines neither gradients nor steps")
 
-@torch.no_grad()
-def matching_loss(
-    theta: Tensor, start: Tensor, target: Tensor, depth_ratio: float = 0.0, loss_ratio: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """L = sum_K (theta - target)^2 / sum_K (start - target)^2 and dL/dtheta, for flat parameters ``[P]``.
-
-    K, the coordinates that count, is all of them but
-
-    - the first floor(depth_ratio P), shallow to deep: PAD's filter (a cut may fall inside a tensor);
-    - the floor(loss_ratio P) with the smallest (theta - target)^2 (ties: the shallower first). Which these are depends
-      on theta, but is constant around almost every theta, so the gradient takes K as given.
-
-    Each share counts over all P; with both, K is the intersection. Both ratios lie in [0, 1).
-    """
-    difference = theta - target
-    weight = torch.ones_like(theta)
-    weight[: shallow(depth_ratio, theta.numel())] = 0
-    dropped = int(exact_share(loss_ratio) * theta.numel())
-    if dropped:
-        # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
-        weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)
-    kept = difference * weight
-    scale = ((start - target).square() * weight).sum()
-    return kept @ difference / scale, 2 * kept / scale
+    def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
+        """The gradients of each step of iteration ``it``: the set moves, in place, before the next are asked for."""
+        yield self.gradients(it, images, labels, lr)

@@ -12,12 +12,12 @@ from torch import Tensor
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.functional import FlatModel
-from pad.matching.base import Gradients, Objective
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
+from pad.matching.objective import Gradients, Objective
 from pad.matching.unroll import inner_steps, unrolled_gradients
+from pad.nn.flat import FlatModel
 from pad.rng import generator
-from pad.trajectories import TrajectoryStore
+from pad.store.trajectories import TrajectoryStore
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,13 @@ class TrajectoryObjective(Objective):
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng, images.device)
         return unrolled_gradients(
-            self.model, start, images, labels, lr, steps,
+            self.model,
+            start,
+            images,
+            labels,
+            lr,
+            steps,
             lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
-            ranks, self.truncated,
-        )  # fmt: skip
+            ranks,
+            self.truncated,
+        )

@@ -25,8 +25,8 @@ from torch import Tensor
 from pad.data.augment import Draw, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel
-from pad.matching.base import Gradients
+from pad.matching.objective import Gradients
+from pad.nn.flat import FlatModel
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import common  # noqa: F401  finds pad, from any working directory
 import torch
 
 from pad.data.augment import DSA, augment
-from pad.functional import FlatModel, cross_entropy
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 DEPTH_RATIO, LOSS_RATIO = 0.3, 0.2
 

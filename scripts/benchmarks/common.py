@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pad.allocator import keep_freed_memory
 from pad.data.augment import DSA
-from pad.functional import FlatModel
 from pad.matching.unroll import Step, inner_steps
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 CLASSES = 10
 

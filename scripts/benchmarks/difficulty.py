@@ -23,9 +23,9 @@ from torch import Tensor
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.orderings import ORDERINGS, facility_location
 from pad.difficulty.scores import grand
-from pad.networks import Network, build
+from pad.nn.networks import Network, build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 BATCH = 256  # images between two gradients, DeepCore's default
 

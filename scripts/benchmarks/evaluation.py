@@ -24,7 +24,7 @@ from pad.data.augment import DSA, augment
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.evaluation import Protocol, accuracy, score
-from pad.networks import build
+from pad.nn.networks import build
 from pad.rng import generator
 
 LR = 0.01

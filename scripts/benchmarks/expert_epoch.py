@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from pad.data.augment import DSA, augment
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 LR, RHO, ALPHA = 0.01, 0.01, 0.3  # the published CIFAR-10 setting; adaptive, without momentum and weight decay
@@ -106,9 +106,17 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
 def our_epoch(model: FlatModel, start: Tensor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """Parameters after one epoch from ``start``."""
     task = ExpertTask(
-        model, images, labels, CLASSES, lambda epoch: torch.arange(len(images)), GSAM(LR, rho=RHO, alpha=ALPHA), DSA(),
-        batch_size, epochs=1, seed=0,
-    )  # fmt: skip
+        model,
+        images,
+        labels,
+        CLASSES,
+        lambda epoch: torch.arange(len(images)),
+        GSAM(LR, rho=RHO, alpha=ALPHA),
+        DSA(),
+        batch_size,
+        epochs=1,
+        seed=0,
+    )
     return list(task.train(0, start))[-1]
 
 

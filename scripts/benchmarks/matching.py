@@ -34,12 +34,12 @@ from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, inner_steps, unroll, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 PASSES = 3 + 8  # of each convolution: forward and two backwards in grad; eight in hvp, forward over reverse
 
@@ -84,9 +84,15 @@ def truncated(
 
 
 def adjoint(
-    model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step],
+    model: FlatModel,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: list[Step],
     truncated: bool = False,
-):  # fmt: skip
+):
     """Loss and gradients (images, labels, lr), ours: exact, or TESLA's."""
     result = unrolled_gradients(
         model, start, images, labels, lr, steps, lambda end: matching_loss(end, start, target), truncated=truncated
@@ -114,13 +120,15 @@ def times(args: argparse.Namespace) -> None:
     rate = max(rate, product_rate(args.product))
     operations = forward_operations(problem.model, problem.images) * PASSES * args.steps
     exact = competitors[0].result[1]
-    print(standings(
-        competitors,
-        **{
-            "image gradient off by": lambda c: difference(c.result[1], exact),
-            "share of the floor": lambda c: operations / rate / c.median,
-        },
-    ))  # fmt: skip
+    print(
+        standings(
+            competitors,
+            **{
+                "image gradient off by": lambda c: difference(c.result[1], exact),
+                "share of the floor": lambda c: operations / rate / c.median,
+            },
+        )
+    )
     print(
         f"floor: {operations / 1e9:.4g} G operations ({PASSES} passes x {args.steps} steps), matrix products at "
         f"{rate / 1e9:.1f} G operations/s: {operations / rate:.3g} s"
@@ -134,9 +142,17 @@ def expert(args: argparse.Namespace) -> tuple[FlatModel, list[Tensor], Tensor, T
     net = build(f"ConvNetD{args.depth}W{args.cosine_width}", 1, CLASSES, data.size, 0)
     model = FlatModel(net, "fused")
     task = ExpertTask(
-        model, images, data.train_labels, CLASSES, lambda epoch: torch.arange(len(images)),
-        GSAM(lr=0.01, rho=0.01, alpha=0.3), DSA(), batch_size=256, epochs=4, seed=0,
-    )  # fmt: skip
+        model,
+        images,
+        data.train_labels,
+        CLASSES,
+        lambda epoch: torch.arange(len(images)),
+        GSAM(lr=0.01, rho=0.01, alpha=0.3),
+        DSA(),
+        batch_size=256,
+        epochs=4,
+        seed=0,
+    )
     path = [theta.clone() for theta in task.train(0, model.flatten(net))]
     chosen = images[torch.randperm(len(images), generator=generator(0, "benchmark", "chosen"))[: args.images]]
     return model, path, chosen, model.logits(path[-1], chosen)
@@ -152,8 +168,15 @@ def cosines(args: argparse.Namespace) -> None:
         exact, tesla = adjoint(model, *rest), adjoint(model, *rest, truncated=True)
         cosine = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(tesla[1:3], exact[1:3])]
         ratio = (tesla[1].norm() / exact[1].norm()).item()
-        rows.append({"steps": count, "matching loss": exact[0].item(), "cosine, images": cosine[0],
-                     "cosine, labels": cosine[1], "norm ratio, images": ratio})  # fmt: skip
+        rows.append(
+            {
+                "steps": count,
+                "matching loss": exact[0].item(),
+                "cosine, images": cosine[0],
+                "cosine, labels": cosine[1],
+                "norm ratio, images": ratio,
+            }
+        )
         print(f"{count} steps done", flush=True)
     print(result_table(rows, list(rows[0])))
 

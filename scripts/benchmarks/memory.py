@@ -22,8 +22,8 @@ from common import Matching, available_memory, describe_machine, forget_peak, ma
 from matching import adjoint, unrolled
 
 from pad.allocator import keep_freed_memory
-from pad.functional import FlatModel
-from pad.tracking import result_table
+from pad.nn.flat import FlatModel
+from pad.show.tables import result_table
 
 KINDS = ("unrolled", "adjoint", "kept", "micro")
 
@@ -63,7 +63,9 @@ def straight_on(known: list[tuple[int, int]], count: int) -> float:
 def main(command_line: list[str] | None = None) -> None:
     parser = matching_arguments(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(command_line)
     if args.case:
@@ -82,14 +84,16 @@ def main(command_line: list[str] | None = None) -> None:
         if fits:
             known.append((count, peaks["unrolled"]))
         graph = peaks.get("unrolled") or straight_on(known, count)
-        rows.append({
-            "steps": count,
-            "unrolled MB": f"{'' if fits else '~'}{graph / 1e6:.1f}",
-            "adjoint MB": peaks["adjoint"] / 1e6,
-            **{f"{kind} MB": peaks[kind] / 1e6 for kind in kinds if kind in KINDS[2:]},
-            "unrolled / adjoint": f"{'' if fits else '~'}{graph / max(peaks['adjoint'], 1):.1f}",
-            "stored parameter vectors MB": (count + 1) * vector / 1e6,
-        })  # fmt: skip
+        rows.append(
+            {
+                "steps": count,
+                "unrolled MB": f"{'' if fits else '~'}{graph / 1e6:.1f}",
+                "adjoint MB": peaks["adjoint"] / 1e6,
+                **{f"{kind} MB": peaks[kind] / 1e6 for kind in kinds if kind in KINDS[2:]},
+                "unrolled / adjoint": f"{'' if fits else '~'}{graph / max(peaks['adjoint'], 1):.1f}",
+                "stored parameter vectors MB": (count + 1) * vector / 1e6,
+            }
+        )
         print(f"{count} steps done", flush=True)
     print(result_table(rows, list(rows[0])))
 

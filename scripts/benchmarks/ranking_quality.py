@@ -23,14 +23,15 @@ from common import describe_machine
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from pad.data.images import ImageData
 from pad.data.preprocessing import fit_preprocessing
-from pad.data.sources import ImageData, load_data
+from pad.data.sources import load_data
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import compute_rankings
 from pad.difficulty.scores import grand
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 METHODS = ("GraNd", "EL2N", "Forgetting")
 
@@ -122,12 +123,19 @@ def main(command_line: list[str] | None = None) -> None:
     wrong, chosen = with_wrong_labels(data, args.wrong, args.seed)
     for epochs in args.epochs:
         found = compute_rankings(
-            METHODS, wrong, images, wrong.train_labels, dataclasses.replace(settings, epochs=epochs), seed=args.seed,
+            METHODS,
+            wrong,
+            images,
+            wrong.train_labels,
+            dataclasses.replace(settings, epochs=epochs),
+            seed=args.seed,
             preprocessing=preprocessing.identity,
-        )  # fmt: skip
+        )
         shares = {name: f"{100 * share_in_hardest_tenth(ranking.rows, chosen):.1f}" for name, ranking in found.items()}
         rows.append({"epochs": epochs, **shares})
-    title = f"% of {len(chosen)} wrongly labelled images in the hardest tenth of their class, {settings.repeats} networks"
+    title = (
+        f"% of {len(chosen)} wrongly labelled images in the hardest tenth of their class, {settings.repeats} networks"
+    )
     print(f"\n{title}, chance 10 ({time.perf_counter() - began:.0f} s)")
     print(result_table(rows, list(rows[0])))
 

@@ -25,13 +25,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from tqdm import tqdm
 
-from pad import cli, evaluation, stages
+from pad import cli, evaluation
+from pad.commands import record as recording
+from pad.commands import trajectory as tasks
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.record import BufferSettings
+from pad.commands.trajectory import DistillSettings
 from pad.data import preprocessing
 from pad.data.sources import load_data
-from pad.files import load_tensors
-from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
-from pad.stages import recording, tasks
-from pad.trajectories import recorded
+from pad.store.tensors import load_tensors
+from pad.store.trajectories import recorded
 
 FORK = multiprocessing.get_context("fork")
 MODEL = "ConvNetD1W8"
@@ -54,30 +57,116 @@ def images(tmp_path_factory) -> Path:
 
 def record_args(images: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--compile", "off",
-        "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"),
-        "--num_experts", "4", "--train_epochs", "3", "--batch_train", "12", "--lr_teacher", "0.05",
-        "--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--score_repeats", "2", "--score_epochs", "1", *more,
-    ]  # fmt: skip
+        "--dataset",
+        "ImageFolder",
+        "--data_path",
+        str(images),
+        "--model",
+        MODEL,
+        "--compile",
+        "off",
+        "--buffer_path",
+        str(folder / "buffer"),
+        "--ranking_path",
+        str(folder / "rankings"),
+        "--num_experts",
+        "4",
+        "--train_epochs",
+        "3",
+        "--batch_train",
+        "12",
+        "--lr_teacher",
+        "0.05",
+        "--rho_max",
+        "0.01",
+        "--rho_min",
+        "0.01",
+        "--alpha",
+        "0.3",
+        "--init_ratio",
+        "0.5",
+        "--add_end_epoch",
+        "1",
+        "--score_repeats",
+        "2",
+        "--score_epochs",
+        "1",
+        *more,
+    ]
 
 
 def distil_args(images: Path, buffer: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--zca", "False", "--ipc", "1",
-        "--compile", "off", "--buffer_path", str(buffer / "buffer"), "--log_dir", str(folder), "--name", "run",
-        "--Iteration", "6", "--syn_steps", "2", "--batch_syn", "2", "--expert_epochs", "1", "--max_start_epoch", "2",
-        "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10", "--lr_img", "10",
-        "--eval_it", "3", "--save_it", "4", "--checkpoint_every", "2", "--num_eval", "1", "--epoch_eval_train", "1",
-        "--batch_train", "4", *more,
-    ]  # fmt: skip
+        "--dataset",
+        "ImageFolder",
+        "--data_path",
+        str(images),
+        "--model",
+        MODEL,
+        "--zca",
+        "False",
+        "--ipc",
+        "1",
+        "--compile",
+        "off",
+        "--buffer_path",
+        str(buffer / "buffer"),
+        "--log_dir",
+        str(folder),
+        "--name",
+        "run",
+        "--Iteration",
+        "6",
+        "--syn_steps",
+        "2",
+        "--batch_syn",
+        "2",
+        "--expert_epochs",
+        "1",
+        "--max_start_epoch",
+        "2",
+        "--current_max_start_epoch",
+        "1",
+        "--expansion_end_epoch",
+        "4",
+        "--threshold",
+        "10",
+        "--lr_img",
+        "10",
+        "--eval_it",
+        "3",
+        "--save_it",
+        "4",
+        "--checkpoint_every",
+        "2",
+        "--num_eval",
+        "1",
+        "--epoch_eval_train",
+        "1",
+        "--batch_train",
+        "4",
+        *more,
+    ]
 
 
 def evaluation_args(images: Path, buffer: Path, runs: Path, out: Path, *more: str) -> list[str]:
     return [
-        "--synthetic", str(run_folder(runs)), "--data_path", str(images), "--out", str(out), "--num_eval", "3",
-        "--buffer_path", str(buffer / "buffer"), "--epoch_eval_train", "2", "--compile", "off", *more,
-    ]  # fmt: skip
+        "--synthetic",
+        str(run_folder(runs)),
+        "--data_path",
+        str(images),
+        "--out",
+        str(out),
+        "--num_eval",
+        "3",
+        "--buffer_path",
+        str(buffer / "buffer"),
+        "--epoch_eval_train",
+        "2",
+        "--compile",
+        "off",
+        *more,
+    ]
 
 
 def experts_in(folder: Path) -> Path:
@@ -92,8 +181,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
     """Name -> bytes of all files but those of times and of settings, which name folders; these are there, too."""
     return {
         str(path.relative_to(folder)): b"" if path.name in ("timing.jsonl", "config.yaml") else path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def start(front_door, argv: list[str], said: Path, prepare=lambda: None):
@@ -160,9 +250,11 @@ class Killed:
         """One attempt: its exit code, -9 when it was killed, before operation ``last`` or after ``seconds``."""
         self.counter.value = 0
         process = start(
-            self.front_door, self.argv, self.said,
+            self.front_door,
+            self.argv,
+            self.said,
             lambda: (self.prepare(), count_operations(self.counter, self.root, last)),
-        )  # fmt: skip
+        )
         process.join(seconds)
         process.kill()
         process.join()
@@ -231,9 +323,11 @@ def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "experts"
         return Killed(
-            cli.buffer, record_args(images, folder), folder,
+            cli.buffer,
+            record_args(images, folder),
+            folder,
             lambda: noting(log, recording.ExpertTask, "train", lambda expert, *_: expert),
-        )  # fmt: skip
+        )
 
     def check(folder: Path):
         there = {k: (experts_in(folder) / f"expert_{k:04d}.safetensors").stat() for k in recorded(experts_in(folder))}
@@ -254,9 +348,11 @@ def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_pat
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "iterations"
         return Killed(
-            cli.distill, distil_args(images, buffer, folder, "--resume"), folder,
+            cli.distill,
+            distil_args(images, buffer, folder, "--resume"),
+            folder,
             lambda: noting(log, tasks.TrajectoryObjective, "gradients", lambda it, *_: it),
-        )  # fmt: skip
+        )
 
     def check(folder: Path):
         checkpoint = run_folder(folder) / "checkpoint.safetensors"
@@ -438,11 +534,13 @@ def test_zca_is_fitted_by_one_process_and_read_by_the_other(images, tmp_path, mo
     data = load_data("ImageFolder", images)
     processes = [
         start(
-            lambda _: preprocessing.fit_preprocessing(data, zca=True) and 0, [], tmp_path / f"said {i}",
+            lambda _: preprocessing.fit_preprocessing(data, zca=True) and 0,
+            [],
+            tmp_path / f"said {i}",
             lambda i=i: prepare(i),
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -484,9 +582,15 @@ def test_results_have_one_writer(images, buffer, finished, tmp_path, capfd):
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
 SCALARS = st.one_of(
-    st.integers(), st.floats(), st.booleans(), st.none(), TEXT, st.binary(max_size=4), st.dates(),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    TEXT,
+    st.binary(max_size=4),
+    st.dates(),
     st.sampled_from([10**30, -(10**30), 1e308, "1e999", "nan", "-1", "0", "[0,1]", "cuda:99", "~nobody/x", "x" * 5000]),
-)  # fmt: skip
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4
 )
@@ -495,11 +599,12 @@ VALUES = st.recursive(
 @pytest.mark.parametrize(
     ("front_door", "cls", "stage"),
     [
-        (cli.buffer, BufferSettings, "record_experts"), (cli.distill, DistillSettings, "distill"),
-        (cli.evaluate, EvaluationSettings, "evaluate"),
+        (cli.buffer, BufferSettings, "record_experts"),
+        (cli.distill, DistillSettings, "run_distillation"),
+        (cli.evaluate, EvaluationSettings, "run_evaluation"),
     ],
     ids=["buffer", "distill", "evaluate"],
-)  # fmt: skip
+)
 def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cls, stage, tmp_path, monkeypatch, capfd):
     names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead]
     word = TEXT.filter(lambda text: not text.startswith("-h") and not text.startswith("--h"))
@@ -511,12 +616,15 @@ def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cl
     )
     content = st.one_of(
         st.dictionaries(st.sampled_from(names), VALUES, max_size=4),
-        st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4), VALUES, st.binary(max_size=60), TEXT,
-    )  # fmt: skip
+        st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4),
+        VALUES,
+        st.binary(max_size=60),
+        TEXT,
+    )
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config, accepted = tmp_path / "some.yaml", []
-    monkeypatch.setattr(stages, stage, lambda settings, *_: accepted.append(settings))
+    monkeypatch.setattr(cli, stage, lambda settings, *_: accepted.append(settings))
 
     @hypothesis_settings(
         max_examples=170, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -16,18 +16,28 @@ import yaml
 from PIL import Image
 
 from pad import cli
-from pad.difficulty import ranking
-from pad.files import save_pt
-from pad.stages import distilling, evaluating, recording, tasks, workbench
+from pad.commands import bench as workbench
+from pad.commands import distil as distilling
+from pad.commands import evaluate as evaluating
+from pad.commands import record as recording
+from pad.commands import trajectory as tasks
+from pad.difficulty import obtain as ranking
+from pad.store.foreign import save_pt
+from pad.store.trajectories import TrajectoryStore
 from pad.synthetic import SyntheticSet
-from pad.trajectories import TrajectoryStore
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = "ConvNetD1W8"
 ARTIFACTS = [
-    f"Normal/{name}" for name in
-    ("synthetic_last.safetensors", "synthetic_best.safetensors", "images_last.pt", "labels_last.pt", "lr_last.pt")
-]  # fmt: skip
+    f"Normal/{name}"
+    for name in (
+        "synthetic_last.safetensors",
+        "synthetic_best.safetensors",
+        "images_last.pt",
+        "labels_last.pt",
+        "lr_last.pt",
+    )
+]
 
 
 def make_images(root: Path, seed: int = 0, per_class: int = 12) -> Path:
@@ -46,23 +56,94 @@ def make_images(root: Path, seed: int = 0, per_class: int = 12) -> Path:
 
 def record_args(images: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL,
-        "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"),
-        "--num_experts", "2", "--train_epochs", "3", "--batch_train", "6", "--lr_teacher", "0.05",
-        "--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--rm_epoch_first", "1", "--rm_epoch_second", "2", "--score_repeats", "1",
-        "--score_epochs", "1", *more,
-    ]  # fmt: skip
+        "--dataset",
+        "ImageFolder",
+        "--data_path",
+        str(images),
+        "--model",
+        MODEL,
+        "--buffer_path",
+        str(folder / "buffer"),
+        "--ranking_path",
+        str(folder / "rankings"),
+        "--num_experts",
+        "2",
+        "--train_epochs",
+        "3",
+        "--batch_train",
+        "6",
+        "--lr_teacher",
+        "0.05",
+        "--rho_max",
+        "0.01",
+        "--rho_min",
+        "0.01",
+        "--alpha",
+        "0.3",
+        "--init_ratio",
+        "0.5",
+        "--add_end_epoch",
+        "1",
+        "--rm_epoch_first",
+        "1",
+        "--rm_epoch_second",
+        "2",
+        "--score_repeats",
+        "1",
+        "--score_epochs",
+        "1",
+        *more,
+    ]
 
 
 def distil_args(images: Path, buffer: Path, runs: Path, *more: str) -> list[str]:
     return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--zca", "False", "--ipc", "2",
-        "--buffer_path", str(buffer / "buffer"), "--log_dir", str(runs), "--name", "run", "--Iteration", "7",
-        "--syn_steps", "3", "--batch_syn", "4", "--expert_epochs", "1", "--max_start_epoch", "3", "--lr_img", "10",
-        "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10", "--eval_it", "3",
-        "--save_it", "4", "--num_eval", "2", "--epoch_eval_train", "2", "--batch_train", "4", *more,
-    ]  # fmt: skip
+        "--dataset",
+        "ImageFolder",
+        "--data_path",
+        str(images),
+        "--model",
+        MODEL,
+        "--zca",
+        "False",
+        "--ipc",
+        "2",
+        "--buffer_path",
+        str(buffer / "buffer"),
+        "--log_dir",
+        str(runs),
+        "--name",
+        "run",
+        "--Iteration",
+        "7",
+        "--syn_steps",
+        "3",
+        "--batch_syn",
+        "4",
+        "--expert_epochs",
+        "1",
+        "--max_start_epoch",
+        "3",
+        "--lr_img",
+        "10",
+        "--current_max_start_epoch",
+        "1",
+        "--expansion_end_epoch",
+        "4",
+        "--threshold",
+        "10",
+        "--eval_it",
+        "3",
+        "--save_it",
+        "4",
+        "--num_eval",
+        "2",
+        "--epoch_eval_train",
+        "2",
+        "--batch_train",
+        "4",
+        *more,
+    ]
 
 
 def run_folder(runs: Path) -> Path:
@@ -120,12 +201,41 @@ def command(folder: Path, script: str, *argv: str) -> subprocess.CompletedProces
 
 def test_three_commands_on_the_embedded_images(tmp_path):
     done = command(
-        tmp_path, "buffer/buffer_CL.py", "--dataset", "FashionMNISTMini", "--train_per_class", "100",
-        "--model", "ConvNetW8", "--buffer_path", "buffer", "--num_experts", "2", "--train_epochs", "3",
-        "--batch_train", "100",
-        "--ranking_path", "rankings", "--score_repeats", "1", "--score_epochs", "1", "--init_ratio", "0.75",
-        "--add_end_epoch", "1", "--lr_teacher", "0.1", "--rho_max", "0.01", "--rho_min", "0.01", "--eval_every", "3",
-    )  # fmt: skip
+        tmp_path,
+        "buffer/buffer_CL.py",
+        "--dataset",
+        "FashionMNISTMini",
+        "--train_per_class",
+        "100",
+        "--model",
+        "ConvNetW8",
+        "--buffer_path",
+        "buffer",
+        "--num_experts",
+        "2",
+        "--train_epochs",
+        "3",
+        "--batch_train",
+        "100",
+        "--ranking_path",
+        "rankings",
+        "--score_repeats",
+        "1",
+        "--score_epochs",
+        "1",
+        "--init_ratio",
+        "0.75",
+        "--add_end_epoch",
+        "1",
+        "--lr_teacher",
+        "0.1",
+        "--rho_max",
+        "0.01",
+        "--rho_min",
+        "0.01",
+        "--eval_every",
+        "3",
+    )
     assert done.returncode == 0, done.stderr
     store = TrajectoryStore.open(tmp_path / "buffer" / "FashionMNISTMini_NO_ZCA" / "ConvNetW8")
     assert store.experts == [0, 1] and store.epochs(0) == store.epochs(1) == 3
@@ -155,14 +265,26 @@ def test_three_commands_on_the_embedded_images(tmp_path):
     assert {path.name for path in (run / "pictures").iterdir()} >= {"synthetic_000000.png", "before_after_000003.png"}
 
     done = command(
-        tmp_path, "distill/evaluation.py", "--synthetic", str(run / "Normal" / "synthetic_last.safetensors"),
-        "--buffer_path", "buffer", "--num_eval", "2", "--epoch_eval_train", "3", "--out", "results/table.json",
-    )  # fmt: skip
+        tmp_path,
+        "distill/evaluation.py",
+        "--synthetic",
+        str(run / "Normal" / "synthetic_last.safetensors"),
+        "--buffer_path",
+        "buffer",
+        "--num_eval",
+        "2",
+        "--epoch_eval_train",
+        "3",
+        "--out",
+        "results/table.json",
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "table.json").read_text())
     assert [row["set"] for row in results["results"]] == [
-        "synthetic", "random real, hard labels", "random real, expert labels"
-    ]  # fmt: skip
+        "synthetic",
+        "random real, hard labels",
+        "random real, expert labels",
+    ]
     for row in results["results"]:
         assert row["n"] == len(row["accuracies"]) == 2 and row["network"] == "ConvNetW8"
         mean = sum(row["accuracies"]) / 2
@@ -188,10 +310,18 @@ PUBLISHED_STAGE_1 = (
 
 def test_the_published_command_of_the_first_stage(images, tmp_path):
     smaller = [
-        "--dataset=ImageFolder", f"--data_path={images}", f"--model={MODEL}", "--train_epochs=2", "--num_experts=1",
-        f"--buffer_path={tmp_path / 'buffer'}", f"--ranking_path={tmp_path / 'rankings'}",
-        "--sort_method=ImageFolder_GraNd", "--batch_train=36", "--score_repeats=1", "--score_epochs=1",
-    ]  # fmt: skip
+        "--dataset=ImageFolder",
+        f"--data_path={images}",
+        f"--model={MODEL}",
+        "--train_epochs=2",
+        "--num_experts=1",
+        f"--buffer_path={tmp_path / 'buffer'}",
+        f"--ranking_path={tmp_path / 'rankings'}",
+        "--sort_method=ImageFolder_GraNd",
+        "--batch_train=36",
+        "--score_repeats=1",
+        "--score_epochs=1",
+    ]
     assert cli.buffer([*shlex.split(PUBLISHED_STAGE_1), *smaller]) == 0
     store = TrajectoryStore.open(experts_in(tmp_path, zca=True))
     settings = store.header(0)["settings"]
@@ -221,10 +351,12 @@ def test_zca_from_end_to_end(images, tmp_path):
     assert last.metadata["preprocessing"]["kind"] == "zca"
     whitened = torch.load(normal / "images_last.pt", weights_only=True)
     pixels = torch.load(normal / "images_zca_last.pt", weights_only=True)
-    training = torch.stack([
-        torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).double() / 255
-        for path in sorted((images / "train").glob("*/*.png"))
-    ]).flatten(1)  # fmt: skip
+    training = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).double() / 255
+            for path in sorted((images / "train").glob("*/*.png"))
+        ]
+    ).flatten(1)
     centred = training - training.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
     unwhiten = (vectors * (values.clamp(min=0) + 0.1).sqrt()) @ vectors.T
@@ -428,7 +560,7 @@ def refused(tmp_path, monkeypatch, capfd):
             patch.setattr(evaluating.evaluation, "score", heavy)
             if not late:
                 patch.setattr(workbench, "fit_preprocessing", heavy)
-                patch.setattr(tasks, "initial_set", heavy)
+                patch.setattr(workbench, "initial_set", heavy)
             capfd.readouterr()
             code = door([str(word) for word in argv])
         out, err = capfd.readouterr()
@@ -494,7 +626,9 @@ def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
     torch.save([Hidden(tmp_path / "code ran")], path)
     refused(cli.buffer, argv, path, "run code", late=True)
     path.unlink()
-    assert cli.buffer(record_args(make_images(tmp_path / "others", seed=1), tmp_path)) == 0  # leaves a ranking of theirs
+    assert (
+        cli.buffer(record_args(make_images(tmp_path / "others", seed=1), tmp_path)) == 0
+    )  # leaves a ranking of theirs
     shutil.rmtree(tmp_path / "buffer")
     refused(cli.buffer, argv, folder / "ImageFolder_GraNd.safetensors", "other images", late=True)
 

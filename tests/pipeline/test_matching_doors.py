@@ -16,22 +16,19 @@ from test_front_doors import CHECKOUT, contents, run_contents
 from test_torchrun import two_ranks
 
 from pad import cli
-from pad.coresets import hard_logits
-from pad.difficulty import ranking
-from pad.files import load_tensors
+from pad.difficulty import obtain as ranking
+from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
 from pad.matching.gradient import GradientObjective
 from pad.matching.trajectory import TrajectoryObjective
+from pad.store.tensors import load_tensors
 from pad.synthetic import SyntheticSet
 
 MODEL = "ConvNetD2W8"
 DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--num_eval", "1"]
 DATA += ["--epoch_eval_train", "1", "--eval_it", "2", "--checkpoint_every", "1"]
 SHORT = ["--ipc", "1", "--batch_real", "8", "--Iteration", "3"]
-OWN = {
-    "DC": ["--outer_loop", "2", "--inner_loop", "1", "--batch_train", "4"],
-    "DM": ["--depth_ratio", "0.5"],
-}
+OWN = {"DC": ["--outer_loop", "2", "--inner_loop", "1", "--batch_train", "4"], "DM": ["--depth_ratio", "0.5"]}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions}
 OBJECTIVES = {"DC": (GradientObjective, "steps"), "DM": (DistributionObjective, "gradients")}
 
@@ -94,11 +91,24 @@ def test_a_run_moves_the_images_and_nothing_else(finished, method):
 
 def assert_same_run(folder: Path, other: Path) -> None:
     ours, theirs = run_contents(run_folder(folder)), run_contents(run_folder(other))
-    assert ours == theirs and {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
+    assert (
+        ours == theirs
+        and {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
+    )
 
 
 def test_the_same_command_in_another_process_and_folder_writes_the_same_bytes(finished, tmp_path):
-    argv = [sys.executable, str(CHECKOUT / "distill" / "DC.py"), *DATA, *SHORT, *OWN["DC"], "--log_dir", "runs", "--name", "run"]
+    argv = [
+        sys.executable,
+        str(CHECKOUT / "distill" / "DC.py"),
+        *DATA,
+        *SHORT,
+        *OWN["DC"],
+        "--log_dir",
+        "runs",
+        "--name",
+        "run",
+    ]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert_same_run(tmp_path / "runs", finished["DC"])
@@ -127,11 +137,24 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, method):
     assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{method.lower()}-seed3"]
 
 
-@pytest.mark.parametrize("method, more", [
-    ("DC", ["--depth_ratio", "0.5"]), ("DC", ["--dsa", "False"]), ("DC", ["--pix_init", "real"]), ("DC", ["--inner_loop", "2"]),
-    ("DC", ["--lr_net", "0.5"]), ("DC", ["--batch_real", "5"]), ("DC", ["--batch_train", "3"]), ("DC", ["--seed", "1"]),
-    ("DM", ["--depth_ratio", "0"]), ("DM", ["--dsa", "False"]), ("DM", ["--pix_init", "noise"]), ("DM", ["--seed", "1"]),
-], ids=lambda value: " ".join(value))  # fmt: skip
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("DC", ["--depth_ratio", "0.5"]),
+        ("DC", ["--dsa", "False"]),
+        ("DC", ["--pix_init", "real"]),
+        ("DC", ["--inner_loop", "2"]),
+        ("DC", ["--lr_net", "0.5"]),
+        ("DC", ["--batch_real", "5"]),
+        ("DC", ["--batch_train", "3"]),
+        ("DC", ["--seed", "1"]),
+        ("DM", ["--depth_ratio", "0"]),
+        ("DM", ["--dsa", "False"]),
+        ("DM", ["--pix_init", "noise"]),
+        ("DM", ["--seed", "1"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
 def test_settings_arrive(finished, tmp_path, method, more):
     assert DOORS[method](argv_of(method, tmp_path, "--Iteration", "1", "--skip_first_eva", *more)) == 0
     assert losses(tmp_path) != losses(finished[method])[:2]
@@ -176,14 +199,17 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
     assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
 
 
-@pytest.mark.parametrize("method, more, words", [
-    ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
-    ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
-    ("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
-    ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
-    ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
-    ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, more, words",
+    [
+        ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
+        ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
+        ("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
+        ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
+        ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
+        ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
+    ],
+)
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, method, more, words):
     argv = argv_of(method, tmp_path, "--ranking_path", str(tmp_path / "rankings"), "--skip_first_eva")
     with monkeypatch.context() as patch:
@@ -228,7 +254,9 @@ def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, me
 def test_no_batch_holds_an_image_that_is_left_out(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(GradientObjective, "_match", noting(GradientObjective._match, seen))
-    argv = with_ranking("DC", tmp_path, "--sort_method", "EL2N", "--Iteration", "0", "--skip_first_eva", "--outer_loop", "1")
+    argv = with_ranking(
+        "DC", tmp_path, "--sort_method", "EL2N", "--Iteration", "0", "--skip_first_eva", "--outer_loop", "1"
+    )
     assert cli.match_gradients(argv) == 0
     rows = torch.load(tmp_path / "rankings" / "FashionMNISTMini_EL2N.pt", weights_only=True)
     assert len(seen) == 1
@@ -263,17 +291,20 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
 # ---- refused before anything is written
 
 
-@pytest.mark.parametrize("method, more, words", [
-    ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
-    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
-    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--score_model", "ConvNetD8"], "ConvNetD8"),
-    ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
-    ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
-    ("DM", ["--ipc", "41"], "ipc: 41"),
-    ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
-    ("DC", ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"], None),
-    ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, more, words",
+    [
+        ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
+        ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
+        ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--score_model", "ConvNetD8"], "ConvNetD8"),
+        ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
+        ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
+        ("DM", ["--ipc", "41"], "ipc: 41"),
+        ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
+        ("DC", ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"], None),
+        ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
+    ],
+)
 def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
     monkeypatch.chdir(tmp_path)
     code = DOORS[method](argv_of(method, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
@@ -291,7 +322,16 @@ def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
 @pytest.mark.parametrize("method", DOORS)
 def test_the_third_stage_scores_the_set(finished, tmp_path, method):
     out = tmp_path / "results.json"
-    argv = ["--synthetic", str(run_folder(finished[method])), "--num_eval", "2", "--epoch_eval_train", "1", "--out", str(out)]
+    argv = [
+        "--synthetic",
+        str(run_folder(finished[method])),
+        "--num_eval",
+        "2",
+        "--epoch_eval_train",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert cli.evaluate(argv) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
@@ -306,8 +346,30 @@ def buffer(tmp_path_factory) -> Path:
     """Two experts of two epochs."""
     folder = tmp_path_factory.mktemp("buffer")
     argv = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--buffer_path", str(folder)]
-    argv += ["--num_experts", "2", "--train_epochs", "3", "--batch_train", "40", "--init_ratio", "1", "--add_end_epoch", "0"]
-    argv += ["--rm_easy_ratio_first", "0", "--rm_easy_ratio_second", "0", "--rho_max", "0", "--rho_min", "0", "--alpha", "0"]
+    argv += [
+        "--num_experts",
+        "2",
+        "--train_epochs",
+        "3",
+        "--batch_train",
+        "40",
+        "--init_ratio",
+        "1",
+        "--add_end_epoch",
+        "0",
+    ]
+    argv += [
+        "--rm_easy_ratio_first",
+        "0",
+        "--rm_easy_ratio_second",
+        "0",
+        "--rho_max",
+        "0",
+        "--rho_min",
+        "0",
+        "--alpha",
+        "0",
+    ]
     assert cli.buffer([*argv, "--lr_teacher", "0.1", "--eval_every", "0"]) == 0
     return folder
 
@@ -363,7 +425,9 @@ def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
     high = ["--lr_teacher", "5", "--max_bad_iterations", "9", "--skip_first_eva"]
     for threshold, skipped in (("none", 0), ("1e-9", 4)):
         runs = tmp_path / threshold
-        assert cli.distill(trajectory_args("TESLA", buffer, runs, *high, "--lr_img", "0", "--threshold", threshold)) == 0
+        assert (
+            cli.distill(trajectory_args("TESLA", buffer, runs, *high, "--lr_img", "0", "--threshold", threshold)) == 0
+        )
         assert json.loads((run_folder(runs) / "finished.json").read_text())["skipped"] == skipped
         assert all(loss > 1 for loss in losses(runs))
 

@@ -16,11 +16,11 @@ from test_front_doors import contents, experts_in, make_images, record_args
 from test_torchrun import two_ranks
 
 from pad import cli
+from pad.commands import bench as workbench
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.difficulty.methods import METHODS
-from pad.difficulty.ranking import Ranking
-from pad.stages import workbench
+from pad.difficulty.obtain import Ranking
 from pad.synthetic import SyntheticSet
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -88,12 +88,31 @@ def test_methods_do_not_depend_on_what_else_is_asked_for(scored, tmp_path):
 
 def test_the_first_stage_makes_the_same_ranking_and_uses_it(scored, tmp_path, capfd):
     stage = [
-        *DATA, "--buffer_path", str(tmp_path / "buffer"), "--num_experts", "1", "--train_epochs", "1",
-        "--batch_train", "50", "--lr_teacher", "0.05", "--rho_max", "0.01", "--rho_min", "0.01", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--compile", "off",
-        "--sort_method", "FashionMNISTMini_Forgetting",
+        *DATA,
+        "--buffer_path",
+        str(tmp_path / "buffer"),
+        "--num_experts",
+        "1",
+        "--train_epochs",
+        "1",
+        "--batch_train",
+        "50",
+        "--lr_teacher",
+        "0.05",
+        "--rho_max",
+        "0.01",
+        "--rho_min",
+        "0.01",
+        "--init_ratio",
+        "0.5",
+        "--add_end_epoch",
+        "1",
+        "--compile",
+        "off",
+        "--sort_method",
+        "FashionMNISTMini_Forgetting",
         *(word for name, value in TRAINING.items() for word in (f"--score_{name}", value)),
-    ]  # fmt: skip
+    ]
     assert cli.buffer(stage) == 0
     assert files(tmp_path / "buffer" / "data_indices").items() <= files(scored).items()
     again = [*stage, "--buffer_path", str(tmp_path / "another"), "--ranking_path", str(scored)]
@@ -127,7 +146,7 @@ def forbid(monkeypatch, *names: str) -> None:
 def test_what_is_there_is_not_computed_again(scored, monkeypatch, capfd):
     before = files(scored)
     with monkeypatch.context() as patch:
-        forbid(patch, "pad.difficulty.ranking.compute_rankings")
+        forbid(patch, "pad.difficulty.obtain.compute_rankings")
         assert cli.score(score_args(scored)) == 0
         assert "warning" not in capfd.readouterr().err
         assert cli.score(score_args(scored, "--epochs", "1")) == 2
@@ -179,8 +198,11 @@ def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, mo
 def test_the_command_from_a_shell(tmp_path):
     done = subprocess.run(
         [sys.executable, str(CHECKOUT / "scripts" / "score_difficulty.py"), "--list"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     for name, method in METHODS.items():
         assert any(line.startswith(name) and method.summary in line for line in done.stdout.splitlines())
@@ -225,9 +247,14 @@ def test_a_coreset_scores_as_the_baseline_does(tmp_path, zca):
     assert cli.coreset(coreset_args(tmp_path / "rankings", tmp_path / "sets", *more)) == 0
     training = [word for name, value in TRAINING.items() for word in (f"--score_{name}", value)]
     argv = evaluation_args(
-        tmp_path / "sets" / "FashionMNISTMini_EL2N_2.safetensors", tmp_path / "out.json", *training,
-        "--ranking_path", str(tmp_path / "rankings"), "--baselines", "EL2N,Uniform",
-    )  # fmt: skip
+        tmp_path / "sets" / "FashionMNISTMini_EL2N_2.safetensors",
+        tmp_path / "out.json",
+        *training,
+        "--ranking_path",
+        str(tmp_path / "rankings"),
+        "--baselines",
+        "EL2N,Uniform",
+    )
     assert cli.evaluate(argv) == 0
     rows = {row["set"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
     assert list(rows) == ["synthetic", "EL2N, hard labels", "Uniform, hard labels"]
@@ -289,7 +316,7 @@ def refused(tmp_path, monkeypatch, capfd):
     def check(door, argv, *words: str) -> None:
         before = contents(tmp_path)
         with monkeypatch.context() as patch:
-            forbid(patch, "pad.difficulty.ranking.compute_rankings", "pad.stages.workbench.fit_preprocessing")
+            forbid(patch, "pad.difficulty.obtain.compute_rankings", "pad.commands.bench.fit_preprocessing")
             capfd.readouterr()
             code = door([str(word) for word in argv])
         out, err = capfd.readouterr()

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from pad import cli
+from pad.commands import bench as workbench
 from pad.errors import InputError
-from pad.files import load_tensors
-from pad.stages import workbench
+from pad.store.tensors import load_tensors
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
@@ -38,9 +38,14 @@ def two_ranks(
 
     def rank(number: int) -> None:
         os.environ.update(
-            RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
-        )  # fmt: skip
+            RANK=str(number),
+            LOCAL_RANK=str(number),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
         with open(files[number][0], "w") as sys.stdout, open(files[number][1], "w") as sys.stderr:
             os.dup2(sys.stdout.fileno(), 1)
             os.dup2(sys.stderr.fileno(), 2)
@@ -63,28 +68,99 @@ def two_ranks(
 
 def record_args(folder: Path) -> list[str]:
     return [
-        *DATA, "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"), "--num_experts", "3",
-        "--train_epochs", "2", "--batch_train", "40", "--lr_teacher", "0.05", "--rho_max", "0.01", "--rho_min", "0.01",
-        "--init_ratio", "0.5", "--add_end_epoch", "1", "--score_repeats", "3", "--score_epochs", "1",
-    ]  # fmt: skip
+        *DATA,
+        "--buffer_path",
+        str(folder / "buffer"),
+        "--ranking_path",
+        str(folder / "rankings"),
+        "--num_experts",
+        "3",
+        "--train_epochs",
+        "2",
+        "--batch_train",
+        "40",
+        "--lr_teacher",
+        "0.05",
+        "--rho_max",
+        "0.01",
+        "--rho_min",
+        "0.01",
+        "--init_ratio",
+        "0.5",
+        "--add_end_epoch",
+        "1",
+        "--score_repeats",
+        "3",
+        "--score_epochs",
+        "1",
+    ]
 
 
 def distil_args(folder: Path, runs: Path, *more: str) -> list[str]:
     """Steps of 3 and 7 images, which two ranks cannot halve."""
     return [
-        *DATA, "--ipc", "1", "--buffer_path", str(folder / "buffer"), "--log_dir", str(runs), "--name", "run",
-        "--pix_init", "real", "--Iteration", "5", "--syn_steps", "3", "--batch_syn", "7", "--expert_epochs", "1",
-        "--max_start_epoch", "2", "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10",
-        "--lr_img", "10", "--eval_it", "3", "--save_it", "4", "--checkpoint_every", "2", "--num_eval", "3",
-        "--epoch_eval_train", "2", "--batch_train", "4", "--compile", "off", *more,
-    ]  # fmt: skip
+        *DATA,
+        "--ipc",
+        "1",
+        "--buffer_path",
+        str(folder / "buffer"),
+        "--log_dir",
+        str(runs),
+        "--name",
+        "run",
+        "--pix_init",
+        "real",
+        "--Iteration",
+        "5",
+        "--syn_steps",
+        "3",
+        "--batch_syn",
+        "7",
+        "--expert_epochs",
+        "1",
+        "--max_start_epoch",
+        "2",
+        "--current_max_start_epoch",
+        "1",
+        "--expansion_end_epoch",
+        "4",
+        "--threshold",
+        "10",
+        "--lr_img",
+        "10",
+        "--eval_it",
+        "3",
+        "--save_it",
+        "4",
+        "--checkpoint_every",
+        "2",
+        "--num_eval",
+        "3",
+        "--epoch_eval_train",
+        "2",
+        "--batch_train",
+        "4",
+        "--compile",
+        "off",
+        *more,
+    ]
 
 
 def evaluation_args(folder: Path, runs: Path, out: Path) -> list[str]:
     return [
-        "--synthetic", str(run_folder(runs)), "--buffer_path", str(folder / "buffer"), "--out", str(out), "--num_eval", "3",
-        "--epoch_eval_train", "2", "--baselines", "hard",
-    ]  # fmt: skip
+        "--synthetic",
+        str(run_folder(runs)),
+        "--buffer_path",
+        str(folder / "buffer"),
+        "--out",
+        str(out),
+        "--num_eval",
+        "3",
+        "--epoch_eval_train",
+        "2",
+        "--baselines",
+        "hard",
+    ]
 
 
 def run_folder(runs: Path) -> Path:
@@ -137,7 +213,9 @@ def test_a_distilled_set_is_the_same_up_to_rounding_and_written_once(one, tmp_pa
 
     ours, theirs = run_folder(tmp_path / "runs"), run_folder(one / "runs")
     assert files_in(ours).keys() == files_in(theirs).keys()
-    assert len((ours / "timing.jsonl").read_text().splitlines()) == len((theirs / "timing.jsonl").read_text().splitlines())
+    assert len((ours / "timing.jsonl").read_text().splitlines()) == len(
+        (theirs / "timing.jsonl").read_text().splitlines()
+    )
     found, expected = events(tmp_path / "runs"), events(one / "runs")
     assert len({event["loss"] for event in found if event["event"] == "match"}) == 6
     for event, other in zip(found, expected, strict=True):
@@ -203,7 +281,7 @@ def test_an_error_of_one_process_in_the_middle_ends_all_and_keeps_what_is_finish
             raise OSError(28, "No space left on device", str(path))
         return written(path, text)
 
-    from pad import tracking
+    from pad.store import run as tracking
 
     written = tracking.write_text
     monkeypatch.setattr(tracking, "write_text", write_text)
@@ -268,9 +346,14 @@ def children(parent: int) -> dict[str, int]:
 def test_a_killed_process_ends_torchrun_with_a_sentence(one, tmp_path):
     runs, errors = tmp_path / "runs", tmp_path / "stderr"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(CHECKOUT / "distill" / "PAD.py"), *distil_args(one, runs, *ENDLESS),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(CHECKOUT / "distill" / "PAD.py"),
+        *distil_args(one, runs, *ENDLESS),
+    ]
     with open(errors, "w") as stderr, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as torchrun:
         try:
             wait_for_iterations(runs, 4)
@@ -298,6 +381,7 @@ def test_two_cuda_devices_give_what_one_gives(one, tmp_path):
         done = subprocess.run([sys.executable, *launcher, script, *argv], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     found, expected = (
-        [event["loss"] for event in events(tmp_path / name) if event["event"] == "match"] for name in ("double", "single")
+        [event["loss"] for event in events(tmp_path / name) if event["event"] == "match"]
+        for name in ("double", "single")
     )
     assert found == pytest.approx(expected, rel=1e-3) and len(set(found)) == 6

@@ -1,0 +1,253 @@
+"""``distill/PAD.py``: trajectory matching (MTT, FTD, DATM, TESLA, PAD), assembled from its settings."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pad.commands.bench import Workbench, _digest, _initial_set, experts_folder
+from pad.commands.distil import Distilling, Task
+from pad.config import FilePath, setting
+from pad.data.augment import DSA, NoAugmentation
+from pad.errors import InputError
+from pad.initialisation import Experts
+from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
+from pad.nn.flat import FlatModel
+from pad.store.trajectories import TrajectoryStore
+
+# The systems that trajectory matching here can be, and what makes them: PAD, the default, leaves everything open
+METHODS = {
+    "MTT": {"labels": "hard", "gradient": "exact"},
+    "FTD": {"labels": "hard", "gradient": "exact"},
+    "DATM": {"labels": "soft", "gradient": "exact"},
+    "TESLA": {"gradient": "truncated"},
+    "PAD": {},
+}
+
+
+@dataclass(kw_only=True)
+class DistillSettings(Distilling):
+    """Stage 2, ``distill/PAD.py``: optimise synthetic images, soft labels and a learning rate along experts.
+
+    MTT, FTD, DATM, TESLA and PAD are settings of it (configs/CIFAR-10).
+    """
+
+    method: str = setting(
+        "PAD",
+        "whose settings these are: refuses what would make them another's; ema_decay is FTD's alone",
+        choices=tuple(METHODS),
+    )
+    buffer_path: FilePath = setting("../buffer_storage/", "folder of the trajectories")
+    zca: bool = setting(True, "ZCA whitening instead of mean/std")
+
+    syn_steps: int = setting(80, "inner steps on the synthetic set per outer iteration", low=1)
+    expert_epochs: int = setting(2, "epochs of the expert to match", low=1)
+    batch_syn: int | None = setting(256, "synthetic images per inner step; the whole set when larger or none", low=1)
+    min_start_epoch: int = setting(0, "first start epoch", low=0)
+    max_start_epoch: int = setting(25, "start epochs lie below this one", low=1)
+    Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually")
+    current_max_start_epoch: int = setting(20, "upper bound of the start epochs at iteration 0", low=1)
+    expansion_end_epoch: int = setting(3000, "iteration at which the bound reaches max_start_epoch", low=1)
+    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, that matching leaves out", low=0, below=1)
+    loss_ratio: float = setting(
+        0.0, "share of parameters with the smallest error that matching leaves out", low=0, below=1
+    )
+    threshold: float | None = setting(
+        1.0, "iterations with a larger loss change nothing; none: there are none such", above=0
+    )
+    gradient: str = setting(
+        "exact",
+        "through all inner steps, or TESLA's, truncated: each step's own share alone",
+        choices=("exact", "truncated"),
+    )
+    no_aug: bool = setting(False, "no augmentation while matching")
+    micro_batch: int | None = setting(None, "compute on so many images at a time: less memory, the same result", low=1)
+
+    labels: str = setting(
+        "soft", "soft: learned, from lr_y on; hard: one-hot, and so they stay", choices=("soft", "hard")
+    )
+    lr_y: float = setting(2.0, "learning rate of the labels", low=0)
+    Momentum_y: float = setting(0.9, "momentum of the labels", low=0, below=1)
+    lr_teacher: float = setting(0.01, "initial value of the learned learning rate", above=0)
+    lr_lr: float = setting(1e-5, "learning rate of the learning rate", low=0)
+    ema_decay: float = setting(
+        0.0, "FTD: the set is the exponential moving average of the images, with this decay per update", low=0, below=1
+    )
+
+    pix_init: str = setting(
+        "samples_predicted_correctly", "initial images", choices=("samples_predicted_correctly", "real", "noise")
+    )
+    noise_logit: float = setting(10.0, "pix_init noise: logit of the class in the initial labels (others 0)", above=0)
+    Initialize_Label_With_Another_Model: bool = setting(False, "initial labels from another network's trajectories")
+    Initialize_Label_Model: str = setting("", "that other network")
+    Label_Model_Timestamp: int = setting(
+        -1, "epoch of the experts that choose and label the initial images; -1: the last"
+    )
+    max_files: int | None = setting(None, "use experts of the first files only, save_interval experts a file", low=1)
+    max_experts: int | None = setting(None, "use the first experts of each file only", low=1)
+    save_interval: int = setting(10, "experts a file, for max_files and max_experts", low=1)
+
+    dead = {
+        "batch_real": "nothing reads it",
+        "lr_init": "lr_teacher is the initial learning rate",
+        "load_all": "trajectories are read two rows at a time, whatever their number",
+        "texture": "texture distillation is not part of PAD",
+        "canvas_size": "texture distillation is not part of PAD",
+        "canvas_samples": "texture distillation is not part of PAD",
+        "force_save": "pictures are saved at every ipc",
+        "record_loss": "the loss is always recorded",
+        "init_frozen": "nothing reads it",
+        "parall_eva": "torchrun deals evaluation networks to several devices",
+        "Initialize_Label_Model_Dir": "that network's trajectories are looked for under buffer_path",
+    }
+    refused = dict.fromkeys(
+        ("drop_easy", "drop_hard"),
+        "real images are filtered in the first stage, by the curriculum of the experts (rm_easy_ratio_first)",
+    ) | dict.fromkeys(("outer_loop", "inner_loop", "lr_net"), "it belongs to gradient matching, distill/DC.py")
+
+    def check(self) -> None:
+        super().check()
+        if self.max_start_epoch <= self.min_start_epoch:
+            raise InputError(
+                f"max_start_epoch: {self.max_start_epoch} leaves no start epoch from min_start_epoch: {self.min_start_epoch}"
+            )
+        if self.Sequential_Generation and not self.min_start_epoch < self.current_max_start_epoch:
+            raise InputError(
+                f"current_max_start_epoch: {self.current_max_start_epoch} leaves no start epoch from min_start_epoch: "
+                f"{self.min_start_epoch} at iteration 0; raise it or set Sequential_Generation: False"
+            )
+        if self.Initialize_Label_With_Another_Model and not self.Initialize_Label_Model:
+            raise InputError("Initialize_Label_With_Another_Model is set, but Initialize_Label_Model names no network")
+        for key, value in METHODS[self.method].items():
+            if getattr(self, key) != value:
+                other = f"{key}: {getattr(self, key)}"
+                raise InputError(f"{other} is not {self.method}, which has {key}: {value} (method: PAD has any)")
+        if self.method == "FTD" and not self.ema_decay:
+            log.warning("ema_decay is 0: FTD's moving average of the images is not kept")
+        if (
+            self.ema_decay and self.method != "FTD"
+        ):  # published files of the others carry the key, which nothing reads there
+            log.warning(
+                "ema_decay does nothing: %s keeps no moving average of the images; method: FTD does", self.method
+            )
+            self.ema_decay, self.given = 0.0, self.given - {"ema_decay"}
+        if self.depth_ratio and self.loss_ratio:
+            log.warning(
+                "depth_ratio and loss_ratio are both set: parameters count that pass both filters "
+                "(set loss_ratio: 0 for the paper's filter by depth alone)"
+            )
+
+    @property
+    def derivatives(self) -> int:
+        """About how many derivatives of the network a run takes: what compiling has to pay for itself in."""
+        return self.Iteration * self.syn_steps
+
+    def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
+        return trajectory_task(self, bench, model, before)
+
+
+log = logging.getLogger("pad")
+
+
+def trajectory_task(settings: DistillSettings, bench: Workbench, model: FlatModel, before: dict) -> Task:
+    """MTT, FTD, DATM, TESLA, PAD: follow experts. A resumed run, of settings ``before``, follows those it began with."""
+    ranks, count = bench.ranks, settings.ipc * bench.data.num_classes
+    batch_syn = min(settings.batch_syn or count, count)
+    if (settings.batch_syn or 0) > count:
+        log.info(
+            "batch_syn: %d is more than the %d synthetic images; each step takes them all", settings.batch_syn, count
+        )
+    store = bench.open_experts(experts_folder(settings, bench.data), settings.model, model)
+    experts = _selected_experts(store, settings, before)
+    sampler = SegmentSampler(
+        experts,
+        settings.expert_epochs,
+        settings.min_start_epoch,
+        settings.max_start_epoch,
+        settings.Sequential_Generation,
+        settings.current_max_start_epoch,
+        settings.expansion_end_epoch,
+        settings.seed,
+    )
+    sampler.check(store)
+    ranks.same(lambda: [store.header(k) for k in experts], f"the experts in {store.folder}")
+    labellers = _labellers(settings, bench, model, store, experts)
+    store.check(bench.describe(settings.model, model))
+    images, labels = _initial_set(
+        settings, bench, labellers, noise_logit=settings.noise_logit, hard=settings.labels == "hard"
+    )
+
+    augmentation = DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else NoAugmentation()
+    objective = TrajectoryObjective(
+        model,
+        store,
+        sampler,
+        NoAugmentation() if settings.no_aug else augmentation,
+        settings.syn_steps,
+        batch_syn,
+        settings.depth_ratio,
+        settings.loss_ratio,
+        settings.seed,
+        ranks,
+        settings.gradient == "truncated",
+    )
+    if ranks.size > 1 and not model.separable:
+        log.info("%s needs whole batches, so that one process does the matching; evaluation is shared", settings.model)
+    headers = [store.header(k) for k in experts]
+    recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}
+    made_from = {**store.metadata, "buffer": recipe, "experts": _digest(headers)}
+    del made_from["parameters"]  # the model's, of which there can be hundreds
+    return Task(
+        objective,
+        images,
+        labels,
+        settings.lr_teacher,
+        [settings.lr_img, settings.lr_y, settings.lr_lr],
+        made_from,
+        {"buffer": recipe},
+        settings.Momentum_y,
+        math.inf if settings.threshold is None else settings.threshold,
+        settings.ema_decay,
+        {"experts": experts},
+    )
+
+
+def _selected_experts(store: TrajectoryStore, settings: DistillSettings, before: dict) -> list[int]:
+    """The experts that max_files and max_experts leave, in files of ``save_interval`` as published.
+
+    A buffer may have grown since a run began: the run goes on with the experts of then.
+    """
+    if "experts" not in before:
+        files, within, size = settings.max_files or math.inf, settings.max_experts or math.inf, settings.save_interval
+        return [k for i, k in enumerate(store.experts) if i // size < files and i % size < within]
+    experts = before["experts"]
+    if not (isinstance(experts, list) and all(isinstance(k, int) for k in experts)):
+        raise InputError("the run's config.yaml is damaged; --overwrite starts the run anew")
+    if gone := sorted(set(experts) - set(store.experts)):
+        raise InputError(f"the run was started with expert {gone[0]}, which is not in {store.folder} any more")
+    return experts
+
+
+def _labellers(
+    settings: DistillSettings, bench: Workbench, model: FlatModel, store: TrajectoryStore, experts: list[int]
+) -> Experts:
+    """The networks that choose and label the initial images, at the configured epoch."""
+    if settings.Initialize_Label_With_Another_Model:
+        name = settings.Initialize_Label_Model
+        model = bench.flat_model(name)
+        store = bench.open_experts(experts_folder(settings, bench.data, name), name, model)
+        store.check(bench.describe(name, model))
+        experts = store.experts
+    epoch = settings.Label_Model_Timestamp
+    for k in experts:
+        if not -store.epochs(k) - 1 <= epoch <= store.epochs(k):
+            raise InputError(
+                f"Label_Model_Timestamp: {epoch} is not an epoch of expert {k}, which has {store.epochs(k)}"
+            )
+
+    def parameters(i: int) -> Tensor:
+        k = experts[i]
+        return store.rows(k, [epoch % (store.epochs(k) + 1)])[0].to(bench.device)
+
+    return Experts(model, parameters, len(experts))

@@ -1,0 +1,270 @@
+"""Expert trajectories on disk: written epoch by epoch, read row by row, one safetensors file per expert.
+
+``expert_0007.safetensors`` holds ``params [T+1, P]`` float32 (row 0: before training, row t: after epoch t; parameters
+flattened in module order, shallow to deep), one ``[T+1]`` tensor per figure that was measured, and a description of
+what the expert was trained on. ``replay_buffer_<k>.pt`` files, as published with MTT, DATM and PAD, are imported and
+exported.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from pad.errors import InputError
+from pad.store.tensors import TensorFile, open_tensors, tensor_writer
+
+log = logging.getLogger("pad")
+
+FORMAT = 1
+
+COMMON = ("data", "model", "preprocessing", "parameters")  # what all experts of a store share and its user must match
+
+_REMEDY = "remove it and record that expert again (with buffer/buffer_CL.py), or import all experts again"
+
+WITHOUT_ZCA_SUFFIX = ("Tiny", "ImageNet", "ImageNet1K")  # published folders of these bear no _NO_ZCA
+
+
+def buffer_folder(
+    buffer_path: Path | str, dataset: str, model: str, zca: bool, subset: str | None = None, res: int | None = None
+) -> Path:
+    """The folder of one setting's experts, ``<buffer_path>/<dataset>[_NO_ZCA][/<subset>/<res>]/<model>``, as published.
+
+    ``subset`` and ``res`` (pixels) count for ImageNet only. Raises InputError when ImageNet comes without them.
+    """
+    folder = Path(buffer_path) / (dataset if zca or dataset in WITHOUT_ZCA_SUFFIX else f"{dataset}_NO_ZCA")
+    if dataset == "ImageNet":
+        if subset is None or res is None:
+            raise InputError(f"the data set ImageNet needs a subset and a res, got subset {subset} and res {res}")
+        folder = folder / subset / str(res)
+    return folder / model
+
+
+def describe(data: dict, model: str, parameters: Iterable[tuple[str, Iterable[int]]], preprocessing: dict) -> dict:
+    """What a trajectory belongs to: identity of the data, model and its parameters, identity of the preprocessing.
+
+    ``parameters`` are (name, shape) in module order, such as ``zip(flat_model.names, flat_model.shapes)``.
+    """
+    named = [[name, list(shape)] for name, shape in parameters]
+    return json.loads(json.dumps({"data": data, "model": model, "preprocessing": preprocessing, "parameters": named}))
+
+
+def expert_path(folder: Path | str, expert: int) -> Path:
+    """The file of one expert."""
+    return Path(folder) / f"expert_{expert:04d}.safetensors"
+
+
+def recorded(folder: Path | str) -> list[int]:
+    """Sorted indices of the experts that lie complete in ``folder`` (none when it does not exist)."""
+    matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", path.name) for path in Path(folder).glob("expert_*"))
+    return sorted({int(match[1]) for match in matches if match and expert_path("", int(match[1])).name == match[0]})
+
+
+@contextlib.contextmanager
+def write_expert(
+    folder: Path | str,
+    expert: int,
+    description: dict,
+    *,
+    epochs: int,
+    seed: int | None,
+    settings: dict,
+    figures: Iterable[str] = (),
+) -> Iterator[Callable]:
+    """Write one expert's file; yields ``record(theta, **figures)``, to be called before training and after each epoch.
+
+    ``theta [P]`` goes to disk at once, so a snapshot holds no graph and is no alias of living parameters. ``figures``
+    names what may be measured with it (a figure that is not passed reads as nan). ``description`` is what
+    :func:`describe` gives. The file appears, whole, when the block ends after exactly ``epochs + 1`` records; an
+    existing one is replaced. ``record`` raises InputError when parameters are not finite.
+    """
+    path = expert_path(folder, expert)
+    num_parameters = _count(description["parameters"])
+    measured = {name: torch.full((epochs + 1,), math.nan, dtype=torch.float32) for name in sorted(figures)}
+    metadata = {key: description[key] for key in COMMON} | {"kind": "trajectory", "format": FORMAT}
+    metadata |= {"expert": expert, "seed": seed, "settings": settings}
+    layout = {"params": (torch.float32, (epochs + 1, num_parameters))}
+    layout |= {name: (torch.float32, (epochs + 1,)) for name in measured}
+    # The size is known before training and rows come in order, so rows are appended. A full disk is then an OSError
+    # here and now; through a memory map it would kill the process.
+    with tensor_writer(path, layout, metadata) as write:
+        count = 0
+
+        def record(theta: torch.Tensor, **values: float) -> None:
+            nonlocal count
+            if tuple(theta.shape) != (num_parameters,) or count > epochs:
+                raise ValueError(
+                    f"snapshot {count} of expert {expert} has shape {list(theta.shape)}; "
+                    f"expected snapshots 0 to {epochs} of shape [{num_parameters}]"
+                )
+            row = theta.detach().to("cpu", torch.float32)
+            if not row.isfinite().all():
+                raise InputError(
+                    f"the parameters of expert {expert} are not finite numbers after epoch {count}: training diverged, "
+                    "a lower learning rate may help"
+                )
+            write(row)
+            for name, value in values.items():
+                measured[name][count] = value
+            count += 1
+
+        yield record
+        if count != epochs + 1:
+            raise RuntimeError(f"expert {expert} recorded {count} of {epochs + 1} snapshots; its file was not written")
+        for values in measured.values():
+            write(values)
+
+
+def _count(parameters: list) -> int:
+    return sum(math.prod(shape) for _, shape in parameters)
+
+
+class TrajectoryStore:
+    """The experts of one folder, read lazily: opening reads headers, ``rows`` reads the rows asked for."""
+
+    def __init__(self, folder: Path, headers: dict[int, tuple[dict, int]]):
+        self.folder = folder
+        self._headers = headers
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "TrajectoryStore":
+        """Open a folder of expert files. Raises InputError when there is none, or one is damaged or differs."""
+        folder = Path(folder)
+        experts = recorded(folder)
+        if not experts:
+            published = _published_files(folder)
+            hint = "; the replay_buffer_*.pt there can be imported with scripts/import_buffer.py" if published else ""
+            raise InputError(f"no expert trajectories in {folder}: record them with buffer/buffer_CL.py{hint}")
+        headers = {}
+        for expert in experts:
+            with open_tensors(expert_path(folder, expert), _REMEDY) as (file, metadata):
+                headers[expert] = _header(file, metadata, expert_path(folder, expert))
+        first = headers[experts[0]][0]
+        for expert, (header, _) in headers.items():
+            if difference := _first_difference(header, first):
+                where, here, there = difference
+                raise InputError(
+                    f"{expert_path(folder, expert)} does not belong with {expert_path('', experts[0])}: "
+                    f"{where}: {here} in the former, {there} in the latter"
+                )
+        return cls(folder, headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    @property
+    def experts(self) -> list[int]:
+        """Sorted indices of the experts; gaps are allowed."""
+        return list(self._headers)
+
+    @property
+    def metadata(self) -> dict:
+        """What all experts share: ``data``, ``model``, ``preprocessing``, ``parameters`` (``[name, shape]``)."""
+        return {key: self.header(self.experts[0])[key] for key in COMMON}
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the length of a row."""
+        return _count(self.metadata["parameters"])
+
+    def header(self, expert: int) -> dict:
+        """One expert's whole description: also its ``settings``, ``seed`` and ``expert`` index when it was trained."""
+        return self._headers[expert][0]
+
+    def epochs(self, expert: int) -> int:
+        """T, the number of epochs the expert was trained for; its rows are 0..T."""
+        return self._headers[expert][1]
+
+    def rows(self, expert: int, epochs: Iterable[int]) -> torch.Tensor:
+        """Parameters after the given epochs, float32 ``[n, P]`` on the CPU, read from disk now.
+
+        Raises IndexError for an epoch outside 0..T, InputError when one of these rows is damaged, or the file has gone
+        or is another one since opening.
+        """
+        epochs = list(epochs)
+        for epoch in epochs:
+            if not 0 <= epoch <= self.epochs(expert):
+                raise IndexError(f"expert {expert} has epochs 0 to {self.epochs(expert)}, not {epoch}")
+        out = torch.empty(len(epochs), self.num_parameters)
+        with self._open(expert) as file:
+            for row, epoch in zip(out, epochs):
+                row.copy_(file.row("params", epoch))
+        return out
+
+    def params(self, expert: int) -> torch.Tensor:
+        """All rows, float32 ``[T+1, P]``, as a map of the file. Raises InputError as :meth:`rows`."""
+        with self._open(expert) as file:
+            return file.tensor("params")
+
+    def final(self, expert: int) -> torch.Tensor:
+        """Parameters after the last epoch, float32 ``[P]``."""
+        return self.rows(expert, [self.epochs(expert)])[0]
+
+    def figures(self, expert: int) -> dict[str, torch.Tensor]:
+        """What was measured along the trajectory, each float32 ``[T+1]``, nan where it was not."""
+        with self._open(expert) as file:
+            return {name: file.tensor(name).clone() for name in file.keys() if name != "params"}
+
+    @contextlib.contextmanager
+    def _open(self, expert: int) -> Iterator[TensorFile]:
+        path = expert_path(self.folder, expert)
+        with open_tensors(path, _REMEDY) as (file, metadata):
+            if _header(file, metadata, path) != self._headers[expert]:
+                raise InputError(f"{path} is not the file any more that it was when this run began; start again")
+            yield file
+
+    def check(self, expected: dict) -> None:
+        """Raise InputError naming the first entry in which ``expected`` (from :func:`describe`) is another."""
+        if difference := _first_difference(self.metadata, expected):
+            where, ours, theirs = difference
+            raise InputError(f"{self.folder}: {where}: {ours} in the buffer, {theirs} in the config")
+
+
+def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
+    """(metadata, T) of an expert file. Raises InputError when it is none."""
+    if metadata.get("kind") != "trajectory":
+        raise InputError(f"{path} is not an expert trajectory")
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} has format {metadata.get('format')}; this version reads format {FORMAT}")
+    try:
+        rows, width = file.layout["params"][1]
+        expected = {name: (torch.float32, (rows,)) for name in file.layout}
+        expected["params"] = (torch.float32, (rows, _count(metadata["parameters"])))
+        complete = {*COMMON, "expert", "seed", "settings"} <= metadata.keys() and isinstance(metadata["settings"], dict)
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete or file.layout != expected or rows < 2 or width < 1:
+        raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
+    return metadata, rows - 1
+
+
+def _first_difference(left: dict, right: dict) -> tuple[str, str, str] | None:
+    """Where two descriptions first differ, and what each has there, in words; None when they are equal.
+
+    Of parameters the shapes must agree, in order; what a layer is called is not part of a trajectory.
+    """
+    for where in COMMON:
+        ours, theirs = left[where], right[where]
+        if where == "parameters":
+            if len(ours) != len(theirs):
+                return where, f"{len(ours)} tensors", f"{len(theirs)} tensors"
+            for (_, ours), (name, theirs) in zip(ours, theirs):
+                if ours != theirs:
+                    return f"shape of parameter {name}", str(ours), str(theirs)
+        elif ours != theirs:
+            while isinstance(ours, dict) and isinstance(theirs, dict):
+                pairs = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in [*theirs, *ours]}
+                key, (ours, theirs) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
+                where = f"{where} {key}"
+            return where, str(ours), str(theirs)
+    return None
+
+
+def _published_files(folder: Path | str) -> list[Path]:
+    matches = (re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name) for path in Path(folder).glob("replay_buffer_*"))
+    return [Path(folder) / match[0] for match in sorted((m for m in matches if m), key=lambda match: int(match[1]))]
