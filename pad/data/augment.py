@@ -155,6 +155,14 @@ def augment_and_back(x: Tensor, draw: Draw | None) -> tuple[Tensor, Callable[[Te
     return augmented.detach(), lambda gradient: torch.autograd.grad(augmented, x, gradient)[0]
 
 
+def refuse_unknown_kinds(setting: str, strategy: str) -> None:
+    """Raise InputError, naming ``setting``, where a strategy has a transformation that DSA has not."""
+    known = DSA_STRATEGY.split("_")
+    for kind in strategy.split("_"):
+        if kind not in known:
+            raise InputError(f"{setting}: {kind!r} is not one of {', '.join(known)}")
+
+
 class DSA:
     """Differentiable Siamese augmentation (arXiv 2102.08259): per batch one transformation, drawn uniformly from a strategy.
 
@@ -166,12 +174,9 @@ class DSA:
     """
 
     def __init__(self, strategy: str = DSA_STRATEGY, siamese: bool = False):
+        refuse_unknown_kinds("dsa_strategy", strategy)
         self.kinds = strategy.split("_")
         self.siamese = siamese
-        known = DSA_STRATEGY.split("_")
-        for kind in self.kinds:
-            if kind not in known:
-                raise InputError(f"dsa_strategy: {kind!r} is not one of {', '.join(known)}")
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
         """The augmentation of one batch of ``n`` images."""

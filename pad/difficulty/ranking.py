@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class Ranking:
             bad = int((~scores.isfinite()).nonzero()[0])
             raise InputError(f"the difficulty score of image {bad} is {scores[bad].item()}, not a finite number")
         return cls(by_class(scores.argsort(stable=True), labels, num_classes), scores, metadata)
+
+    @property
+    def digest(self) -> str:
+        """Which image comes where in which class, as 16 hexadecimal digits."""
+        text = ";".join(",".join(map(str, row.tolist())) for row in self.rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def validate(self, labels: Tensor, num_classes: int, source: str) -> None:
         """Raise InputError, naming ``source``, unless row c holds the images of class c of this data set, each once."""
