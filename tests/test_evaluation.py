@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
-from pad.commands.bench import evaluation_protocol
+from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.evaluation import Protocol, Score, accuracy, score
@@ -304,9 +304,11 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
 def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
     """Ten networks a set, two batches an epoch."""
     epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
-    settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == expected
-    settings.epoch_eval_train += 1
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(
-        expected, expected
-    )
+    bench = Workbench(data=None, device=torch.device(device), zca=False)
+
+    def chosen(epochs: int) -> str:
+        settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
+        return bench.protocol(settings, 100, num_sets).compile
+
+    assert chosen(epochs) == expected
+    assert chosen(epochs + 1) == {"fused": "auto"}.get(expected, expected)

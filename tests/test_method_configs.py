@@ -12,7 +12,6 @@ from pad.commands.gradient import DCSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.config import parse
-from pad.experts.curriculum import Curriculum
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "configs" / "CIFAR-10"
@@ -247,7 +246,7 @@ def command_of(method: str) -> tuple[str, type]:
 
 
 def settings_of(path: Path, cls: type):
-    return parse(cls, ["--cfg", str(path)], "test")[0]
+    return parse(cls, ["--cfg", str(path)], "test")
 
 
 def lines_of(path: Path) -> dict[str, tuple[str, str]]:
@@ -377,7 +376,7 @@ def test_buffers(name, caplog):
         "rm_easy_ratio_second",
     }
     assert set(lines_of(path)) == set(expected) - {"adaptive"} | curriculum
-    assert Curriculum(**found.curriculum).uses_ranking(found.train_epochs) == (name == "PAD")
+    assert found.curriculum.uses_ranking(found.train_epochs) == (name == "PAD")
     if name != "PAD":
         assert found.rm_epoch_first >= found.train_epochs and found.init_ratio == 1 and found.add_end_epoch == 0
         assert "--zca False" in header_of(path)
@@ -385,7 +384,7 @@ def test_buffers(name, caplog):
 
 @pytest.mark.parametrize("ipc", IPCS)
 def test_pads_buffer_is_that_of_the_command_in_pads_files(ipc):
-    flags = parse(BufferSettings, commands_in(pads(ipc))[0].split()[2:], "test")[0].as_dict()
+    flags = parse(BufferSettings, commands_in(pads(ipc))[0].split()[2:], "test").as_dict()
     found = settings_of(FOLDER / "buffer-PAD.yaml", BufferSettings).as_dict()
     for key in ("data_path", "buffer_path"):
         flags[key] = str(CHECKOUT / flags[key])
@@ -399,7 +398,7 @@ def test_the_commands_above_the_files_fit_together(method, ipc, caplog):
     assert second == f"python distill/{script}.py --cfg configs/CIFAR-10/{path.name}"
     assert third.startswith("python distill/evaluation.py ")
     distil = settings_of(path, cls)
-    score = parse(EvaluationSettings, third.split()[2:], "test")[0]
+    score = parse(EvaluationSettings, third.split()[2:], "test")
     assert Path(score.synthetic).parts == (
         "logged_files",
         distil.dataset,
@@ -421,7 +420,7 @@ def test_the_commands_above_the_files_fit_together(method, ipc, caplog):
             "--cfg",
             f"configs/CIFAR-10/buffer-{BUFFER_OF[method]}.yaml",
         ]
-        record = parse(BufferSettings, ["--cfg", str(CHECKOUT / words[3]), *words[4:]], "test")[0]
+        record = parse(BufferSettings, ["--cfg", str(CHECKOUT / words[3]), *words[4:]], "test")
         for key in ("dataset", "model", "zca", "buffer_path", "data_path"):
             assert getattr(record, key) == getattr(distil, key), key
         assert str(CHECKOUT / score.buffer_path) == distil.buffer_path

@@ -132,11 +132,9 @@ def test_half_of_what_is_free_or_kept_for_reuse_may_be_taken(monkeypatch, size, 
 
 def test_images_on_is_a_setting_with_three_values():
     assert BufferSettings().images_on == DistillSettings().images_on == "auto"
-    settings = BufferSettings()
-    settings.adopt({"images_on": "host"})
-    assert settings.images_on == "host"
+    assert BufferSettings().adopting({"images_on": "host"}).images_on == "host"
     with pytest.raises(InputError, match="images_on: 'disk' is not one of auto, device, host"):
-        settings.adopt({"images_on": "disk"})
+        BufferSettings().adopting({"images_on": "disk"})
 
 
 # ---------------------------------------------------------------------------------------------- copies

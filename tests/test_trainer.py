@@ -487,7 +487,8 @@ def test_another_ranking_is_another_recipe(bench):
 
 def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "_EXPERT_RECIPE", recording._EXPERT_RECIPE - {"adaptive"})
+        of = BufferSettings.of
+        patch.setattr(BufferSettings, "of", lambda *args: {k: v for k, v in of(*args).items() if k != "adaptive"})
         bench.record(num_experts=1)
     with pytest.raises(InputError, match="adaptive: True in the buffer, False in the config"):
         bench.record(adaptive=False)

@@ -190,7 +190,9 @@ def _table(rows: list[dict]) -> str:
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
     """The set to evaluate, and the settings, with what its own file says of its data and network where none was given."""
     if not settings.synthetic:
-        return settings, SyntheticSet.from_published(*map(str, (settings.data_dir, settings.label_dir, settings.lr_dir)))
+        return settings, SyntheticSet.from_published(
+            *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))
+        )
     path = Path(settings.synthetic)
     if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
         path = path / "Normal" / "synthetic_last.safetensors"

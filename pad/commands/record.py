@@ -27,7 +27,7 @@ from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
 from pad.store.identity import refuse_difference
 from pad.store.locks import each_once, in_turn, remove_leftovers
-from pad.store.trajectories import expert_path, recorded, write_expert
+from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
 
 log = logging.getLogger("pad")
 
@@ -149,6 +149,25 @@ def _refuse_too_few_images(settings: BufferSettings, bench: Workbench) -> None:
         raise InputError("the curriculum leaves an epoch without images: the classes are too small for its ratios")
 
 
+def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
+    """Raise InputError, naming the first difference, where an expert in ``store`` was made with another recipe."""
+    defaults = BufferSettings().as_dict()  # a buffer that is older than a setting was made as its default has it
+    for expert in store.experts:
+        header = store.header(expert)
+        if "imported" in header["settings"]:
+            raise InputError(
+                f"the experts in {store.folder} were imported, so none can be added; give another --buffer_path"
+            )
+        made_with = defaults | header["settings"] | {"seed": header["seed"]}
+        refuse_difference(
+            expert_path(store.folder, expert),
+            {key: made_with[key] for key in recipe if key in made_with},
+            recipe,
+            there_is="the buffer",
+            remedy="give another --buffer_path, or the same settings to add experts",
+        )
+
+
 class _Buffer:
     """A folder of experts, all of one recipe.
 
@@ -167,24 +186,8 @@ class _Buffer:
 
     def refuse_other_experts(self) -> None:
         """Raise InputError, naming the first difference, where an expert in the folder was made with another recipe."""
-        if not recorded(self.folder):
-            return
-        store = self.bench.open_experts(self.folder, self.settings.model, self.model)
-        defaults = BufferSettings().as_dict()  # a buffer that is older than a setting was made as its default has it
-        for expert in store.experts:
-            header = store.header(expert)
-            if "imported" in header["settings"]:
-                raise InputError(
-                    f"the experts in {self.folder} were imported, so none can be added; give another --buffer_path"
-                )
-            made_with = defaults | header["settings"] | {"seed": header["seed"]}
-            refuse_difference(
-                expert_path(self.folder, expert),
-                {key: made_with[key] for key in self.recipe if key in made_with},
-                self.recipe,
-                there_is="the buffer",
-                remedy="give another --buffer_path, or the same settings to add experts",
-            )
+        if recorded(self.folder):
+            refuse_other_recipe(self.bench.open_experts(self.folder, self.settings.model, self.model), self.recipe)
 
     def refuse_other_preprocessing(self) -> None:
         """The same for what experts saw, which may first have to be fitted; and for an expert added meanwhile."""

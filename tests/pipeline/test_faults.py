@@ -30,6 +30,7 @@ from pad.commands import record as recording
 from pad.commands import trajectory as tasks
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
+from pad.commands.table import COMMANDS
 from pad.commands.trajectory import DistillSettings
 from pad.data import preprocessing
 from pad.data.sources import load_data
@@ -597,16 +598,18 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize(
-    ("front_door", "cls", "stage"),
+    ("front_door", "cls", "command"),
     [
-        (cli.buffer, BufferSettings, "record_experts"),
-        (cli.distill, DistillSettings, "run_distillation"),
-        (cli.evaluate, EvaluationSettings, "run_evaluation"),
+        (cli.buffer, BufferSettings, "buffer"),
+        (cli.distill, DistillSettings, "PAD"),
+        (cli.evaluate, EvaluationSettings, "evaluate"),
     ],
     ids=["buffer", "distill", "evaluate"],
 )
-def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cls, stage, tmp_path, monkeypatch, capfd):
-    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead]
+def test_any_command_is_refused_with_a_sentence_or_gives_settings(
+    front_door, cls, command, tmp_path, monkeypatch, capfd
+):
+    names = [*(name for name in cls.fields()), *cls.dead]
     word = TEXT.filter(lambda text: not text.startswith("-h") and not text.startswith("--h"))
     flags = st.one_of(
         st.tuples(st.sampled_from(names), SCALARS).map(lambda pair: [f"--{pair[0]}", str(pair[1])]),
@@ -624,7 +627,8 @@ def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cl
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config, accepted = tmp_path / "some.yaml", []
-    monkeypatch.setattr(cli, stage, lambda settings, *_: accepted.append(settings))
+    taking = dataclasses.replace(COMMANDS[command], recipe=lambda settings, *_: accepted.append(settings))
+    monkeypatch.setitem(COMMANDS, command, taking)
 
     @hypothesis_settings(
         max_examples=170, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
