@@ -125,3 +125,9 @@ def initial_set(
             chosen = images[torch.cat([row[:ipc] for row in rows])]
             logits = None if hard else experts.model.logits(experts.parameters(0), chosen)
     return chosen, hard_logits(classes, num_classes).to(images.dtype) if hard else logits
+
+
+def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int) -> None:
+    for c, n in enumerate(labels.cpu().bincount(minlength=num_classes).tolist()):
+        if n < ipc:
+            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {n}")

@@ -273,8 +273,8 @@ def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
                 num_eval=1,
                 epoch_eval_train=2,
                 out=str(out / "scores.json"),
-            ),
-            set(common),
+                given=frozenset(common),
+            )
         )
         synthetic = run / "Normal" / "synthetic_last.safetensors"
         files.append(

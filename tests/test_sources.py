@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pad.data import folders, sources
+from pad.data import folders
 from pad.data.folders import IMAGENET_SUBSETS
 from pad.data.images import ImageData
 from pad.data.sources import DATASETS, load_data

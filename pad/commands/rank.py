@@ -73,7 +73,7 @@ def score_difficulty(settings: ScoreSettings, ranks: Ranks = ALONE) -> dict[str,
     folder = settings.rankings_folder
     bench = set_up(settings, ranks)
     stems = bench.ranking_stems(settings, settings.method_names)
-    methods = list(dict.fromkeys(ranking_method(bench.data.name, stem) for stem in stems))
+    methods = list(dict.fromkeys(ranking_method(bench.data.name, Path(stem)) for stem in stems))
     ranks.on_main(lambda: refuse_unwritable(folder))
 
     began = time.perf_counter()

@@ -62,7 +62,7 @@ class SegmentSampler:
         start = int(torch.randint(self.min_start_epoch, self.upper_bound(it), (), generator=rng))
         return Segment(self.experts[int(order[position])], start, start + self.expert_epochs)
 
-    def check(self, store: TrajectoryStore) -> None:
+    def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""
         last = self.max_start_epoch - 1 + self.expert_epochs
         for expert in self.experts:

@@ -134,12 +134,12 @@ class Grid:
         try:
             common = Common.resolve(data)
             own = StudySettings.with_paths({"study": where, "out": content.get("out")}, base)
-            out = settings.out or StudySettings.resolve(own | {"study": where}).out
+            out = StudySettings.resolve(own | {"study": where}).out
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return cls(
             where=where,
-            out=Path(out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
+            out=Path(settings.out or out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
             seeds=_numbers(content.get("seeds", [0]), f"{where}: seeds", low=0),
             sizes=_numbers(content.get("ipc"), f"{where}: ipc", low=1),
             reference=reference,

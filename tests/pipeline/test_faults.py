@@ -609,7 +609,7 @@ VALUES = st.recursive(
 def test_any_command_is_refused_with_a_sentence_or_gives_settings(
     front_door, cls, command, tmp_path, monkeypatch, capfd
 ):
-    names = [*(name for name in cls.fields()), *cls.dead]
+    names = [*cls.fields(), *cls.dead]
     word = TEXT.filter(lambda text: not text.startswith("-h") and not text.startswith("--h"))
     flags = st.one_of(
         st.tuples(st.sampled_from(names), SCALARS).map(lambda pair: [f"--{pair[0]}", str(pair[1])]),

@@ -560,7 +560,7 @@ def refused(tmp_path, monkeypatch, capfd):
             patch.setattr(evaluating.evaluation, "score", heavy)
             if not late:
                 patch.setattr(workbench, "fit_preprocessing", heavy)
-                patch.setattr(workbench, "initial_set", heavy)
+                patch.setattr(distilling, "initial_set", heavy)
             capfd.readouterr()
             code = door([str(word) for word in argv])
         out, err = capfd.readouterr()
