@@ -22,8 +22,9 @@ from pad.data.images import ImageData
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
 from pad.data.sources import load_data
-from pad.difficulty.methods import METHODS
-from pad.difficulty.obtain import Ranking, obtain_rankings, ranking_file, ranking_method
+from pad.difficulty.methods import METHODS, RankingSource
+from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
+from pad.difficulty.ranking import Ranking
 from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -116,12 +117,16 @@ class Workbench:
     def rankings(
         self, methods: Sequence[str], folder: Path, settings, *, convert_flat: bool = False, overwrite: bool = False
     ) -> dict[str, Ranking]:
-        """The images' rankings, see :func:`pad.difficulty.ranking.obtain_rankings`, with a progress bar."""
+        """The images' rankings, see :func:`pad.difficulty.obtain.obtain_rankings`, with a progress bar."""
         scoring = ScoringSettings(**settings.scoring)
-        seen, identity = (
-            (self.images, self.labels),
-            self.preprocessing.identity,
-        )  # before there is a bar: it may take long
+        source = RankingSource(
+            data=self.data,
+            images=self.images,  # before there is a bar: preprocessing may take long
+            labels=self.labels,
+            preprocessing=self.preprocessing.identity,
+            scoring=scoring,
+            seed=settings.seed,
+        )
         names = [ranking_method(self.data.name, ranking_file(folder, self.data.name, method)) for method in methods]
         kinds = [METHODS[name].kind for name in names if name in METHODS]
         mine = len(self.ranks.deal(range(scoring.repeats if "score" in kinds else 1)))  # an order is of one network
@@ -140,17 +145,13 @@ class Workbench:
                 bar.update(repeat // self.ranks.size * scoring.epochs + epoch + 1 - bar.n)
 
             return obtain_rankings(
-                self.data,
-                *seen,
+                source,
                 methods,
                 folder,
-                scoring,
                 asked=settings.asked_scoring,
-                seed=settings.seed,
-                preprocessing=identity,
-                progress=progress,
                 convert_flat=convert_flat,
                 overwrite=overwrite,
+                progress=progress,
                 ranks=self.ranks,
             )
 

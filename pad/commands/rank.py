@@ -8,7 +8,8 @@ from pad.commands.bench import check_writable, rankings_folder, set_up
 from pad.commands.common import _SCORING, _Curriculum, _words
 from pad.config import FilePath, setting
 from pad.difficulty.methods import METHODS
-from pad.difficulty.obtain import Ranking, ranking_file, ranking_method
+from pad.difficulty.obtain import file_name, ranking_file, ranking_method
+from pad.difficulty.ranking import Ranking
 from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -94,7 +95,7 @@ def score_difficulty(settings: ScoreSettings, ranks: Ranks = ALONE) -> dict[str,
     print(f"\n{bench.data.name}, {len(bench.labels)} images in {bench.data.num_classes} classes")
     print(result_table(table, list(table[0])))
     if settings.plot:
-        pictures = folder / f"plots_{stems[0].name.rpartition('_')[0]}"
+        pictures = folder / f"plots_{file_name(bench.data.name)}"
         plots.plot_all(
             pictures,
             found,
