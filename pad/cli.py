@@ -21,7 +21,8 @@ from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped
-from pad.study.study import StudySettings, study as run_study
+from pad.study.study import StudySettings
+from pad.study.study import study as run_study
 
 COMMANDS["study"] = Command("study.py", StudySettings, run_study)
 

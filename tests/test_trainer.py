@@ -13,7 +13,7 @@ from pad.commands import record as recording
 from pad.commands.record import BufferSettings
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.images import ImageData
-from pad.difficulty.obtain import Ranking
+from pad.difficulty.ranking import Ranking
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM

@@ -16,7 +16,7 @@ from pad.data.images import ImageData
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
 from pad.data.sources import load_data
-from pad.difficulty.methods import METHODS
+from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
@@ -144,13 +144,21 @@ class Workbench:
         self.refuse_unfit([settings.scoring.model])
         return stems
 
-    def rankings(self, settings: Scoring, methods: Sequence[str], **options) -> dict[str, Ranking]:
+    def rankings(self, settings: Scoring, methods: Sequence[str], **options: bool) -> dict[str, Ranking]:
         """These images' rankings, read or computed, with a progress bar.
 
         ``options``: see :func:`pad.difficulty.obtain.obtain_rankings`.
         """
-        scoring, folder = settings.scoring, settings.rankings_folder
-        seen, identity = (self.images, self.labels), self.preprocessing.identity  # may take long: before there is a bar
+        scoring = settings.scoring
+        folder = settings.rankings_folder
+        source = RankingSource(
+            data=self.data,
+            images=self.images,  # before there is a bar: preprocessing may take long
+            labels=self.labels,
+            preprocessing=self.preprocessing.identity,
+            scoring=scoring,
+            seed=settings.seed,
+        )
         names = [ranking_method(self.data.name, ranking_file(folder, self.data.name, method)) for method in methods]
         kinds = [METHODS[name].kind for name in names if name in METHODS]
         mine = len(self.ranks.deal(range(scoring.repeats if "score" in kinds else 1)))  # an order is of one network
@@ -161,17 +169,7 @@ class Workbench:
                 bar.update(repeat // self.ranks.size * scoring.epochs + epoch + 1 - bar.n)
 
             return obtain_rankings(
-                self.data,
-                *seen,
-                methods,
-                folder,
-                scoring,
-                asked=settings.asked_scoring,
-                seed=settings.seed,
-                preprocessing=identity,
-                progress=progress,
-                ranks=self.ranks,
-                **options,
+                source, methods, folder, asked=settings.asked_scoring, progress=progress, ranks=self.ranks, **options
             )
 
 

@@ -12,7 +12,7 @@ from pad.commands.bench import set_up
 from pad.commands.common import OnCurriculum, Scoring, words
 from pad.config import DETAIL, PLACE, RECIPE, REPORT, FilePath, setting
 from pad.difficulty.methods import METHODS
-from pad.difficulty.obtain import ranking_method
+from pad.difficulty.obtain import file_name, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -84,7 +84,7 @@ def score_difficulty(settings: ScoreSettings, ranks: Ranks = ALONE) -> dict[str,
     print(f"\n{bench.data.name}, {len(bench.labels)} images in {bench.data.num_classes} classes")
     print(_table(found))
     if settings.plot:
-        pictures = folder / f"plots_{stems[0].rpartition('_')[0]}"
+        pictures = folder / f"plots_{file_name(bench.data.name)}"
         names = bench.data.class_names
         plots.plot_all(pictures, found, bench.data.train_images, names, settings.curriculum, settings.train_epochs)
         log.info("the pictures are in %s", pictures)

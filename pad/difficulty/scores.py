@@ -15,7 +15,7 @@ from pad.nn.networks import Network
 
 
 def error_vectors(logits: Tensor, labels: Tensor) -> Tensor:
-    """p - y, ``[n, K]`` in the logits' type, for logits ``[n, K]`` and labels ``[n]`` int64; p is the softmax, y one-hot."""
+    """p - y, ``[n, K]`` in the logits' type; logits ``[n, K]``, labels ``[n]`` int64; p is the softmax, y one-hot."""
     # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
     wrong = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0)
     return wrong.scatter(1, labels[:, None], -wrong.sum(dim=1, keepdim=True))

@@ -20,6 +20,15 @@ TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))  # <name>.<process>-<random>.partial
 
 
+def refuse_unwritable(folder: Path | str) -> None:
+    """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
+
+
 # ---- whole or absent
 
 
@@ -169,11 +178,3 @@ def save_picture(path: Path | str, picture: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as a PNG file, atomically; equal pictures give equal bytes."""
     with atomic_file(path) as handle:
         Image.fromarray(picture).save(handle, format="PNG")
-
-
-def refuse_unwritable(folder: Path) -> None:
-    """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
-    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "may not be written to" if parent.is_dir() else "is not a folder"
-        raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
