@@ -259,6 +259,14 @@ def _unknown(what: str, name, known: list[str]) -> str:
     return f"unknown {what} {shown}; the nearest is {most_like}"
 
 
+_BOUNDS: dict[str, tuple[str, typing.Callable]] = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
 def _coerce(field: dataclasses.Field, hint, value):
     """``value`` as the field's type, within its range; InputError otherwise."""
     name, meta = field.name, field.metadata
@@ -273,9 +281,7 @@ def _coerce(field: dataclasses.Field, hint, value):
         value = convert(value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
-    bounds = {"low": ("at least", operator.ge), "above": ("above", operator.gt)}
-    bounds |= {"high": ("at most", operator.le), "below": ("below", operator.lt)}
-    for kind, (words, holds) in bounds.items():
+    for kind, (words, holds) in _BOUNDS.items():
         if meta[kind] is not None and not holds(value, meta[kind]):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
     if meta["choices"] and value not in meta["choices"]:
@@ -335,7 +341,7 @@ def _path(value) -> FilePath:
     return FilePath(text)
 
 
-_CUDA = re.compile(r"cuda:(\d{1,3})|(\d{1,3})|\[(\d{1,3})(,\d{1,3})*\]", re.ASCII)
+_CUDA = re.compile(r"cuda:\d{1,3}|\d{1,3}|\[\d{1,3}(,\d{1,3})*\]", re.ASCII)
 
 
 def _device(value) -> Device:
@@ -349,4 +355,5 @@ def _device(value) -> Device:
 
 def cuda_device(text: str) -> torch.device:
     """``cuda:1``, ``1`` or the first of ``[1,2]`` (several devices are for torchrun, which starts one process each)."""
-    return torch.device("cuda", int(next(filter(None, _CUDA.fullmatch(text).groups()))))
+    numbers = re.findall(r"\d+", text)
+    return torch.device("cuda", int(numbers[0]))

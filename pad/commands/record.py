@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     return folder
 
 
-def expert_task(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: Sequence[Tensor]) -> ExpertTask:
+def expert_task(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: list[Tensor]) -> ExpertTask:
     """How the configured experts are trained, on ``rows``: for each class the images' indices, easiest first."""
     return ExpertTask(
         model=model,

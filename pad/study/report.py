@@ -27,7 +27,7 @@ class Outcome:
     @property
     def percent(self) -> float:
         """Mean accuracy of its networks in %."""
-        return 100 * statistics.mean(self.accuracies)
+        return 100 * statistics.mean(self.accuracies or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def standard_error(values: Sequence[float]) -> float:
 def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list[Row]:
     """One row per method and size, by size and in the order of the outcomes."""
 
-    def values(method: str, ipc: int) -> dict[int, float]:
+    def values(method: str | None, ipc: int) -> dict[int, float]:
         return {o.seed: o.percent for o in outcomes if (o.method, o.ipc) == (method, ipc) and o.accuracies}
 
     rows = []

@@ -155,7 +155,7 @@ def _pictures(out: Path, outcomes: list[Outcome]) -> None:
     """One small picture for each method and size, to stand side by side: of the first seed's set."""
     for outcome in {(outcome.method, outcome.ipc): outcome for outcome in reversed(outcomes) if outcome.made}.values():
         try:
-            synthetic = SyntheticSet.load(out / outcome.made)
+            synthetic = SyntheticSet.load(out / str(outcome.made))
         except InputError as error:  # the table stands without it
             log.warning("no picture of %s: %s", outcome.method, error)
             continue
