@@ -79,8 +79,7 @@ class Training(Common):
     batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1)
     compile: str = setting(
         "auto",
-        "on: by torch.compile; fused: by the CPU kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in "
-        "long runs",
+        "on: torch.compile; fused: CPU kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in long runs",
         PACE,
         choices=("auto", "on", "off", "fused"),
     )
@@ -143,13 +142,12 @@ class Ranked(Scoring):
 
     ranking_path: FilePath | None = setting(
         None,
-        "folder of ranking files; default: data_indices in the checkout; of an ImageFolder or a part, which have none "
-        "there: in buffer_path, where the command has one",
+        "folder of ranking files; default: data_indices in the checkout; of an ImageFolder or a part: in buffer_path",
         PLACE,
         by_study=True,
     )
     convert_flat: bool = setting(
-        False, "read a flat ranking file, hardest first, turned round and grouped by class", DETAIL
+        False, "read a flat ranking file, hardest first: turn it round, group it by class", DETAIL
     )
     score_model: str | None = setting(None, "network that scores difficulty; default: the model", DETAIL)
     score_repeats: int = setting(10, "networks to average difficulty over", DETAIL, low=1)
@@ -172,22 +170,17 @@ class OnCurriculum(Common):
     """Which images experts see in which epoch."""
 
     train_epochs: int = setting(50, "epochs per expert", RECIPE, low=1)
-    init_ratio: float = setting(
-        1.0, "share of each class, easiest first, that training starts with", RECIPE, above=0, high=1
-    )
+    init_ratio: float = setting(1.0, "share of each class, easiest first, to start with", RECIPE, above=0, high=1)
     add_end_epoch: int = setting(100, "epoch at which all images are in", RECIPE, low=0)
     add_schedule: str = setting(
-        "linear",
-        "how that share grows; root adds most at the beginning, geometric at the end",
-        RECIPE,
-        choices=ADD_SCHEDULES,
+        "linear", "how it grows; root: most at the beginning, geometric: at the end", RECIPE, choices=ADD_SCHEDULES
     )
     rm_epoch_first: int = setting(40, "after this epoch the easiest images are left out", RECIPE, low=0)
     rm_epoch_second: int = setting(60, "after this epoch the second share is left out", RECIPE, low=0)
     rm_easy_ratio_first: float = setting(0.1, "share left out in the first removal", RECIPE, low=0, below=1)
     rm_easy_ratio_second: float = setting(0.1, "share left out in the second removal", RECIPE, low=0, below=1)
     removal: str = setting(
-        "step", "how it goes from the first share to the second: at once, or epoch by epoch", RECIPE, choices=REMOVALS
+        "step", "from the first share to the second at once, or epoch by epoch", RECIPE, choices=REMOVALS
     )
 
     def check(self) -> None:

@@ -68,9 +68,7 @@ class Distilling(Evaluating, ABC):
     data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
     Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
-    max_bad_iterations: int = setting(
-        10, "stop after so many iterations in a row without a finite gradient", PACE, low=1
-    )
+    max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
 
     eval_it: int = setting(100, "iterations between evaluations", PACE, low=1)
     skip_first_eva: bool = setting(False, "no evaluation at iteration 0", RECIPE)
@@ -78,7 +76,7 @@ class Distilling(Evaluating, ABC):
     checkpoint_every: int = setting(100, "iterations between checkpoints", PACE, low=1)
     log_dir: FilePath = setting("logged_files", "folder of the runs", PLACE, by_study=True)
     name: str = setting(
-        "", "name of the run; default: the config's name (without one: the system's) and the seed", NAME, by_study=True
+        "", "name of the run; default: the config's (else the system's) and the seed", NAME, by_study=True
     )
     resume: bool = setting(False, "go on with the run of this name", PLACE, by_study=True)
     overwrite: bool = setting(False, "replace the run of this name", PLACE, by_study=True)

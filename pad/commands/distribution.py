@@ -30,7 +30,7 @@ class DMSettings(RealMatching):
     )
     depth_ratio: float | None = setting(
         None,
-        "match the features of the deepest ceil((1 - depth_ratio) D) of D blocks; default: of the last, as published",
+        "match the deepest ceil((1 - depth_ratio) D) of D blocks; default: the last, as published",
         RECIPE,
         low=0,
         below=1,

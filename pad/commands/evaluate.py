@@ -48,10 +48,10 @@ class EvaluationSettings(Evaluating, Ranked):
     label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
     lr_dir: FilePath | None = setting(None, "lr_*.pt of a published set", RECIPE, by_study=True)
     synthetic: FilePath | None = setting(
-        None, "a synthetic set's own file, or its run's folder, instead of the three", RECIPE, by_study=True
+        None, "its own file, or its run's folder, instead of the three", RECIPE, by_study=True
     )
     buffer_path: FilePath | None = setting(
-        None, "folder of the trajectories, for the soft labels of real images", PLACE, by_study=True
+        None, "folder of the trajectories, for soft labels of real images", PLACE, by_study=True
     )
     baselines: str = setting(
         "hard,soft",
@@ -60,9 +60,7 @@ class EvaluationSettings(Evaluating, Ranked):
         REPORT,
         by_study=True,
     )
-    out: FilePath | None = setting(
-        None, "JSON file of the results; default: beside the synthetic set", PLACE, by_study=True
-    )
+    out: FilePath | None = setting(None, "JSON file of the results; default: beside the set", PLACE, by_study=True)
 
     dead = {
         "batch_real": "nothing reads it",

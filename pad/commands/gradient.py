@@ -26,15 +26,11 @@ class DCSettings(RealMatching):
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
     lr_img: float = setting(0.1, "learning rate of the images", RECIPE, low=0)
     pix_init: str = setting("noise", "initial images", RECIPE, choices=("real", "noise"))
-    depth_ratio: float = setting(
-        0.0, "share of parameters, shallow to deep, that matching leaves out", RECIPE, low=0, below=1
-    )
+    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
     outer_loop: int | None = setting(None, "image steps per iteration; default: the published, by ipc", RECIPE, low=1)
-    inner_loop: int | None = setting(
-        None, "epochs of training between them; default: the published, by ipc", RECIPE, low=0
-    )
+    inner_loop: int | None = setting(None, "epochs of training between; default: published, by ipc", RECIPE, low=0)
     micro_batch: int | None = setting(
-        None, "compute on so many images at a time: less memory, the same result", DETAIL, low=1
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
     )
 
     program = "dc"

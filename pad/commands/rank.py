@@ -33,7 +33,7 @@ class ScoreSettings(OnCurriculum, Scoring):
     methods: str = setting("GraNd", "difficulty methods, as GraNd,EL2N,Forgetting; or all", RECIPE)
     list: bool = setting(False, "print the methods and end", REPORT)
     out: FilePath | None = setting(
-        None, "folder of ranking files; default, but for an ImageFolder or a part: data_indices in the checkout", PLACE
+        None, "folder of ranking files; default, but for an ImageFolder or a part: data_indices", PLACE
     )
     overwrite: bool = setting(False, "compute also what is there already", PLACE)
     plot: bool = setting(False, "draw rankings and curriculum, into plots_<NAME> in the folder", REPORT)

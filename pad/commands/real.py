@@ -25,22 +25,12 @@ log = logging.getLogger("pad")
 class RealMatching(Distilling, Ranked):
     """What both ask: labels are one-hot, real images come in batches of a class."""
 
-    dsa: bool = setting(
-        True, "the same random augmentation of real and synthetic images (DSA), and in training", RECIPE
-    )
-    siamese: bool = setting(
-        False, "all images of a batch share DSA's random numbers in training, as always in matching", RECIPE
-    )
+    dsa: bool = setting(True, "DSA: one augmentation for real and synthetic images; also in training", RECIPE)
+    siamese: bool = setting(False, "images of a batch share DSA's numbers in training, as always in matching", RECIPE)
     batch_real: int = setting(256, "real images of a class per step", RECIPE, low=1)
-    sort_method: str = setting(
-        "", "difficulty method, or a ranking file's stem as CIFAR10_GraNd; default: GraNd", RECIPE
-    )
-    drop_easy: float = setting(
-        0.0, "share of each class, easiest first, that real batches leave out", RECIPE, low=0, below=1
-    )
-    drop_hard: float = setting(
-        0.0, "share of each class, hardest first, that real batches leave out", RECIPE, low=0, below=1
-    )
+    sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
+    drop_easy: float = setting(0.0, "share of each class, easiest first, to leave out", RECIPE, low=0, below=1)
+    drop_hard: float = setting(0.0, "share of each class, hardest first, to leave out", RECIPE, low=0, below=1)
     pix_init: str = setting("real", "initial images", RECIPE, choices=("real", "noise"))
     lr_net: float = setting(0.01, "learning rate of networks trained on the synthetic set", RECIPE, above=0)
     epoch_eval_train: int = setting(1000, "epochs to train an evaluation network", REPORT, low=1)

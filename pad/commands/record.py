@@ -42,20 +42,16 @@ class BufferSettings(Training, Ranked, OnCurriculum):
     mom: float = setting(0.0, "momentum", RECIPE, low=0, below=1)
     l2: float = setting(0.0, "weight decay", RECIPE, low=0)
     rho_max: float = setting(2.0, "GSAM's radius", RECIPE, low=0)
-    rho_min: float = setting(
-        2.0, "must equal rho_max: the learning rate is constant, and rho follows it", DETAIL, low=0
-    )
+    rho_min: float = setting(2.0, "must equal rho_max, as the learning rate is constant", DETAIL, low=0)
     alpha: float = setting(0.4, "weight of GSAM's surrogate-gap term", RECIPE, low=0)
     adaptive: bool = setting(True, "scale GSAM's perturbation by the parameters (ASAM)", RECIPE)
     buffer_path: FilePath = setting("./buffers", "folder of the trajectories", PLACE, by_study=True)
     eval_every: int = setting(1, "epochs between measurements of test accuracy; 0: never", REPORT, low=0)
     micro_batch: int | None = setting(
-        None, "compute on so many images at a time: less memory, the same result", DETAIL, low=1
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
     )
 
-    sort_method: str = setting(
-        "", "difficulty method, or a ranking file's stem as CIFAR10_GraNd; default: GraNd", RECIPE
-    )
+    sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
 
     dead = {
         "batch_real": "nothing reads it",

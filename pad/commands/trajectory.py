@@ -42,57 +42,42 @@ class DistillSettings(Distilling):
     """
 
     method: str = setting(
-        "PAD",
-        "whose settings these are: refuses what would make them another's; ema_decay is FTD's alone",
-        RECIPE,
-        choices=tuple(SYSTEMS),
+        "PAD", "whose settings these are: refuses another's; ema_decay is FTD's alone", RECIPE, choices=tuple(SYSTEMS)
     )
     buffer_path: FilePath = setting("../buffer_storage/", "folder of the trajectories", PLACE, by_study=True)
     zca: bool = setting(True, "ZCA whitening instead of mean/std", DATA)
 
     syn_steps: int = setting(80, "inner steps on the synthetic set per outer iteration", RECIPE, low=1)
     expert_epochs: int = setting(2, "epochs of the expert to match", RECIPE, low=1)
-    batch_syn: int | None = setting(
-        256, "synthetic images per inner step; the whole set when larger or none", RECIPE, low=1
-    )
+    batch_syn: int | None = setting(256, "synthetic images per inner step; none: the whole set", RECIPE, low=1)
     min_start_epoch: int = setting(0, "first start epoch", RECIPE, low=0)
     max_start_epoch: int = setting(25, "start epochs lie below this one", RECIPE, low=1)
     Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually", RECIPE)
     current_max_start_epoch: int = setting(20, "upper bound of the start epochs at iteration 0", RECIPE, low=1)
     expansion_end_epoch: int = setting(3000, "iteration at which the bound reaches max_start_epoch", RECIPE, low=1)
-    depth_ratio: float = setting(
-        0.0, "share of parameters, shallow to deep, that matching leaves out", RECIPE, low=0, below=1
-    )
-    loss_ratio: float = setting(
-        0.0, "share of parameters with the smallest error that matching leaves out", RECIPE, low=0, below=1
-    )
+    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
+    loss_ratio: float = setting(0.0, "share of parameters of the smallest error to leave out", RECIPE, low=0, below=1)
     threshold: float | None = setting(
-        1.0, "iterations with a larger loss change nothing; none: there are none such", RECIPE, above=0
+        1.0, "iterations with a larger loss change nothing; none: all do", RECIPE, above=0
     )
     gradient: str = setting(
         "exact",
-        "through all inner steps, or TESLA's, truncated: each step's own share alone",
+        "through all inner steps, or TESLA's: each step's own share alone",
         RECIPE,
         choices=("exact", "truncated"),
     )
     no_aug: bool = setting(False, "no augmentation while matching", RECIPE)
     micro_batch: int | None = setting(
-        None, "compute on so many images at a time: less memory, the same result", DETAIL, low=1
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
     )
 
-    labels: str = setting(
-        "soft", "soft: learned, from lr_y on; hard: one-hot, and so they stay", RECIPE, choices=("soft", "hard")
-    )
+    labels: str = setting("soft", "soft: learned; hard: one-hot, and so they stay", RECIPE, choices=("soft", "hard"))
     lr_y: float = setting(2.0, "learning rate of the labels", RECIPE, low=0)
     Momentum_y: float = setting(0.9, "momentum of the labels", RECIPE, low=0, below=1)
     lr_teacher: float = setting(0.01, "initial value of the learned learning rate", RECIPE, above=0)
     lr_lr: float = setting(1e-5, "learning rate of the learning rate", RECIPE, low=0)
     ema_decay: float = setting(
-        0.0,
-        "FTD: the set is the exponential moving average of the images, with this decay per update",
-        RECIPE,
-        low=0,
-        below=1,
+        0.0, "FTD: decay per update of the images' moving average, which is the set", RECIPE, low=0, below=1
     )
 
     pix_init: str = setting(
@@ -101,19 +86,11 @@ class DistillSettings(Distilling):
         RECIPE,
         choices=("samples_predicted_correctly", "real", "noise"),
     )
-    noise_logit: float = setting(
-        10.0, "pix_init noise: logit of the class in the initial labels (others 0)", RECIPE, above=0
-    )
-    Initialize_Label_With_Another_Model: bool = setting(
-        False, "initial labels from another network's trajectories", RECIPE
-    )
+    noise_logit: float = setting(10.0, "pix_init noise: logit of the class in the labels (others 0)", RECIPE, above=0)
+    Initialize_Label_With_Another_Model: bool = setting(False, "labels by other experts", RECIPE)
     Initialize_Label_Model: str = setting("", "that other network", RECIPE)
-    Label_Model_Timestamp: int = setting(
-        -1, "epoch of the experts that choose and label the initial images; -1: the last", RECIPE
-    )
-    max_files: int | None = setting(
-        None, "use experts of the first files only, save_interval experts a file", RECIPE, low=1
-    )
+    Label_Model_Timestamp: int = setting(-1, "epoch of the experts that choose and label images; -1: the last", RECIPE)
+    max_files: int | None = setting(None, "use the first files only, of save_interval experts each", RECIPE, low=1)
     max_experts: int | None = setting(None, "use the first experts of each file only", RECIPE, low=1)
     save_interval: int = setting(10, "experts a file, for max_files and max_experts", RECIPE, low=1)
 
