@@ -522,7 +522,7 @@ def test_classes_of_unequal_size_have_our_form_only(tmp_path):
 def test_our_form_of_other_images_is_refused(tmp_path):
     obtain(make_data("ImageFolder"), "GraNd", tmp_path)
     with pytest.raises(
-        InputError, match="GraNd.safetensors: images fingerprint: .* in the ranking, .* in the data set"
+        InputError, match="GraNd.safetensors ranks other images: fingerprint: .* in the ranking, .* in the data set"
     ):
         obtain(make_data("ImageFolder", seed=1), "GraNd", tmp_path)  # same labels, other pixels
 

@@ -128,8 +128,8 @@ class RankingSource:
         """What one of these networks depends on, beside its number: JSON-able."""
         settings = asdict(self.scoring)
         del settings["repeats"]
-        data = {"data": self.data.identity, "preprocessing": self.preprocessing}
-        return {"settings": settings, "seed": self.seed, **data}
+        made_of = {"data": self.data.identity, "preprocessing": self.preprocessing}
+        return {"settings": settings, "seed": self.seed, **made_of}
 
     def recorded_settings(self, method: str) -> dict:
         """The settings that a ranking by ``method`` depends on, as its metadata has them; all, for an unknown one."""

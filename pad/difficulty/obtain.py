@@ -173,9 +173,9 @@ def _read(stem: Path, source: RankingSource, asked: Collection[str], convert_fla
     made_of = ranking.metadata.get("data")
     if isinstance(made_of, dict) and made_of.get("fingerprint") != data.fingerprint:
         refuse_difference(
-            ours,
-            {"images": made_of},
-            {"images": data.identity},
+            f"{ours} ranks other images",
+            made_of,
+            data.identity,
             there_is="the ranking",
             here_is="the data set",
             remedy="move it away to have a ranking computed, or name another folder",

@@ -124,7 +124,7 @@ class LogDeterminant:
 
     similarity: symmetric positive semi-definite ``[n, n]`` float64; it is overwritten. By the chain rule of
     determinants (arXiv 1709.05135) a gain is the log of what is left of s_jj once the set has explained what it can.
-    An image of which nothing is left would make the determinant zero; among such the order is that of the data.
+    An image of which nothing is left would make the determinant zero. Such images come in the order of the data.
     """
 
     costly = False
