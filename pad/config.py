@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ log = logging.getLogger("pad")
 Device = typing.NewType("Device", str)  # "auto", "cpu", "cuda", "cuda:1", or the published list, as [0, 1]
 FilePath = typing.NewType("FilePath", str)  # relative ones in a YAML file: see path_base
 Some = typing.TypeVar("Some", bound="Settings")
+Made = typing.TypeVar("Made")  # a dataclass
 
 
 class Role(enum.Enum):
@@ -129,6 +130,12 @@ class Settings:
     def as_dict(self) -> dict:
         """All settings as plain values, in the order of declaration."""
         return self.of(*Role)
+
+    def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
+        """A dataclass ``kind``: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
+        names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind)) if field.name not in others]
+        own = {name: getattr(self, prefix + name) for name in names if prefix + name in self.fields()}
+        return kind(**own, **others)
 
     @classmethod
     def resolve(cls, values: Mapping, where: str = "") -> Self:
@@ -259,7 +266,7 @@ def _unknown(what: str, name, known: list[str]) -> str:
     return f"unknown {what} {shown}; the nearest is {most_like}"
 
 
-_BOUNDS: dict[str, tuple[str, typing.Callable]] = {
+_BOUNDS: dict[str, tuple[str, Callable]] = {
     "low": ("at least", operator.ge),
     "above": ("above", operator.gt),
     "high": ("at most", operator.le),

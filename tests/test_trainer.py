@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pad.commands import bench as workbench
 from pad.commands import record as recording
-from pad.commands.record import BufferSettings
+from pad.commands.record import BufferSettings, expert_task
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.images import ImageData
 from pad.difficulty.ranking import Ranking
@@ -340,7 +340,7 @@ def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
 
 def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda **fields: tasks.append(ExpertTask(**fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(
         num_experts=1,
         train_epochs=1,
@@ -368,7 +368,7 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
 
 def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda **fields: tasks.append(ExpertTask(**fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
     scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
@@ -388,7 +388,7 @@ def test_a_published_ranking_is_used(bench, monkeypatch):
     rows = torch.arange(30).view(10, 3).T.flip(1)  # row c: 27 + c first, c last
     save_pt(bench.rankings / "CIFAR10_Mine.pt", rows.contiguous())
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda **fields: tasks.append(ExpertTask(**fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.2, sort_method="CIFAR10_Mine")
     assert sorted(tasks[0].epoch_indices(0).tolist()) == [24, 25, 26, 27, 28, 29]
 

@@ -102,8 +102,7 @@ class Scoring(Common, ABC):
     @property
     def scoring(self) -> ScoringSettings:
         """How the scoring networks are trained. Raises InputError for what is out of range."""
-        asked = {field.name: getattr(self, self.scoring_prefix + field.name) for field in fields(ScoringSettings)}
-        return ScoringSettings(**asked | {"model": asked["model"] or self.model})
+        return self.fill(ScoringSettings, self.scoring_prefix, model=getattr(self, "score_model", None) or self.model)
 
     @property
     def asked_scoring(self) -> set[str]:
@@ -192,7 +191,7 @@ class OnCurriculum(Common):
 
     @property
     def curriculum(self) -> Curriculum:
-        return Curriculum(**{field.name: getattr(self, field.name) for field in fields(Curriculum)})
+        return self.fill(Curriculum)
 
 
 @dataclass(frozen=True, kw_only=True)

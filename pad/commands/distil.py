@@ -147,14 +147,10 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     pool = networks.evaluation_pool(settings.eval_mode, settings.model)
     bench.refuse_unfit(pool)
     task = settings.task(bench, model, before)
-    schedule = Schedule(
+    schedule = settings.fill(
+        Schedule,
         iterations=settings.Iteration,
-        eval_it=settings.eval_it,
-        skip_first_eva=settings.skip_first_eva,
-        save_it=settings.save_it,
-        checkpoint_every=settings.checkpoint_every,
         threshold=task.threshold,
-        max_bad_iterations=settings.max_bad_iterations,
         rates=task.rates,
         momentum_y=task.momentum_y,
         ema_decay=task.ema_decay,

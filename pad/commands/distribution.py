@@ -59,13 +59,13 @@ class DMSettings(RealMatching):
             fresh = bench.network(self.model, self.seed, "distribution matching", it)
             return fresh.to(bench.device).requires_grad_(False)
 
-        objective = DistributionObjective(
+        objective = self.fill(
+            DistributionObjective,
             network=network,
             real=real,
             augmentation=self.matching_augmentation,
             blocks=matched_blocks(self.depth_ratio, len(network(0).body)),
             separable=model.separable,
-            seed=self.seed,
             ranks=bench.ranks,
         )
         return self.hard_labelled(bench, objective, made_from)

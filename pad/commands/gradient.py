@@ -65,7 +65,8 @@ class DCSettings(RealMatching):
         def start(it: int) -> Tensor:
             return model.flatten(bench.network(self.model, self.seed, "gradient matching", it)).to(bench.device)
 
-        objective = GradientObjective(
+        objective = self.fill(
+            GradientObjective,
             model=model,
             start=start,
             real=real,
@@ -73,10 +74,6 @@ class DCSettings(RealMatching):
             training=self.augmentation(),
             outer=outer,
             inner=inner,
-            lr_net=self.lr_net,
-            batch_train=self.batch_train,
-            depth_ratio=self.depth_ratio,
-            seed=self.seed,
             ranks=bench.ranks,
             real_model=bench.flat_model(self.model, self.compile, self.micro_batch),
         )

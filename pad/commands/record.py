@@ -112,24 +112,17 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
 
 def expert_task(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: list[Tensor]) -> ExpertTask:
     """How the configured experts are trained, on ``rows``: for each class the images' indices, easiest first."""
-    return ExpertTask(
+    return settings.fill(
+        ExpertTask,
         model=model,
         images=bench.images,
         labels=bench.labels,
         num_classes=bench.data.num_classes,
         epoch_indices=lambda epoch: settings.curriculum.indices(epoch, rows),
-        optimiser=GSAM(
-            lr=settings.lr_teacher,
-            momentum=settings.mom,
-            l2=settings.l2,
-            rho=settings.rho_max,
-            alpha=settings.alpha,
-            adaptive=settings.adaptive,
-        ),
+        optimiser=settings.fill(GSAM, lr=settings.lr_teacher, momentum=settings.mom, rho=settings.rho_max),
         augmentation=settings.augmentation(otherwise=CropScaleRotate()),
         batch_size=settings.batch_train,
         epochs=settings.train_epochs,
-        seed=settings.seed,
     )
 
 

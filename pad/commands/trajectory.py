@@ -157,16 +157,7 @@ class DistillSettings(Distilling):
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
         experts = _selected_experts(self, store, before)
-        sampler = SegmentSampler(
-            experts=experts,
-            expert_epochs=self.expert_epochs,
-            min_start_epoch=self.min_start_epoch,
-            max_start_epoch=self.max_start_epoch,
-            sequential=self.Sequential_Generation,
-            current_max_start_epoch=self.current_max_start_epoch,
-            expansion_end_epoch=self.expansion_end_epoch,
-            seed=self.seed,
-        )
+        sampler = self.fill(SegmentSampler, experts=experts, sequential=self.Sequential_Generation)
         sampler.refuse_short(store)
         headers = [store.header(k) for k in experts]
         bench.ranks.same(lambda: headers, f"the experts in {store.folder}")
@@ -183,16 +174,13 @@ class DistillSettings(Distilling):
         if bench.ranks.size > 1 and not model.separable:
             log.info("%s needs whole batches, so that one process does the matching; evaluation is shared", self.model)
 
-        objective = TrajectoryObjective(
+        objective = self.fill(
+            TrajectoryObjective,
             model=model,
             store=store,
             sampler=sampler,
             augmentation=NoAugmentation() if self.no_aug else self.augmentation(),
-            syn_steps=self.syn_steps,
             batch_syn=batch_syn,
-            depth_ratio=self.depth_ratio,
-            loss_ratio=self.loss_ratio,
-            seed=self.seed,
             ranks=bench.ranks,
             truncated=self.gradient == "truncated",
         )
