@@ -255,7 +255,7 @@ def choose(word: str, f: FlatFunction) -> Derivatives:
 
 
 def how_to_compile(mode: str, device: torch.device, calls: int) -> str:
-    """The word for the setting ``mode``: on CUDA on or off; on a CPU auto is fused where ``calls`` are few."""
+    """The word for :func:`choose`, of a setting: on CUDA on or off; on a CPU auto is fused where ``calls`` are few."""
     if device.type == "cuda":
         return "off" if mode == "off" else "on"
     if mode != "auto":

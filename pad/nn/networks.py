@@ -261,14 +261,15 @@ def _resnet18(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
     return body
 
 
-_SUFFIXES = " D1 D2 D3 D4 D5 D6 D7 D8 W32 W64 W128 W256 W512 W1024 AS AR AL NN BN LN IN GN NP MP AP D4BN"
+_SUFFIXES = "D1 D2 D3 D4 D5 D6 D7 D8 W32 W64 W128 W256 W512 W1024 AS AR AL NN BN LN IN GN NP MP AP D4BN"
 
 # Name -> function(name, channels, size) -> blocks, shallow to deep. The first takes images [N, channels, H, W] with
 # size = (H, W). Each is an nn.Module without dropout and gives a tensor [N, ...]; `build` flattens the last one's and
 # adds the linear layer. The layers' constructors draw the weights, from build's seed. A name does not end in "_Tiny".
 # In mode S evaluation takes what stands before "BN" in it. ConvNets that are not here are built from their names.
 FAMILIES: dict[str, Family] = {
-    **{f"ConvNet{suffix}": _convnet for suffix in _SUFFIXES.split(" ")},
+    "ConvNet": _convnet,
+    **{f"ConvNet{suffix}": _convnet for suffix in _SUFFIXES.split()},
     "ConvNetKIP": lambda name, channels, size: _convnet("ConvNetW1024NN", channels, size),
     "MLP": _mlp,
     "LeNet": _lenet,
