@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
+from helpers import make_images
 
 
 def pytest_configure(config):
-    # Results depend on the number of threads, and tests are too small to gain from more. The variable is for subprocesses.
+    # Results depend on the number of threads, and tests are too small to gain from more.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
 
 
 def pytest_collection_modifyitems(items):
@@ -29,3 +30,9 @@ def own_cache(tmp_path_factory):
         del os.environ["PAD_CACHE"]
     else:
         os.environ["PAD_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A small ImageFolder, for those that only read it."""
+    return make_images(tmp_path_factory.mktemp("images"))
