@@ -22,9 +22,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Fitted preprocessing is kept here; the user's own cache is neither read nor written."""
-    before = os.environ.get("PAD_CACHE")
-    os.environ["PAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Fitted preprocessing and built kernels are kept here; the user's own cache is neither read nor written."""
+    before, folder = os.environ.get("PAD_CACHE"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # all workers share it
+    os.environ["PAD_CACHE"] = str(folder / "cache")
     yield
     if before is None:
         del os.environ["PAD_CACHE"]

@@ -146,23 +146,35 @@ def forked(work: Callable[[], int], out: Path, err: Path):
 
 
 def two_ranks(
-    folder: Path, front_door, argv: list[str], meanwhile=lambda processes: None, timeout: float = 120
+    folder: Path,
+    front_door,
+    argv: list[str],
+    meanwhile=lambda processes: None,
+    *,
+    timeout: float = 120,
+    attempts: int = 3,
 ) -> tuple[list[int], list[str], list[str]]:
     """Run a front door as two processes: their exit codes, and what each wrote on stdout and on stderr.
 
     They are forked from this one, which stands in for torchrun by keeping their store.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    files = [[folder / f"{name} of rank {number}" for name in ("stdout", "stderr")] for number in range(2)]
+    files = [[folder / f"{name} of rank {number}" for name in ("stdout", "stderr", "start")] for number in range(2)]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
 
     def rank(number: int) -> int:
         os.environ.update(common, RANK=str(number), LOCAL_RANK=str(number), TORCHELASTIC_USE_AGENT_STORE="True")
+        files[number][2].touch()
         return front_door(argv)
 
     for path in sum(files, []):
         path.unlink(missing_ok=True)
-    processes = [forked(lambda number=number: rank(number), *files[number]) for number in range(2)]
+    processes = [forked(lambda number=number: rank(number), *files[number][:2]) for number in range(2)]
+    began = holds_within(10, lambda: all(started.exists() for _, _, started in files))
+    if not began and attempts > 1:  # a fork of a process with threads can inherit a lock that nobody will release
+        for process in processes:
+            process.kill()
+        return two_ranks(folder, front_door, argv, meanwhile, timeout=timeout, attempts=attempts - 1)
     meanwhile(processes)
     deadline = time.monotonic() + timeout
     for process in processes:
@@ -170,14 +182,23 @@ def two_ranks(
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
+    for *_, started in files:
+        started.unlink(missing_ok=True)
     out, err = ([pair[i].read_text() for pair in files] for i in range(2))
     assert "Traceback" not in "".join(err), err
     return codes, out, err
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Until ``condition()`` holds."""
+def holds_within(seconds: float, condition: Callable[[], object]) -> bool:
+    """Wait until ``condition()`` holds, for ``seconds`` at most: whether it does."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Until ``condition()`` holds."""
+    assert holds_within(seconds, condition)

@@ -1,4 +1,4 @@
-"""What the source promises, over all its files: contracts that a machine can hold. Those of imports are lint-imports'."""
+"""What the source promises: contracts that a machine can hold over all files. Those of imports are lint-imports'."""
 
 import ast
 import dataclasses

@@ -40,8 +40,8 @@ DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions}
 OBJECTIVES = {"DC": (GradientObjective, "steps"), "DM": (DistributionObjective, "gradients")}
 
 
-def argv_of(method: str, runs: Path | str, *more: str, **settings) -> list[str]:
-    return command_line(*more, **RUN | {"batch_real": 8, "log_dir": runs} | OWN[method] | settings)
+def argv_of(system: str, runs: Path | str, *more: str, **settings) -> list[str]:
+    return command_line(*more, **RUN | {"batch_real": 8, "log_dir": runs} | OWN[system] | settings)
 
 
 def run_folder(runs: Path) -> Path:
@@ -56,30 +56,30 @@ def losses(runs: Path) -> list[float]:
     return losses_in(run_folder(runs))
 
 
-def interrupt(monkeypatch, method: str, iteration: int, do) -> None:
-    at_iteration(monkeypatch, *OBJECTIVES[method], iteration, do)
+def interrupt(monkeypatch, system: str, iteration: int, do) -> None:
+    at_iteration(monkeypatch, *OBJECTIVES[system], iteration, do)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> dict[str, Path]:
     """The ``log_dir`` of a finished run of each."""
-    runs = {method: tmp_path_factory.mktemp(method) for method in DOORS}
-    for method, folder in runs.items():
-        assert DOORS[method](argv_of(method, folder)) == 0
+    runs = {system: tmp_path_factory.mktemp(system) for system in DOORS}
+    for system, folder in runs.items():
+        assert DOORS[system](argv_of(system, folder)) == 0
     return runs
 
 
 # ---- what they write
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_run_moves_the_images_and_nothing_else(finished, method):
-    folder, last = run_folder(finished[method]), last_of(finished[method])
+@pytest.mark.parametrize("system", DOORS)
+def test_a_run_moves_the_images_and_nothing_else(finished, system):
+    folder, last = run_folder(finished[system]), last_of(finished[system])
     first = SyntheticSet.load(folder / "Normal" / "synthetic_0.safetensors")
     assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
     assert not torch.equal(last.images, first.images)
     assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() == pytest.approx(0.01)
-    assert len(losses(finished[method])) == 4 and all(loss > 0 for loss in losses(finished[method]))
+    assert len(losses(finished[system])) == 4 and all(loss > 0 for loss in losses(finished[system]))
     assert "ranking" not in last.metadata["provenance"]
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["batch_real"] == 8 and "experts" not in settings
@@ -108,22 +108,22 @@ def test_the_other_script_does_too(finished, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "runs", finished["DM"])
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, method):
-    assert DOORS[method](argv_of(method, tmp_path, "--images_on host")) == 0
-    assert_same_run(tmp_path, finished[method])
+@pytest.mark.parametrize("system", DOORS)
+def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, system):
+    assert DOORS[system](argv_of(system, tmp_path, "--images_on host")) == 0
+    assert_same_run(tmp_path, finished[system])
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_run_without_a_name_is_called_after_its_method(tmp_path, method):
-    asked = RUN | {"batch_real": 8, "Iteration": 0, "log_dir": tmp_path, "seed": 3} | OWN[method]
+@pytest.mark.parametrize("system", DOORS)
+def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
+    asked = RUN | {"batch_real": 8, "Iteration": 0, "log_dir": tmp_path, "seed": 3} | OWN[system]
     del asked["name"]
-    assert DOORS[method](command_line(**asked)) == 0
-    assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{method.lower()}-seed3"]
+    assert DOORS[system](command_line(**asked)) == 0
+    assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{system.lower()}-seed3"]
 
 
 @pytest.mark.parametrize(
-    "method, more",
+    "system, more",
     [
         ("DC", ["--depth_ratio", "0.5"]),
         ("DC", ["--dsa", "False"]),
@@ -140,52 +140,52 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, method):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_settings_arrive(finished, tmp_path, method, more):
-    assert DOORS[method](argv_of(method, tmp_path, "--skip_first_eva", *more, Iteration=1)) == 0
-    assert losses(tmp_path) != losses(finished[method])[:2]
+def test_settings_arrive(finished, tmp_path, system, more):
+    assert DOORS[system](argv_of(system, tmp_path, "--skip_first_eva", *more, Iteration=1)) == 0
+    assert losses(tmp_path) != losses(finished[system])[:2]
 
 
 def test_a_network_with_batchnorm(tmp_path):
-    for method, door in DOORS.items():
-        argv = argv_of(method, tmp_path / method, "--skip_first_eva", model=f"{MODEL}BN", Iteration=1)
+    for system, door in DOORS.items():
+        argv = argv_of(system, tmp_path / system, "--skip_first_eva", model=f"{MODEL}BN", Iteration=1)
         assert door(argv) == 0
-        folder = tmp_path / method / "FashionMNISTMini" / "1" / f"{MODEL}BN" / "run"
+        folder = tmp_path / system / "FashionMNISTMini" / "1" / f"{MODEL}BN" / "run"
         assert SyntheticSet.load(folder / "Normal" / "synthetic_last.safetensors").images.isfinite().all()
 
 
 # ---- going on
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, method):
-    argv = argv_of(method, tmp_path)
+@pytest.mark.parametrize("system", DOORS)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, system):
+    argv = argv_of(system, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [str(CHECKOUT / "distill" / f"{method}.py"), *argv])
-        interrupt(patch, method, 2, signal_self(signal.SIGTERM))
-        assert DOORS[method]() == 143
+        patch.setattr(sys, "argv", [str(CHECKOUT / "distill" / f"{system}.py"), *argv])
+        interrupt(patch, system, 2, signal_self(signal.SIGTERM))
+        assert DOORS[system]() == 143
     assert not (run_folder(tmp_path) / "finished.json").exists()
     words = shlex.split(capfd.readouterr().err.splitlines()[-1])
     assert words[:3] == ["go", "on", "with:"] and words[-1] == "--resume"
-    assert DOORS[method](words[words.index("--dataset") :]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+    assert DOORS[system](words[words.index("--dataset") :]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[system]))
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, method):
+@pytest.mark.parametrize("system", DOORS)
+def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, system):
     def die():
         raise KeyboardInterrupt
 
-    argv = argv_of(method, tmp_path)
+    argv = argv_of(system, tmp_path)
     with monkeypatch.context() as patch:
-        interrupt(patch, method, 3, die)
-        assert DOORS[method](argv) == 130
+        interrupt(patch, system, 3, die)
+        assert DOORS[system](argv) == 130
     assert capfd.readouterr().err.splitlines()[-1].endswith("--resume")
-    assert DOORS[method]([*argv, "--resume"]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+    assert DOORS[system]([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[system]))
 
 
 @pytest.mark.parametrize(
-    "method, more, words",
+    "system, more, words",
     [
         ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
         ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
@@ -195,42 +195,42 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, method, more, words):
-    argv = argv_of(method, tmp_path, "--skip_first_eva", ranking_path=tmp_path / "rankings")
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
+    argv = argv_of(system, tmp_path, "--skip_first_eva", ranking_path=tmp_path / "rankings")
     with monkeypatch.context() as patch:
-        interrupt(patch, method, 1, signal_self(signal.SIGTERM))
-        assert DOORS[method](argv) == 143
+        interrupt(patch, system, 1, signal_self(signal.SIGTERM))
+        assert DOORS[system](argv) == 143
     before = contents(tmp_path)
     capfd.readouterr()
-    assert DOORS[method]([*argv, "--resume", *more]) == 2
+    assert DOORS[system]([*argv, "--resume", *more]) == 2
     assert words in capfd.readouterr().err and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_two_processes_give_what_one_gives(finished, tmp_path, method):
-    codes, out, err = two_ranks(tmp_path, DOORS[method], argv_of(method, tmp_path))
+@pytest.mark.parametrize("system", DOORS)
+def test_two_processes_give_what_one_gives(finished, tmp_path, system):
+    codes, out, err = two_ranks(tmp_path, DOORS[system], argv_of(system, tmp_path))
     assert codes == [0, 0], err
-    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[method]).images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[system]).images, rtol=1e-4, atol=1e-4)
 
 
 # ---- difficulty
 
 
-def with_ranking(method: str, folder: Path, *more: str, **settings) -> list[str]:
+def with_ranking(system: str, folder: Path, *more: str, **settings) -> list[str]:
     scoring = {"score_repeats": 1, "score_epochs": 1, "ranking_path": folder / "rankings"}
-    return argv_of(method, folder / "runs", *more, **scoring, drop_easy=0.1, drop_hard=0.2, **settings)
+    return argv_of(system, folder / "runs", *more, **scoring, drop_easy=0.1, drop_hard=0.2, **settings)
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, method):
-    assert DOORS[method](with_ranking(method, tmp_path)) == 0
+@pytest.mark.parametrize("system", DOORS)
+def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, system):
+    assert DOORS[system](with_ranking(system, tmp_path)) == 0
     path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
     assert torch.load(path, weights_only=True).shape == (10, 40)
-    assert losses(tmp_path / "runs") != losses(finished[method])
+    assert losses(tmp_path / "runs") != losses(finished[system])
     first, rankings = run_contents(run_folder(tmp_path / "runs")), contents(tmp_path / "rankings")
     assert last_of(tmp_path / "runs").metadata["provenance"]["ranking"]
     monkeypatch.setattr(ranking, "compute_rankings", lambda *args, **kwargs: pytest.fail("it is there"))
-    assert DOORS[method](with_ranking(method, tmp_path, "--overwrite")) == 0
+    assert DOORS[system](with_ranking(system, tmp_path, "--overwrite")) == 0
     again = run_contents(run_folder(tmp_path / "runs"))
     assert contents(tmp_path / "rankings") == rankings
     assert {name for name in again if again[name] != first[name]} == set()
@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "method, more, words",
+    "system, more, words",
     [
         ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
         ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
@@ -288,9 +288,9 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
         ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
     ],
 )
-def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
+def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
     monkeypatch.chdir(tmp_path)
-    code = DOORS[method](argv_of(method, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
+    code = DOORS[system](argv_of(system, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
     err = capfd.readouterr().err
     if words is None:  # one image a class: floor(0.5) and floor(0.49) leave it
         assert code == 0
@@ -302,10 +302,10 @@ def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
 # ---- scoring what they made
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_the_third_stage_scores_the_set(finished, tmp_path, method):
+@pytest.mark.parametrize("system", DOORS)
+def test_the_third_stage_scores_the_set(finished, tmp_path, system):
     out = tmp_path / "results.json"
-    asked = {"synthetic": run_folder(finished[method]), "num_eval": 2, "epoch_eval_train": 1, "out": out}
+    asked = {"synthetic": run_folder(finished[system]), "num_eval": 2, "epoch_eval_train": 1, "out": out}
     assert cli.evaluate(command_line(**asked)) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
@@ -326,7 +326,7 @@ def buffer(tmp_path_factory) -> Path:
     return folder
 
 
-METHODS = {
+SYSTEMS = {
     "MTT": {"labels": "hard", "threshold": "none"},
     "FTD": {"labels": "hard", "threshold": "none", "ema_decay": 0.5},
     "TESLA": {"threshold": "none", "gradient": "truncated"},
@@ -334,27 +334,27 @@ METHODS = {
 }
 
 
-def trajectory_args(method: str, buffer: Path, runs: Path, *more: str, **settings) -> list[str]:
-    asked = {"method": method, "zca": False, "buffer_path": buffer, "log_dir": runs, "pix_init": "real", "syn_steps": 3}
+def trajectory_args(system: str, buffer: Path, runs: Path, *more: str, **settings) -> list[str]:
+    asked = {"method": system, "zca": False, "buffer_path": buffer, "log_dir": runs, "pix_init": "real", "syn_steps": 3}
     asked |= {"expert_epochs": 1, "max_start_epoch": 2, "Sequential_Generation": False, "current_max_start_epoch": 1}
     asked |= {"lr_img": 10, "lr_lr": 1e-4, "lr_teacher": 0.1}
-    return command_line(*more, **RUN | asked | METHODS[method] | settings)
+    return command_line(*more, **RUN | asked | SYSTEMS[system] | settings)
 
 
 @pytest.fixture(scope="module")
 def followed(buffer, tmp_path_factory) -> dict[str, Path]:
-    runs = {method: tmp_path_factory.mktemp(method) for method in METHODS}
-    for method, folder in runs.items():
-        assert cli.distill(trajectory_args(method, buffer, folder)) == 0
+    runs = {system: tmp_path_factory.mktemp(system) for system in SYSTEMS}
+    for system, folder in runs.items():
+        assert cli.distill(trajectory_args(system, buffer, folder)) == 0
     return runs
 
 
 def test_hard_labels_stay_one_hot_and_the_rest_is_learned(followed):
-    for method in ("MTT", "FTD"):
-        last = last_of(followed[method])
+    for system in ("MTT", "FTD"):
+        last = last_of(followed[system])
         assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() != pytest.approx(0.1)
-    for method in ("TESLA", "DATM"):
-        assert not torch.equal(last_of(followed[method]).labels.softmax(dim=1), torch.eye(10))
+    for system in ("TESLA", "DATM"):
+        assert not torch.equal(last_of(followed[system]).labels.softmax(dim=1), torch.eye(10))
 
 
 def test_ftd_is_mtt_with_a_moving_average(followed):
@@ -383,11 +383,11 @@ def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
         assert all(loss > 1 for loss in losses(runs))
 
 
-@pytest.mark.parametrize("method", ["FTD", "TESLA"])
-def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, method):
-    argv = trajectory_args(method, buffer, tmp_path)
+@pytest.mark.parametrize("system", ["FTD", "TESLA"])
+def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, system):
+    argv = trajectory_args(system, buffer, tmp_path)
     with monkeypatch.context() as patch:
         at_iteration(patch, TrajectoryObjective, "gradients", 1, signal_self(signal.SIGTERM))
         assert cli.distill(argv) == 143
     assert cli.distill([*argv, "--resume"]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[method]))
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[system]))

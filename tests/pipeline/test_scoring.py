@@ -303,7 +303,7 @@ def test_a_ranking_of_other_images_is_in_the_way(scored, tmp_path, capfd):
     assert cli.score(score_args(tmp_path, train_per_class=11, methods="EL2N")) == 0
     before = files_in(tmp_path)
     assert cli.score(score_args(tmp_path, methods="GraNd,EL2N")) == 2
-    assert "FashionMNISTMini_EL2N.safetensors: images fingerprint: " in capfd.readouterr().err
+    assert "FashionMNISTMini_EL2N.safetensors ranks other images" in capfd.readouterr().err
     assert files_in(tmp_path) == before
 
 
