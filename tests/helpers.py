@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
@@ -24,6 +25,11 @@ EXPERTS = {"train_epochs": 3, "lr_teacher": 0.05, "rho_max": 0.01, "rho_min": 0.
 EXPERTS |= {"add_end_epoch": 1, "score_epochs": 1}
 RUN = {"name": "run", "expert_epochs": 1, "max_start_epoch": 2, "current_max_start_epoch": 1, "threshold": 10}
 RUN |= {"expansion_end_epoch": 4, "lr_img": 10, "eval_it": 3, "save_it": 4, "batch_train": 4}
+
+
+def slow(*values: object):
+    """A slow case of a parametrised test, whose others are quick."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def command_line(*words: object, **settings: object) -> list[str]:

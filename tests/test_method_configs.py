@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import CHECKOUT
 
 from pad.commands.distribution import DMSettings
 from pad.commands.evaluate import EvaluationSettings
@@ -13,7 +14,6 @@ from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.config import parse
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "configs" / "CIFAR-10"
 IPCS = (1, 10, 50)
 

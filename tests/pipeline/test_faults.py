@@ -17,7 +17,7 @@ from pathlib import Path
 import helpers
 import pytest
 import yaml
-from helpers import EXPERTS, FORK, RUN, command_line, forked, wait_for
+from helpers import EXPERTS, FORK, RUN, command_line, forked, slow, wait_for
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ from pad.store.trajectories import recorded
 
 MODEL = "ConvNetD1W8"
 IMAGES = {"dataset": "ImageFolder", "model": MODEL, "compile": "off"}
-KILLS = 30  # of each of the first two stages
+KILLS = pytest.mark.parametrize("kills", [2, slow(30)])  # of each of the first two stages
 
 
 def record_args(images: Path, folder: Path) -> list[str]:
@@ -157,8 +157,8 @@ def measured(attempts: Killed) -> tuple[int, float]:
     return attempts.counter.value, time.monotonic() - began
 
 
-def kill_again_and_again(seed: int, attempts, check, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Runs in folder after folder, ``attempts(folder)``, until there were enough kills: each must end as expected.
+def kill_again_and_again(seed: int, wanted: int, attempts, check, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Runs in folder after folder, ``attempts(folder)``, until there were ``wanted`` kills: each must end as expected.
 
     ``check(folder)`` begins to watch an attempt and returns what is to be called after it.
     """
@@ -172,7 +172,7 @@ def kill_again_and_again(seed: int, attempts, check, expected: dict[str, bytes],
         folder.mkdir()
         kills += kill_until_done(rng, attempts(folder), *size, lambda: check(folder))
         assert files_in(folder) == expected
-        if kills >= KILLS:
+        if kills >= wanted:
             break
 
 
@@ -192,7 +192,8 @@ def finished(images, buffer, tmp_path_factory) -> Path:
     return runs
 
 
-def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
+@KILLS
+def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path, kills):
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "experts"
         return Killed(
@@ -214,10 +215,11 @@ def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
 
         return after
 
-    kill_again_and_again(0, attempts, check, files_in(buffer), tmp_path)
+    kill_again_and_again(0, kills, attempts, check, files_in(buffer), tmp_path)
 
 
-def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_path):
+@KILLS
+def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_path, kills):
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "iterations"
         return Killed(
@@ -238,7 +240,7 @@ def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_pat
 
         return after
 
-    kill_again_and_again(1, attempts, check, files_in(finished), tmp_path)
+    kill_again_and_again(1, kills, attempts, check, files_in(finished), tmp_path)
 
 
 # ---- SIGINT and SIGTERM
@@ -465,8 +467,8 @@ VALUES = st.recursive(
 @pytest.mark.parametrize(
     ("front_door", "cls", "command"),
     [
-        (cli.buffer, BufferSettings, "buffer"),
-        (cli.distill, DistillSettings, "PAD"),
+        slow(cli.buffer, BufferSettings, "buffer"),
+        slow(cli.distill, DistillSettings, "PAD"),
         (cli.evaluate, EvaluationSettings, "evaluate"),
     ],
     ids=["buffer", "distill", "evaluate"],

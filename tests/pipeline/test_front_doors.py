@@ -26,6 +26,7 @@ from helpers import (
     run_contents,
     run_script,
     signal_self,
+    slow,
 )
 from PIL import Image
 
@@ -89,6 +90,7 @@ def finished(images, buffer, tmp_path_factory) -> Path:
 EMBEDDED = {"dataset": "FashionMNISTMini", "train_per_class": 100, "model": "ConvNetW8", "buffer_path": "buffer"}
 
 
+@pytest.mark.slow
 def test_three_commands_on_the_embedded_images(tmp_path):
     asked = {"num_experts": 2, "batch_train": 100, "ranking_path": "rankings", "score_repeats": 1, "eval_every": 3}
     asked |= {"init_ratio": 0.75, "lr_teacher": 0.1}
@@ -230,6 +232,7 @@ def test_experts_do_not_depend_on_how_many_are_trained(images, buffer, tmp_path)
     assert contents(buffer / "rankings") == contents(tmp_path / "rankings")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, buffer, finished, tmp_path):
     shutil.copytree(images, tmp_path / "moved")
     shutil.copytree(buffer, tmp_path / "larger")
@@ -261,7 +264,7 @@ def interrupt_at(monkeypatch, iteration: int, do) -> None:
     at_iteration(monkeypatch, tasks.TrajectoryObjective, "gradients", iteration, do)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     images, buffer, finished, tmp_path, *, monkeypatch, capfd, number
 ):

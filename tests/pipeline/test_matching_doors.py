@@ -19,6 +19,7 @@ from helpers import (
     run_contents,
     run_script,
     signal_self,
+    slow,
     two_ranks,
 )
 
@@ -37,6 +38,7 @@ RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eva
 RUN |= {"eval_it": 2, "checkpoint_every": 1}
 OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions}
+QUICK_FOR_DM = pytest.mark.parametrize("system", [slow("DC"), "DM"])
 OBJECTIVES = {"DC": (GradientObjective, "steps"), "DM": (DistributionObjective, "gradients")}
 
 
@@ -92,6 +94,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
 
 
+@pytest.mark.slow
 def test_the_same_command_in_another_process_and_folder_writes_the_same_bytes(finished, tmp_path):
     done = run_script("distill/DC.py", argv_of("DC", "runs"), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -108,7 +111,7 @@ def test_the_other_script_does_too(finished, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "runs", finished["DM"])
 
 
-@pytest.mark.parametrize("system", DOORS)
+@QUICK_FOR_DM
 def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, system):
     assert DOORS[system](argv_of(system, tmp_path, "--images_on host")) == 0
     assert_same_run(tmp_path, finished[system])
@@ -126,17 +129,17 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
     "system, more",
     [
         ("DC", ["--depth_ratio", "0.5"]),
-        ("DC", ["--dsa", "False"]),
-        ("DC", ["--pix_init", "real"]),
-        ("DC", ["--inner_loop", "2"]),
-        ("DC", ["--lr_net", "0.5"]),
-        ("DC", ["--batch_real", "5"]),
-        ("DC", ["--batch_train", "3"]),
-        ("DC", ["--seed", "1"]),
+        slow("DC", ["--dsa", "False"]),
+        slow("DC", ["--pix_init", "real"]),
+        slow("DC", ["--inner_loop", "2"]),
+        slow("DC", ["--lr_net", "0.5"]),
+        slow("DC", ["--batch_real", "5"]),
+        slow("DC", ["--batch_train", "3"]),
+        slow("DC", ["--seed", "1"]),
         ("DM", ["--depth_ratio", "0"]),
         ("DM", ["--dsa", "False"]),
-        ("DM", ["--pix_init", "noise"]),
-        ("DM", ["--seed", "1"]),
+        slow("DM", ["--pix_init", "noise"]),
+        slow("DM", ["--seed", "1"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -145,6 +148,7 @@ def test_settings_arrive(finished, tmp_path, system, more):
     assert losses(tmp_path) != losses(finished[system])[:2]
 
 
+@pytest.mark.slow
 def test_a_network_with_batchnorm(tmp_path):
     for system, door in DOORS.items():
         argv = argv_of(system, tmp_path / system, "--skip_first_eva", model=f"{MODEL}BN", Iteration=1)
@@ -156,7 +160,7 @@ def test_a_network_with_batchnorm(tmp_path):
 # ---- going on
 
 
-@pytest.mark.parametrize("system", DOORS)
+@QUICK_FOR_DM
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, system):
     argv = argv_of(system, tmp_path)
     with monkeypatch.context() as patch:
@@ -170,7 +174,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, mo
     assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[system]))
 
 
-@pytest.mark.parametrize("system", DOORS)
+@QUICK_FOR_DM
 def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, system):
     def die():
         raise KeyboardInterrupt
@@ -187,9 +191,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "system, more, words",
     [
-        ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
-        ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
-        ("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
+        slow("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
+        slow("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
+        slow("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
         ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
         ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
         ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
@@ -206,7 +210,7 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, 
     assert words in capfd.readouterr().err and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("system", DOORS)
+@QUICK_FOR_DM
 def test_two_processes_give_what_one_gives(finished, tmp_path, system):
     codes, out, err = two_ranks(tmp_path, DOORS[system], argv_of(system, tmp_path))
     assert codes == [0, 0], err
@@ -221,7 +225,7 @@ def with_ranking(system: str, folder: Path, *more: str, **settings) -> list[str]
     return argv_of(system, folder / "runs", *more, **scoring, drop_easy=0.1, drop_hard=0.2, **settings)
 
 
-@pytest.mark.parametrize("system", DOORS)
+@QUICK_FOR_DM
 def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, system):
     assert DOORS[system](with_ranking(system, tmp_path)) == 0
     path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
@@ -284,7 +288,11 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
         ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
         ("DM", ["--ipc", "41"], "ipc: 41"),
         ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
-        ("DC", ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"], None),
+        slow(
+            "DC",
+            ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"],
+            None,
+        ),
         ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
     ],
 )
@@ -367,12 +375,14 @@ def test_ftd_is_mtt_with_a_moving_average(followed):
     assert "average" not in load_tensors(run_folder(followed["MTT"]) / "checkpoint.safetensors")[0]
 
 
+@pytest.mark.slow
 def test_teslas_gradient_is_another(followed, buffer, tmp_path):
     assert cli.distill(trajectory_args("TESLA", buffer, tmp_path, method="PAD", gradient="exact")) == 0
     truncated, exact = losses(followed["TESLA"]), losses(tmp_path)
     assert truncated[0] == exact[0] and truncated[1:] != exact[1:]
 
 
+@pytest.mark.slow
 def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
     high = {"lr_teacher": 5, "max_bad_iterations": 9, "lr_img": 0}
     for threshold, skipped in (("none", 0), ("1e-9", 4)):
@@ -383,6 +393,7 @@ def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
         assert all(loss > 1 for loss in losses(runs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["FTD", "TESLA"])
 def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, system):
     argv = trajectory_args(system, buffer, tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CHECKOUT, EXPERTS, assert_refused, command_line, files_in, make_images, run_script, two_ranks
+from helpers import CHECKOUT, EXPERTS, assert_refused, command_line, files_in, make_images, run_script, slow, two_ranks
 from PIL import Image
 
 from pad import cli
@@ -129,7 +129,7 @@ def test_overwriting(scored, tmp_path, capfd):
     assert files_in(tmp_path) == files_in(scored)
 
 
-@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["", "overwriting"])
+@pytest.mark.parametrize("more", [[], slow(["--overwrite"])], ids=["", "overwriting"])
 def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, more):
     """Stopped in the second network: only the second and third are trained then, and the files are the same."""
     argv, trained = score_args(tmp_path / "out", *more), []
@@ -164,6 +164,7 @@ def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, mo
     assert files_in(tmp_path / "out") == files_in(scored)
 
 
+@pytest.mark.slow
 def test_the_command_from_a_shell(tmp_path):
     done = run_script("scripts/score_difficulty.py", ["--list"], tmp_path)
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
@@ -179,6 +180,7 @@ def test_every_method_on_classes_of_five_images_and_of_one(ragged, tmp_path):
         assert sorted(rows[0].tolist()) == [0, 1, 2, 3, 4] and rows[1].tolist() == [5]
 
 
+@pytest.mark.slow
 def test_pictures(ragged, tmp_path):
     pytest.importorskip("matplotlib")
     assert cli.score(score_args(tmp_path, "--plot", data=ragged, methods="EL2N,Herding")) == 0
@@ -203,7 +205,7 @@ def evaluation_args(synthetic: Path, out: Path, **settings) -> list[str]:
     return command_line(synthetic=synthetic, out=out, num_eval=2, epoch_eval_train=3, compile="off", **settings)
 
 
-@pytest.mark.parametrize("zca", [[], ["--zca"]], ids=["normalised", "whitened"])
+@pytest.mark.parametrize("zca", [[], slow(["--zca"])], ids=["normalised", "whitened"])
 def test_a_coreset_scores_as_the_baseline_does(tmp_path, zca):
     assert cli.coreset(coreset_args(tmp_path / "rankings", tmp_path / "sets", *zca, method="EL2N", ipc=2)) == 0
     made = tmp_path / "sets" / "FashionMNISTMini_EL2N_2.safetensors"

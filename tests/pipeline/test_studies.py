@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import CHECKOUT, contents
+from helpers import CHECKOUT, contents, slow
 
 from pad import cli
 from pad.errors import InputError, Stopped
@@ -181,7 +181,7 @@ def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
     assert "no picture of random real" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop", (Stopped("stopped", 130), KeyboardInterrupt()), ids=("signal", "at once"))
+@pytest.mark.parametrize("stop", (Stopped("stopped", 130), slow(KeyboardInterrupt())), ids=("signal", "at once"))
 def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, capsys, stop):
     evaluate, calls = studying.evaluate, []
 
@@ -202,7 +202,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "error", (InputError("no such thing"), OSError(28, "No space left"), ValueError("odd")), ids=str
+    "error", (InputError("no such thing"), slow(OSError(28, "No space left")), slow(ValueError("odd"))), ids=str
 )
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, error):
     distill = studying.distill
@@ -223,6 +223,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
     assert table(tmp_path / "out")["DM"]["failed"] == ""
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cells(done, tmp_path):
     command = [sys.executable, CHECKOUT / "scripts" / "study.py", write(tmp_path), "--out", tmp_path / "out"]
     processes = [

@@ -22,6 +22,7 @@ from helpers import (
     files_in,
     losses_in,
     run_command,
+    slow,
     two_ranks,
     wait_for,
 )
@@ -88,6 +89,7 @@ def test_experts_are_the_same_bytes_whichever_process_records_them(one, tmp_path
     assert codes == [0, 0] and "all 4 experts are in" in err[0], err
 
 
+@pytest.mark.slow
 def test_a_distilled_set_is_the_same_up_to_rounding_and_written_once(one, tmp_path):
     codes, out, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "runs"))
     assert codes == [0, 0], err
@@ -181,7 +183,7 @@ def wait_for_iterations(runs: Path, count: int) -> None:
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 100)
 
 
-@pytest.mark.parametrize("told", [(0, 1), (1,)], ids=["all", "one"])
+@pytest.mark.parametrize("told", [slow((0, 1)), (1,)], ids=["all", "one"])
 def test_processes_stop_together_and_the_run_goes_on_to_what_it_would_have_been(one, tmp_path, told):
     def stop(processes):
         wait_for_iterations(tmp_path / "stopped", 4)
@@ -222,6 +224,7 @@ def children(parent: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_ends_torchrun_with_a_sentence(one, tmp_path):
     runs, errors = tmp_path / "runs", tmp_path / "stderr"
