@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import CHECKOUT, slow
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -25,7 +26,6 @@ from pad.difficulty.methods import METHODS
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 STAGES = (BufferSettings, DistillSettings, DCSettings, DMSettings, EvaluationSettings, ScoreSettings, CoresetSettings)
 TRIO = ["--data_dir", "i.pt", "--label_dir", "l.pt", "--lr_dir", "r.pt"]  # what the third stage cannot do without
 
@@ -961,7 +961,7 @@ def check_outcome(cls, argv: list[str], folder: Path) -> None:
         assert again[name] == value or os.path.abspath(again[name]) == os.path.abspath(value), name
 
 
-@pytest.mark.parametrize("cls", STAGES)
+@pytest.mark.parametrize("cls", [cls if cls is DistillSettings else slow(cls) for cls in STAGES])
 def test_any_command_line_gives_settings_or_a_sentence(cls, tmp_path):
     names = [*cls.fields(), *cls.dead, *cls.refused, "cfg"]
     words = st.one_of(
@@ -980,7 +980,7 @@ def test_any_command_line_gives_settings_or_a_sentence(cls, tmp_path):
     run()
 
 
-@pytest.mark.parametrize("cls", STAGES)
+@pytest.mark.parametrize("cls", [cls if cls is DistillSettings else slow(cls) for cls in STAGES])
 def test_any_file_gives_settings_or_a_sentence(cls, tmp_path):
     names = [*cls.fields(), *cls.dead, *cls.refused]
     mappings = st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4)

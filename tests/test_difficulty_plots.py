@@ -218,6 +218,7 @@ def test_the_curriculum_picture(schedule, removal):
 # ---- files
 
 
+@pytest.mark.slow
 def test_every_picture_of_some_rankings(tmp_path):
     sizes = [12, 1, 7]
     rankings = {"GraNd": ranking(sizes), "EL2N": ranking(sizes, 1), "Herding": ranking(sizes, 2, scores=False)}
@@ -247,6 +248,7 @@ def test_pictures_of_one_method(tmp_path):
     assert [path.name for path in written] == ["scores_GraNd.png", "images_GraNd.png"]
 
 
+@pytest.mark.slow
 def test_two_hundred_classes(tmp_path):
     rankings = {"GraNd": ranking([50] * 200), "Herding": ranking([50] * 200, 1, scores=False)}
     written = plots.plot_all(tmp_path, rankings, torch.zeros(10_000, 3, 8, 8), names(200), Curriculum(0.5, 3), 100)

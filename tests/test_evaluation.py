@@ -139,6 +139,7 @@ def test_networks_trained_together_are_those_trained_alone(name):
         assert_same_state(together[j], net)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 @pytest.mark.parametrize("together", [1, 2])
 def test_compiled_training_is_the_same_by_few_graphs(together, monkeypatch):

@@ -301,6 +301,7 @@ def compiled(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 def test_compiled_equals_eager(compiled):
     """One graph each, for the whole batch and for a ragged one, which is filled up."""

@@ -171,6 +171,7 @@ def build_in(folder, **environment):
     return subprocess.run([sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_the_library_is_built_once_and_whole(tmp_path):
     assert build_in(tmp_path).stdout == "True\n"
     (library,) = tmp_path.glob("compiled-*/*")
@@ -179,6 +180,7 @@ def test_the_library_is_built_once_and_whole(tmp_path):
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("compiled-*/*")] == [built]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_reported_in_a_line(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no such flag >&2\nexit 1\n")

@@ -1,10 +1,11 @@
-"""The files of other systems in configs/CIFAR-10: published values, which of them are ours, how they differ from PAD's."""
+"""The files of other systems in configs/CIFAR-10: published values, which are ours, how they differ from PAD's."""
 
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import CHECKOUT
 
 from pad.commands.distribution import DMSettings
 from pad.commands.evaluate import EvaluationSettings
@@ -13,7 +14,6 @@ from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.config import parse
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "configs" / "CIFAR-10"
 IPCS = (1, 10, 50)
 
@@ -146,8 +146,8 @@ DEFINING = {  # keys that PAD's files do not have
 CASES = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method, ipc in FACTS]
 FAMILY = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method in TRAJECTORY for ipc in IPCS]
 
-# How the file of a system differs from PAD's of the same size: every key, with PAD's value (the default of a key that PAD's files
-# do not have) and the system's, as they are written. Typed here, not read from the files or from a document.
+# How the file of a system differs from PAD's of the same size: every key, with PAD's value (the default of a key that
+# PAD's files do not have) and the system's, as they are written. Typed here, read from no file and no document.
 WITH_HARD_LABELS = {  # MTT, FTD, TESLA
     "pix_init": ("samples_predicted_correctly", "real"),
     "labels": ("soft", "hard"),
@@ -290,7 +290,6 @@ def differences(ipc: int, method: str) -> dict:
 def test_the_folder_holds_these_files_and_no_others():
     expected = {f"{method}-IPC{ipc}" for method, ipc in FACTS} | {f"buffer-{name}" for name in BUFFERS}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
-    assert len(expected) == 30
 
 
 @pytest.mark.parametrize(("method", "ipc"), CASES)

@@ -360,6 +360,7 @@ def test_second_derivatives_of_residual_blocks_agree():
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-10 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ConvNetD2W8BN", "LeNet", "ResNet18_AP"])
 def test_compiles_as_one_graph_with_torch_func_inside(name):
     net, x = network(name), images(RGB32, dtype=torch.float32)

@@ -220,6 +220,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         assert torch.equal(of_tensor, of_host)
 
 
+@pytest.mark.slow
 def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
     files = []
     for images_on in ("device", "host"):

@@ -448,6 +448,7 @@ OF_ONES_OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_ONES_OWN)
 def test_a_method_of_ones_own_is_one_line(tmp_path, monkeypatch, capsys, name):
     """Put into METHODS from outside, it is scored, drawn, sorted by in stage 1 and chosen coresets by."""

@@ -344,6 +344,7 @@ print(json.dumps({"P": len(theta), **peaks}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_steps_beyond_the_stored_parameters():
     # A fixed threshold: what is freed goes back to the system at once, and no longer counts.
