@@ -283,7 +283,7 @@ def _coerce(field: dataclasses.Field, hint, value):
         hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    convert = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}[hint]
+    convert: Callable = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}[hint]
     try:
         value = convert(value)
     except ValueError as error:

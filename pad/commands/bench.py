@@ -20,7 +20,7 @@ from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
-from pad.evaluation import Protocol
+from pad.evaluation import Evaluation, Protocol
 from pad.initialisation import Experts
 from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
@@ -97,6 +97,12 @@ class Workbench:
             batch_size=settings.batch_train,
             seed=settings.seed,
             compile=how_to_compile(settings.compile, self.device, num_sets * settings.num_eval * steps),
+        )
+
+    def evaluation(self, protocol: Protocol, lr: float) -> Evaluation:
+        """Trains networks by ``protocol`` at learning rate ``lr``, and tests them on the test images."""
+        return Evaluation(
+            protocol=protocol, lr=lr, test_images=self.test_images, test_labels=self.test_labels, ranks=self.ranks
         )
 
     # experts

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from pad import evaluation
 from pad.checkpoint import State
 from pad.commands.bench import Workbench, identity_of_set, set_up
 from pad.commands.common import Evaluating
@@ -170,16 +169,10 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
         training_set = current.images, current.probabilities()
-        scores = evaluation.score_all(
-            protocol,
-            [(network, lambda j: training_set) for network in pool],
-            settings.num_eval,
-            current.lr.item(),
-            bench.test_images,
-            bench.test_labels,
-            ranks,
+        found = bench.evaluation(protocol, current.lr.item()).run(
+            [(network, lambda j: training_set) for network in pool], settings.num_eval
         )
-        return {s.network: (s.mean, s.std, s.n) for s in scores}
+        return {each.network: (each.mean, each.std, each.n) for each in found}
 
     recorded = settings.as_dict() | task.recorded
     with Run.start(folder, recorded, **place) if ranks.is_main else Follower(folder) as run:
@@ -221,8 +214,7 @@ def first_set(
     settings: Distilling, bench: Workbench, pix_init: str, experts: Experts | None = None, **labels
 ) -> tuple[Tensor, Tensor]:
     """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with: :func:`pad.initialisation.initial_set`."""
+    real = bench.images, bench.labels, bench.data.num_classes
     return bench.ranks.on_main(
-        lambda: initial_set(
-            pix_init, bench.images, bench.labels, bench.data.num_classes, settings.ipc, experts, settings.seed, **labels
-        )
+        lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
     )

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad import evaluation
 from pad.commands.bench import Workbench, progress_bar, set_up
 from pad.commands.common import Evaluating, Ranked, words
 from pad.config import DATA, MODEL, PLACE, RECIPE, REPORT, FilePath, setting
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
+from pad.evaluation import Accuracies, Draw, TrainingSet
 from pad.initialisation import class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
@@ -35,8 +35,6 @@ from pad.store.run import append_line
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
-
-Draw = Callable[[int], evaluation.TrainingSet]  # the training set of network j
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +129,14 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     total = math.ceil((len(cases) * settings.num_eval - len(known)) / ranks.size)
     with progress_bar(ranks, total, "evaluating", "network") as bar:
 
-        def progress(case: int, j: int, so_far: evaluation.Score) -> None:
+        def progress(case: int, j: int, so_far: Accuracies) -> None:
             network, name = cases[case]
             finished.keep(case, j, so_far.accuracies[-1])
             bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
             bar.update()
 
-        scores = evaluation.score_all(
-            protocol,
-            [(network, sets[name]) for network, name in cases],
-            settings.num_eval,
-            lr,
-            bench.test_images,
-            bench.test_labels,
-            ranks,
-            progress,
-            known,
-        )
+        draws = [(network, sets[name]) for network, name in cases]
+        found = bench.evaluation(protocol, lr).run(draws, settings.num_eval, progress=progress, known=known)
     results: dict = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
@@ -155,7 +144,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
-        "results": [{"set": name, **found.as_dict()} for (_, name), found in zip(cases, scores)],
+        "results": [{"set": name, **each.as_dict()} for (_, name), each in zip(cases, found)],
     }
     if ranks.is_main:
         write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
@@ -236,13 +225,13 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
     if settings.baseline_kinds:
         refuse_small_classes(bench.labels, num_classes, ipc)
 
-    def hard_labelled(chosen: Tensor) -> evaluation.TrainingSet:
+    def hard_labelled(chosen: Tensor) -> TrainingSet:
         chosen = chosen.to(bench.device)
         return bench.images[chosen], F.one_hot(bench.labels[chosen], num_classes).to(bench.images.dtype)
 
     if "hard" in settings.baseline_kinds:
 
-        def hard(j: int) -> evaluation.TrainingSet:
+        def hard(j: int) -> TrainingSet:
             rows = class_order(bench.labels, num_classes, ipc, settings.seed, "baseline", j)
             return hard_labelled(first_of_each_class(rows, ipc))
 
@@ -252,7 +241,7 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
     elif "soft" in settings.baseline_kinds:
         experts = bench.final_experts(str(settings.buffer_path), settings.model)
 
-        def soft(j: int) -> evaluation.TrainingSet:
+        def soft(j: int) -> TrainingSet:
             images, logits = initial_set(
                 "samples_predicted_correctly",
                 bench.images,
@@ -260,9 +249,8 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
                 num_classes,
                 ipc,
                 experts,
-                settings.seed,
-                "baseline",
-                j,
+                seed=settings.seed,
+                stream=("baseline", j),
             )
             return images, logits.softmax(dim=1)
 
@@ -273,7 +261,7 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
     def rankings() -> dict:
         return bench.rankings(settings, stems, convert_flat=settings.convert_flat)
 
-    def first(stem: str, j: int) -> evaluation.TrainingSet:
+    def first(stem: str, j: int) -> TrainingSet:
         return hard_labelled(first_of_each_class(rankings()[stem].rows, ipc))
 
     for method, stem in zip(methods, stems):

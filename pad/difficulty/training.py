@@ -88,7 +88,8 @@ class ScoringTask:
         settings = self.settings
         channels, height, width = self.images.shape[1:]
         # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
-        network = build(settings.model, channels, self.num_classes, (height, width), self.seed, "score", repeat)
+        shape = channels, self.num_classes, (height, width)
+        network = build(settings.model, *shape, self.seed, "score", repeat)
         network.to(self.images.device)
         forward = forward_of(network)
         optimiser = torch.optim.SGD(

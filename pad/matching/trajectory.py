@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pad.data.augment import Augmentation
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -29,7 +30,7 @@ class Segment:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SegmentSampler:
     """Draws the segment of each outer iteration, as a function of (seed, iteration).
 
@@ -73,7 +74,7 @@ class SegmentSampler:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryObjective(Objective):
     """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set): exact, or TESLA's.
 
@@ -83,7 +84,7 @@ class TrajectoryObjective(Objective):
     model: FlatModel
     store: TrajectoryStore
     sampler: SegmentSampler
-    augmentation: object
+    augmentation: Augmentation
     syn_steps: int
     batch_syn: int
     depth_ratio: float
@@ -111,7 +112,7 @@ class TrajectoryObjective(Objective):
             labels,
             lr,
             steps,
-            lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
-            ranks,
-            self.truncated,
+            objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            ranks=ranks,
+            truncated=self.truncated,
         )

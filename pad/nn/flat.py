@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pad.data.placement import Images
 from pad.errors import InputError
 from pad.nn.derivatives import Derivatives, Hvp, choose, contains
 
@@ -115,7 +116,7 @@ class FlatModel:
         return torch.func.functional_call(self.module, self.unflatten(theta), (x,))
 
     @torch.no_grad()
-    def logits(self, theta: Tensor, images: Tensor, batch: int = 512) -> Tensor:
+    def logits(self, theta: Tensor, images: Images, batch: int = 512) -> Tensor:
         """Logits ``[N, K]`` of many images, without gradients, in batches.
 
         A batch is spread over the whole set, so that one sorted by class mixes the classes, as BatchNorm needs.
@@ -127,7 +128,7 @@ class FlatModel:
             logits[i::strides] = part
         return logits
 
-    def accuracy(self, theta: Tensor, images: Tensor, labels: Tensor) -> float:
+    def accuracy(self, theta: Tensor, images: Images, labels: Tensor) -> float:
         """Share of ``images [N, C, H, W]`` classified as ``labels [N]``, in 0..1."""
         return (self.logits(theta, images).argmax(dim=1) == labels).double().mean().item()
 
