@@ -311,7 +311,7 @@ def trajectory_metadata(**changes):
 @pytest.mark.parametrize(
     "params, metadata, message",
     [
-        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not an expert trajectory"),
+        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not a trajectory"),
         (torch.zeros(3, P), ["trajectory"], "carries no description"),
         (torch.zeros(3, P), trajectory_metadata(format=2), "format 2"),
         (torch.zeros(1, P), trajectory_metadata(), "damaged"),

@@ -101,11 +101,7 @@ class Ranking:
     @classmethod
     def load(cls, path: Path | str) -> Ranking:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged or something else."""
-        tensors, metadata = load_tensors(path)
-        if not isinstance(metadata, dict) or metadata.get("kind") != KIND:
-            raise InputError(f"{path} is not a difficulty ranking")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
         if not _are_a_ranking(tensors):
             raise InputError(f"{path} is damaged: its tensors are not those of a difficulty ranking")
         rows = tensors["indices"].split(tensors["lengths"].tolist())
