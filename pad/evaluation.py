@@ -1,7 +1,7 @@
 """Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from pad.rng import generator
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Protocol:
     """How evaluation networks are trained (MTT, arXiv 2203.11932; the same in DATM and PAD).
 
@@ -36,6 +36,7 @@ class Protocol:
     """
 
     augmentation: Augmentation
+    _: KW_ONLY
     epochs: int = 1000
     batch_size: int = 256
     momentum: float = 0.9

@@ -17,7 +17,7 @@ from pad.rng import generator
 _BATCH = 256  # images that an expert is asked about at a time, so that a search stops early
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Experts:
     """Trained networks to label with: ``parameters(k) -> [P]`` for k in 0..count-1, loaded one at a time."""
 

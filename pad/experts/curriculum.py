@@ -1,7 +1,7 @@
 """Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, section 3.2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 
 import torch
@@ -15,7 +15,7 @@ ADD_SCHEDULES = ("linear", "root", "geometric")
 REMOVALS = ("step", "linear")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Curriculum:
     """Hard images are added, later easy ones removed. Epochs count from 0; ratios are shares of a class in 0..1.
 
@@ -47,6 +47,7 @@ class Curriculum:
     rm_epoch_second: int = 60
     rm_easy_ratio_first: float = 0.1
     rm_easy_ratio_second: float = 0.1
+    _: KW_ONLY
     add_schedule: str = "linear"
     removal: str = "step"
 

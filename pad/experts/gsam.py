@@ -9,7 +9,7 @@ from torch import Tensor
 _EPSILON = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GSAM:
     """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is (the perturbed gradient is then the gradient itself).
 

@@ -106,14 +106,14 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
 def our_epoch(model: FlatModel, start: Tensor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """Parameters after one epoch from ``start``."""
     task = ExpertTask(
-        model,
-        images,
-        labels,
-        CLASSES,
-        lambda epoch: torch.arange(len(images)),
-        GSAM(LR, rho=RHO, alpha=ALPHA),
-        DSA(),
-        batch_size,
+        model=model,
+        images=images,
+        labels=labels,
+        num_classes=CLASSES,
+        epoch_indices=lambda epoch: torch.arange(len(images)),
+        optimiser=GSAM(LR, rho=RHO, alpha=ALPHA),
+        augmentation=DSA(),
+        batch_size=batch_size,
         epochs=1,
         seed=0,
     )

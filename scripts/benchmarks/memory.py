@@ -37,7 +37,7 @@ def measure(case: dict) -> int:
     model = FlatModel(problem.network, "fused", quarter if kind == "micro" else None)
 
     def iterate(count: int) -> None:
-        rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps[:count])
+        rest = (problem.start, problem.target, problem.data, problem.steps[:count])
         unrolled(problem.plain, *rest) if kind == "unrolled" else adjoint(model, *rest)
 
     iterate(1)
