@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -107,7 +108,7 @@ def test_augmentation_and_its_gradient(kind, siamese):
     assert y.shape == g.shape == x.shape and is_meta(y, g)
 
 
-@pytest.mark.parametrize("ratios", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("ratios", [slow((0.0, 0.0)), slow((0.3, 0.0)), (0.3, 0.2)])
 @pytest.mark.parametrize("augmentation", [NoAugmentation(), DSA("crop"), DSA("rotate", siamese=True)])
 def test_a_matching_iteration(model, augmentation, ratios):
     theta, target = meta(model.num_parameters), meta(model.num_parameters)
