@@ -132,7 +132,7 @@ class Settings:
         return self.of(*Role)
 
     def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
-        """A dataclass ``kind``: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
+        """A dataclass: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
         names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind)) if field.name not in others]
         own = {name: getattr(self, prefix + name) for name in names if prefix + name in self.fields()}
         return kind(**own, **others)

@@ -1,4 +1,4 @@
-"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, section 3.2)."""
+"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, 3.2)."""
 
 import math
 from dataclasses import KW_ONLY, dataclass
@@ -84,7 +84,7 @@ class Curriculum:
         return int(n * float(init) ** float(1 - t) + 1e-9)
 
     def indices(self, epoch: int, rows: list[Tensor]) -> Tensor:
-        """Data-set indices (int64) of the images used in ``epoch``, for a ranking's ``rows`` (one class each, easiest first)."""
+        """Data-set indices (int64) of what ``epoch`` uses, for a ranking's ``rows`` (a class each, easiest first)."""
         return torch.cat([row[slice(*self.window(epoch, len(row)))] for row in rows])
 
     def uses_ranking(self, epochs: int) -> bool:

@@ -20,9 +20,9 @@ from pad.shares import exact_share
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
     """How many of a network's ``count`` blocks, the deepest, give the features that are matched.
 
-    None: the last, whose features are the embedding before the classifier: DM as published. Else, for a share in [0, 1),
-    ceil((1 - depth_ratio) count): with 0 all, and near 1 the last again. What PAD's filter means for DM is not published;
-    this is ours.
+    None: the last, whose features are the embedding before the classifier: DM as published. Else, for a share in [0,
+    1), ceil((1 - depth_ratio) count): with 0 all, and near 1 the last again. What PAD's filter means for DM is not
+    published; this is ours.
     """
     return 1 if depth_ratio is None else math.ceil((1 - exact_share(depth_ratio)) * count)
 
@@ -31,8 +31,8 @@ def matched_blocks(depth_ratio: float | None, count: int) -> int:
 class DistributionObjective(Objective):
     """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
 
-    Loss: the sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2, with m and m*
-    the means of the block's features, flattened, of the class's synthetic and real images.
+    Loss: the sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2, with m
+    and m* the means of the block's features, flattened, of the class's synthetic and real images.
 
     Args:
         network: iteration ``it``'s, on the device of the images, of whose parameters no gradient is asked.

@@ -1,9 +1,9 @@
 """Gradient matching (DC, arXiv 2006.05929; with augmentation DSA, 2102.08259), with PAD's depth filter (2408.03360).
 
-A step makes the gradient that the synthetic images of a class give a network resemble the one that real images give. What
-it needs of the network are the two functions that everything here is built of: with g = grad(theta, A(x), y) of the
-synthetic images, g* of the real ones and v = dD(g, g*)/dg, the images' gradient is that of the slope <g, v>, which hvp
-gives, taken back through the augmentation A.
+A step makes the gradient that the synthetic images of a class give a network resemble the one that real images give.
+What it needs of the network are the two functions that everything here is built of: with g = grad(theta, A(x), y) of
+the synthetic images, g* of the real ones and v = dD(g, g*)/dg, the images' gradient is that of the slope <g, v>, which
+hvp gives, taken back through the augmentation A.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +28,9 @@ STATISTICS = 16  # real images of a class from which BatchNorm's statistics are 
 def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...]], depth_ratio: float = 0.0) -> Tensor:
     """D(g, target) of flat gradients ``[P]`` of parameters of these shapes: a scalar (arXiv 2006.05929).
 
-    The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with a
-    and b the unit's rows of g and target. Vectors, such as biases and norms, are left out, and with ``depth_ratio`` the
-    first floor(depth_ratio P) coordinates, shallow to deep: of a row the cut falls into what remains counts.
+    The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with
+    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out, and with ``depth_ratio``
+    the first floor(depth_ratio P) coordinates, shallow to deep: of a row the cut falls into what remains counts.
     """
     dropped, at, total = shallow(depth_ratio, len(g)), 0, g.new_zeros(())
     if dropped:
@@ -50,9 +50,10 @@ def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...
 class GradientObjective(Objective):
     """The image steps of an outer iteration, as a function of (seed, iteration, synthetic set).
 
-    An iteration has a fresh network. In each of ``outer`` steps it gives the gradient, in the images, of the sum over the
-    classes of D; between the steps it is trained for ``inner`` epochs on the synthetic set as it then is. Networks with
-    BatchNorm are trained with the statistics of the batch, and matched with those of 16 real images a class, fixed.
+    An iteration has a fresh network. In each of ``outer`` steps it gives the gradient, in the images, of the sum over
+    the classes of D; between the steps it is trained for ``inner`` epochs on the synthetic set as it then is. Networks
+    with BatchNorm are trained with the statistics of the batch, and matched with those of 16 real images a class,
+    fixed.
 
     Args:
         start: the parameters ``[P]`` of iteration ``it``'s network.

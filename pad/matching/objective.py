@@ -20,7 +20,7 @@ class Objective:
     """A function of (iteration, synthetic set): what an outer iteration asks, see :class:`pad.distiller.Distiller`."""
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
-        """Loss and gradients of outer iteration ``it``, where that is a single step. Raises TypeError where it is not."""
+        """Loss and gradients of outer iteration ``it``, where that is a single step; TypeError where it is not."""
         raise TypeError(f"{type(self).__name__} defines neither gradients nor steps")
 
     def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:

@@ -1,7 +1,7 @@
 """Trajectory matching: which expert segment an outer iteration follows, and the gradients for following it.
 
-MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and PAD's
-depth filter (2408.03360).
+MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and
+PAD's depth filter (2408.03360).
 """
 
 from dataclasses import dataclass

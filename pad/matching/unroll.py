@@ -11,9 +11,9 @@ With lam = dL/dtheta_N, for i = N-1..0 and (h_theta, h_x, h_p) the derivative of
 
     dL/dlr -= <g_i, lam>;   dL/dX[b_i] -= lr (dA_i)^T h_x;   dL/dp[b_i] -= lr h_p;   lam -= lr h_theta
 
-Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them, and g_i, <g_i, lam>
-and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the same result, up to float rounding. This
-needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
+Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them, and g_i, <g_i,
+lam> and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the same result, up to float rounding.
+This needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def unroll(
     *,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, the steps shared by ``ranks``."""
+    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, shared by ``ranks``."""
     path = theta.new_empty(len(steps) + 1, theta.numel())
     path[0] = theta
     p = labels.softmax(dim=1)

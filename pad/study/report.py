@@ -91,7 +91,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
-    """Write ``results.md``, ``results.csv`` and ``results.png``. ``reference``: a method that others are compared with."""
+    """Write ``results.md``, ``results.csv``, ``results.png``. ``reference``: a method that others are compared with."""
     rows = summarise(outcomes, reference)
     write_text(folder / "results.md", markdown(rows, reference))
     write_text(folder / "results.csv", comma_separated(rows))

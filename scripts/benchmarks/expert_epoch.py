@@ -6,7 +6,8 @@
 4,000 images 3 x 32 x 32, ConvNetW32, batches of 128, GSAM, DSA. The plain loop is trajectory matching's usual one: a
 data set that hands out one image at a time, a module differentiated by eager autograd, GSAM as an optimiser that loops
 over the list of parameters, loss and accuracy read after every batch. Both see the same batches and augmentations, so
-they end at the same parameters, up to float32 rounding (last column). Expect ours by the CPU kernels to take about a third of the time.
+they end at the same parameters, up to float32 rounding (last column). Expect ours by the CPU kernels to take about a
+third of the time.
 """
 
 import argparse
