@@ -68,10 +68,10 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
             if all(len(chosen[c]) >= ipc for c in short):
                 break
         left = {c: torch.cat(wrong[c]) for c in short}
-    for c, row in enumerate(rows):
-        if len(chosen[c]) < ipc:
+    for c, found in enumerate(chosen):
+        if len(found) < ipc:
             raise InputError(
-                f"the {experts.count} experts classify only {len(chosen[c])} images of class {c} correctly, "
+                f"the {experts.count} experts classify only {len(found)} images of class {c} correctly, "
                 f"but ipc is {ipc}; train them longer, or use pix_init: real"
             )
     return torch.tensor([index for row in chosen for index in row[:ipc]])

@@ -34,7 +34,7 @@ class GSAM:
         return scale * scaled * (self.rho / (scaled.norm() + _EPSILON))
 
     def combine(self, g: Tensor, perturbed: Tensor) -> Tensor:
-        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times what of ``g`` is orthogonal to it."""
+        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times ``g``'s orthogonal part."""
         norm, perturbed_norm = g.norm(), perturbed.norm()
         cosine = (g @ perturbed) / (norm * perturbed_norm + _EPSILON)
         orthogonal = g - perturbed * (cosine * norm / (perturbed_norm + _EPSILON))

@@ -11,7 +11,7 @@ third of the time.
 """
 
 import argparse
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from common import CLASSES, Competitor, arguments, describe_machine, difference, plain_convnet, race, standings
