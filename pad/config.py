@@ -283,9 +283,9 @@ def _coerce(field: dataclasses.Field, hint, value):
         hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    convert: Callable = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}[hint]
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
     try:
-        value = convert(value)
+        value = kinds[hint](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
     for kind, (words, holds) in _BOUNDS.items():

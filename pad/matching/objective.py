@@ -28,8 +28,8 @@ class Objective:
 
     What it returns is a function of these arguments alone. So it draws every random number from
     ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing from one iteration to the next: a resumed run
-    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each of them asks, and
-    all must get the same: work that is shared among them is added up before it is returned.
+    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each asks, and all
+    must get the same: work that is shared among them is added up before it is returned.
 
     A loss or gradient that is not finite, or a loss above the threshold, is returned as it is:
     :class:`pad.distiller.Distiller` skips that step.

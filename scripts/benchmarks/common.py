@@ -13,9 +13,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from collections.abc import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, from any working directory
 
