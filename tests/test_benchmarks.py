@@ -49,7 +49,7 @@ def relative(ours, theirs):
         pytest.param("memory", [], ["unrolled / adjoint", "    2 ", "    4 "], marks=linux),
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
         ("distributed", [], ["float32: gradients off by", "    1 ", "    2 "]),
-        ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "stochastic"]),
+        ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "Craig"]),
         slow("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
         ("ranking_quality", [], ["agreement of GraNd", "2 networks", "10 wrongly labelled", "Forgetting"]),
     ],
