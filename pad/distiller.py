@@ -236,7 +236,7 @@ class Distiller:
         return self.synthetic(images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
 
     def _evaluate(self, it: int) -> str:
-        """Evaluate the set as it is before iteration ``it``; keep it when it is the best so far. Returns the accuracy."""
+        """Evaluate the set before iteration ``it``; keep it when it is the best so far. Returns the accuracy."""
         self._checkpoint()
         self.ranks.barrier()
         started = time.perf_counter()
