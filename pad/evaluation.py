@@ -54,7 +54,7 @@ class Protocol:
         lr: float,
         rngs: Sequence[torch.Generator],
     ) -> None:
-        """Train networks of one architecture in place: each on its own training set (all of one size), by its own stream.
+        """Train networks of one architecture in place: each on a training set, all of one size, by its own stream.
 
         Args:
             model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
@@ -144,7 +144,7 @@ class Accuracies:
 
 @cache
 def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: str) -> FlatModel:
-    """One for each architecture, so that all its networks, now and later in this process, run the same code."""
+    """One for each architecture: all its networks, now and later in this process, run the same compiled code."""
     return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
 
 

@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pad.checkpoint import State
-from pad.cli import run as command
+from pad.cli import door
 from pad.commands.evaluate import EvaluationSettings, _read_set
+from pad.commands.table import COMMANDS, Command
+from pad.config import Settings
 from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd, fit_preprocessing
 from pad.data.sources import load_data
@@ -505,7 +507,7 @@ def test_settings_in_a_synthetic_set_are_checked_like_options(tmp_path, settings
     resaved(path, lambda tensors, metadata: metadata.update(settings=settings))
     ours = EvaluationSettings(synthetic=str(path))
     with pytest.raises(InputError, match=f"{next(iter(settings))}|no data set '../elsewhere'"):
-        _read_set(ours, set())
+        ours, _ = _read_set(ours)
         load_data(ours.dataset, tmp_path)
 
 
@@ -662,7 +664,9 @@ def test_a_full_disk_harms_no_file_and_is_named(tmp_path, monkeypatch, kind):
 def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypatch, capsys):
 
     Disk(monkeypatch, 0, 2)
-    assert command(lambda argv, ranks: write_text(tmp_path / "results.json", "text"), []) == 1
+    writing = Command("writing", Settings, lambda settings, ranks: write_text(tmp_path / "results.json", "text"))
+    monkeypatch.setitem(COMMANDS, "writing", writing)
+    assert door("writing", []) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: No space left on device: {tmp_path / 'results.json'}") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -86,7 +86,14 @@ def distiller(folder, objective, *, resume=False, accuracies=None, **changes):
     state = initial_state()
     if changes.get("ema_decay"):
         state.average = state.images.clone()
-    ours = Distiller(run, state, objective, Schedule(**(settings | changes)), wrap, evaluate)
+    ours = Distiller(
+        run=run,
+        state=state,
+        objective=objective,
+        schedule=Schedule(**(settings | changes)),
+        synthetic=wrap,
+        evaluate=evaluate,
+    )
     ours.evaluated = evaluated
     if resume:
         ours.resume()

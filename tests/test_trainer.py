@@ -131,7 +131,7 @@ def test_an_epoch_uses_each_image_of_the_curriculum_once():
             assert not batches
             continue
         expected = []
-        for c, row in enumerate(rows):
+        for row in rows:
             first, last = curriculum.window(epoch - 1, len(row))
             expected += row[first:last].tolist()
         used = torch.cat(batches)

@@ -175,7 +175,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
-    """The set to evaluate, and the settings, with what its own file says of its data and network where none was given."""
+    """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
     if not settings.synthetic:
         return settings, SyntheticSet.from_published(
             *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))

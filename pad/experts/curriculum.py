@@ -84,7 +84,7 @@ class Curriculum:
         return int(n * float(init) ** float(1 - t) + 1e-9)
 
     def indices(self, epoch: int, rows: list[Tensor]) -> Tensor:
-        """Indices (int64) of the images of ``epoch``, from a ranking's ``rows``: a class each, easiest first."""
+        """Data-set indices (int64) of what ``epoch`` uses, for a ranking's ``rows`` (a class each, easiest first)."""
         return torch.cat([row[slice(*self.window(epoch, len(row)))] for row in rows])
 
     def uses_ranking(self, epochs: int) -> bool:

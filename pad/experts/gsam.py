@@ -11,7 +11,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class GSAM:
-    """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is: the perturbed gradient is the gradient itself.
+    """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is: the perturbed gradient is then the gradient.
 
     Args:
         lr, momentum, l2: of the SGD step.
@@ -34,7 +34,7 @@ class GSAM:
         return scale * scaled * (self.rho / (scaled.norm() + _EPSILON))
 
     def combine(self, g: Tensor, perturbed: Tensor) -> Tensor:
-        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times ``g``'s part orthogonal to it."""
+        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times ``g``'s orthogonal part."""
         norm, perturbed_norm = g.norm(), perturbed.norm()
         cosine = (g @ perturbed) / (norm * perturbed_norm + _EPSILON)
         orthogonal = g - perturbed * (cosine * norm / (perturbed_norm + _EPSILON))

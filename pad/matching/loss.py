@@ -7,7 +7,7 @@ from pad.shares import exact_share
 
 
 def shallow(depth_ratio: float, count: int) -> int:
-    """How many of ``count`` flat coordinates PAD's filter leaves out, shallow to deep: floor(depth_ratio count)."""
+    """How many of ``count`` flat coordinates, from the shallow end on, are left out: floor(depth_ratio count)."""
     return int(exact_share(depth_ratio) * count)
 
 

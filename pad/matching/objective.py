@@ -26,10 +26,10 @@ class Objective:
     [N, C, H, W]`` class by class, ``labels [N, K]`` (logits) and ``lr`` (scalar, > 0), which ask for no gradients.
     A method may assume that nothing else changes them, and must not change them itself.
 
-    What it returns is a function of these arguments alone. It draws every random number from
-    ``generator(seed, name, it, ...)`` of :mod:`pad.rng`, and keeps nothing from one iteration to the next: a resumed run
-    asks for iteration ``it`` without those before it. Of several :class:`pad.distributed.Ranks` each asks, and all must
-    get the same: what they share is added up before it is returned.
+    What it returns is a function of these arguments alone. So it draws every random number from
+    ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing from one iteration to the next: a resumed run
+    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each asks, and all
+    must get the same: work that is shared among them is added up before it is returned.
 
     A loss or gradient that is not finite, or a loss above the threshold, is returned as it is:
     :class:`pad.distiller.Distiller` skips that step.

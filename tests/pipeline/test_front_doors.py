@@ -134,6 +134,7 @@ def test_three_commands_on_the_embedded_images(tmp_path):
         assert row["set"] in done.stdout and f"{100 * mean:.2f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_input_from_a_shell(tmp_path):
     done = run_script("distill/PAD.py", ["--modle", "ConvNet"], tmp_path)
     assert done.returncode == 2
