@@ -33,29 +33,18 @@ class _Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When things happen, and how far a step goes.
+    """When things happen, and how far a step goes (settings of the same names)."""
 
-    Args:
-        iterations: outer iterations 0..``iterations``.
-        eval_it, save_it, checkpoint_every: iterations between evaluations, saved sets, checkpoints.
-        skip_first_eva: no evaluation before iteration 0.
-        threshold: a step of a larger loss changes nothing.
-        max_bad_iterations: so many in a row without a finite gradient end the run.
-        rates: learning rates of images, labels and learning rate.
-        momentum_y: momentum of the labels.
-        ema_decay: of the moving average of the images, where one is kept.
-    """
-
-    iterations: int
-    eval_it: int
-    skip_first_eva: bool
-    save_it: int
-    checkpoint_every: int
-    threshold: float
-    max_bad_iterations: int
-    rates: list[float]
-    momentum_y: float = 0.0
-    ema_decay: float = 0.0
+    iterations: int  # outer iterations 0..iterations
+    eval_it: int  # iterations between evaluations
+    skip_first_eva: bool  # none before iteration 0
+    save_it: int  # iterations between saved sets
+    checkpoint_every: int  # iterations between checkpoints
+    threshold: float  # a step of a larger loss changes nothing
+    max_bad_iterations: int  # so many in a row without a finite gradient end the run
+    rates: list[float]  # learning rates of images, labels, lr
+    momentum_y: float = 0.0  # of the labels
+    ema_decay: float = 0.0  # of the moving average of the images, where one is kept
 
     def evaluates(self, it: int) -> bool:
         """Whether the set is evaluated before iteration ``it``."""
@@ -236,7 +225,7 @@ class Distiller:
         return self.synthetic(images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
 
     def _evaluate(self, it: int) -> str:
-        """Evaluate the set as it is before iteration ``it``; keep it when it is the best yet. Returns the accuracy."""
+        """Evaluate the set before iteration ``it``; keep it when it is the best so far. Returns the accuracy."""
         self._checkpoint()
         self.ranks.barrier()
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from pad.nn.fused import forward_of
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
+TrainingSets = Callable[[int], TrainingSet]  # that of network j: the same for all, or another random one for each
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class Protocol:
             for net, training_set, rng in zip(nets, sets, rngs):
                 self._train_module(net, training_set, lr, rng)
 
-    def _train_flat(self, model, nets, sets, lr, rngs) -> None:
+    def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs) -> None:
         """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
-        theta, velocity = torch.stack([model.flatten(net) for net in nets]), None
+        theta = torch.stack([model.flatten(net) for net in nets])
+        velocity: Tensor | None = None
         for epoch in range(self.epochs + 1):
             passes = [self._batches(training_set, rng) for training_set, rng in zip(sets, rngs)]
             for batches in zip(*passes, strict=True):
@@ -80,11 +82,12 @@ class Protocol:
                 velocity = g if velocity is None else velocity.mul_(self.momentum).add_(g)
                 theta.sub_(velocity, alpha=lr)
             if epoch == self.epochs // 2 + 1:
-                lr, velocity = 0.1 * lr, None
+                lr = 0.1 * lr
+                velocity = None
         for net, row in zip(nets, theta):
             nn.utils.vector_to_parameters(row, net.parameters())
 
-    def _train_module(self, net, training_set, lr, rng) -> None:
+    def _train_module(self, net: nn.Module, training_set: TrainingSet, lr: float, rng: torch.Generator) -> None:
         def optimiser(lr: float) -> torch.optim.SGD:
             return torch.optim.SGD(net.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
@@ -145,9 +148,6 @@ def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, 
     return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
 
 
-Draw = Callable[[int], TrainingSet]  # the training set of network j: the same for all, or another draw for each
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Trains networks by a protocol, and tests them.
@@ -164,15 +164,16 @@ class Evaluation:
     test_labels: Tensor
     ranks: Ranks = ALONE
 
-    def train(self, network: str, indices: Sequence[int], draw: Draw) -> Iterator[Accuracies]:
+    def train(self, network: str, indices: Sequence[int], training_set: TrainingSets) -> Iterator[Accuracies]:
         """Train networks ``indices`` of one architecture in this process; yields what is known after each.
 
-        ``draw(j)`` are the images and target probabilities of network j, of the same number for all of them.
+        Their training sets are of one size.
         """
-        protocol, result = self.protocol, Accuracies(network)
+        protocol = self.protocol
+        result = Accuracies(network)
         for first in range(0, len(indices), protocol.together):
             group = indices[first : first + protocol.together]
-            sets = [draw(j) for j in group]
+            sets = [training_set(j) for j in group]
             images, p = sets[0]
             height, width = images.shape[2:]
             shape = images.shape[1], p.shape[1], (height, width)
@@ -185,7 +186,7 @@ class Evaluation:
 
     def run(
         self,
-        cases: Sequence[tuple[str, Draw]],
+        cases: Sequence[tuple[str, TrainingSets]],
         num_eval: int,
         *,
         progress: Callable[[int, int, Accuracies], None] = lambda case, j, so_far: None,
@@ -202,9 +203,9 @@ class Evaluation:
         groups = [(case, group) for case in range(len(cases)) for group in together]
         mine = self.ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
         found: dict[tuple[int, int], float] = {}
-        for case, (network, draw) in enumerate(cases):
+        for case, (network, training_set) in enumerate(cases):
             indices = [j for c, group in mine if c == case for j in group]
-            for so_far in self.train(network, indices, draw):
+            for so_far in self.train(network, indices, training_set):
                 j = indices[so_far.n - 1]
                 found[case, j] = so_far.accuracies[-1]
                 progress(case, j, so_far)

@@ -39,7 +39,8 @@ def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: 
     rows = []
     for c in range(num_classes):
         members = (labels.cpu() == c).nonzero().flatten()
-        rows.append(members[torch.randperm(len(members), generator=generator(seed, "initial images", *stream, c))])
+        rng = generator(seed, "initial images", *stream, c)
+        rows.append(members[torch.randperm(len(members), generator=rng)])
     return rows
 
 
@@ -74,7 +75,7 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
                 f"the {experts.count} experts classify only {len(found)} images of class {c} correctly, "
                 f"but ipc is {ipc}; train them longer, or use pix_init: real"
             )
-    return torch.tensor([index for row in chosen for index in row[:ipc]])
+    return torch.tensor([index for found in chosen for index in found[:ipc]])
 
 
 def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
@@ -134,9 +135,10 @@ def initial_set(
         return chosen, hard_logits(classes, num_classes).to(images.dtype)
     if kind == "noise":
         return chosen, noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    labellers = _needed(experts)
     if kind == "real":
-        return chosen, _needed(experts).model.logits(_needed(experts).parameters(0), chosen)
-    return chosen, averaged_logits(_needed(experts), chosen, classes)
+        return chosen, labellers.model.logits(labellers.parameters(0), chosen)
+    return chosen, averaged_logits(labellers, chosen, classes)
 
 
 def _needed(experts: Experts | None) -> Experts:
