@@ -675,7 +675,16 @@ def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypa
 def test_a_full_disk_keeps_no_fitted_preprocessing_and_stops_nothing(tmp_path, monkeypatch, caplog):
     images = torch.randint(0, 256, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(6) % 2
-    data = ImageData("ImageFolder", images, labels, images, labels, ("a", "b"), (0.5,), (0.5,))
+    data = ImageData(
+        name="ImageFolder",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=("a", "b"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     Disk(monkeypatch, 0, 2)
     fitted = fit_preprocessing(data, True, tmp_path)
     assert "is not kept" in caplog.text and not list(tmp_path.iterdir())

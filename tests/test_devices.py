@@ -20,7 +20,7 @@ from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.data.augment import _KINDS, DSA, CropScaleRotate, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, place, to_device
-from pad.data.preprocessing import MeanStd, Preprocessing
+from pad.data.preprocessing import ZCA, MeanStd
 from pad.difficulty import scores as scores_of
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS
@@ -170,7 +170,7 @@ def zca(device):
     whiten = torch.randn(dimensions, dimensions, generator=torch.Generator().manual_seed(3))
     tensors = {"mean": torch.zeros(dimensions), "unwhiten": whiten, "whiten": whiten}
     identity = {"kind": "zca", "shape": [3, *SIZE], "digest": "none"}
-    return Preprocessing.from_tensors(identity, {name: t.to(device) for name, t in tensors.items()})
+    return ZCA(identity, {name: t.to(device) for name, t in tensors.items()})
 
 
 @pytest.mark.parametrize("make", [mean_std, zca])

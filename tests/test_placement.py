@@ -34,7 +34,16 @@ def preprocessed(request, tmp_path_factory):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (N, *SHAPE), dtype=torch.uint8, generator=rng)
     labels = torch.arange(N) % CLASSES
-    data = ImageData("random", pixels, labels, pixels[:9], labels[:9], tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    data = ImageData(
+        name="random",
+        train_images=pixels,
+        train_labels=labels,
+        test_images=pixels[:9],
+        test_labels=labels[:9],
+        class_names=tuple("abcd"),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.4),
+    )
     preprocessing = fit_preprocessing(data, request.param == "zca", tmp_path_factory.mktemp("zca"))
     return SimpleNamespace(pixels=pixels, labels=labels, preprocessing=preprocessing, all=preprocessing.apply(pixels))
 

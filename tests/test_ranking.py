@@ -28,7 +28,16 @@ def make_data(name="CIFAR10", labels=LABELS, seed=0):
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=rng)
     classes = tuple(f"c{c}" for c in range(int(labels.max()) + 1))
-    return ImageData(name, images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
+    return ImageData(
+        name=name,
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=classes,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
 
 
 def obtain_all(data, sort_methods, folder, scoring=SCORING, seed=0, preprocessing=MEANSTD, **options):
