@@ -201,7 +201,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
             labels=preprocessed.labels,
             num_classes=CLASSES,
             epoch_indices=lambda epoch: torch.arange(0, N, 3),
-            optimiser=GSAM(0.05, rho=0.5, alpha=0.4),
+            optimiser=GSAM(lr=0.05, rho=0.5, alpha=0.4),
             augmentation=DSA(),
             batch_size=64,
             epochs=2,
@@ -211,7 +211,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
         names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
         scores = score_images(names, ScoringTask(images, preprocessed.labels, CLASSES, scoring, 0)).scores
-        experts = Experts(model, lambda k: trajectory[-1], 1)
+        experts = Experts(model=model, parameters=lambda k: trajectory[-1], count=1)
         sets = [
             initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, seed=0)
             for kind in ("real", "noise", "samples_predicted_correctly")
