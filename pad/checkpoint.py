@@ -70,11 +70,8 @@ class State:
         first difference is named. Logs one line when it was written where sums may round otherwise: the end may then
         differ in the last bits.
         """
-        tensors, metadata = load_tensors(path, "remove it, and --resume starts the run anew")
-        if metadata.get("kind") != "checkpoint":
-            raise InputError(f"{path} is not a checkpoint")
-        if metadata.get("format") != _FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {_FORMAT}")
+        remedy = "remove it, and --resume starts the run anew"
+        tensors, metadata = load_tensors(path, kind="checkpoint", format=_FORMAT, remedy=remedy)
         counters = {name: metadata.get(name) for name in cls._COUNTERS}
         before, made_with = metadata.get("arithmetic"), metadata.get("identity", {})
         usual = all(type(value) is int and value >= 0 for name, value in counters.items() if name != "best")

@@ -101,11 +101,7 @@ class SyntheticSet:
     @classmethod
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
-        tensors, metadata = load_tensors(path)
-        if metadata.get("kind") != KIND:
-            raise InputError(f"{path} is not a synthetic set")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")

@@ -161,7 +161,7 @@ def test_own_form_that_is_not_whole_is_refused(tmp_path):
     save_tensors(path, good, about)
     assert_rows(Ranking.load(path), [torch.arange(1), torch.arange(1, 4)])
     save_tensors(path, good, about | {"kind": "trajectory"})
-    with pytest.raises(InputError, match="r.safetensors is not a difficulty ranking"):
+    with pytest.raises(InputError, match="r.safetensors is not a ranking"):
         Ranking.load(path)
     save_tensors(path, good, about | {"format": 2})
     with pytest.raises(InputError, match="format 2"):

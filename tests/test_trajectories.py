@@ -121,7 +121,7 @@ def test_opening_and_reading_two_rows_does_not_read_the_file(tmp_path):
         handle.write(ones)
     probe = f"""
 import resource, torch
-from pad.trajectories import TrajectoryStore
+from pad.store.trajectories import TrajectoryStore
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = TrajectoryStore.open({str(tmp_path)!r}).rows(0, [700, 701])
 assert rows.sum(1).tolist() == [{width}, 0]
@@ -310,7 +310,7 @@ def trajectory_metadata(**changes):
 @pytest.mark.parametrize(
     "params, metadata, message",
     [
-        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not an expert trajectory"),
+        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not a trajectory"),
         (torch.zeros(3, P), ["trajectory"], "carries no description"),
         (torch.zeros(3, P), trajectory_metadata(format=2), "format 2"),
         (torch.zeros(1, P), trajectory_metadata(), "damaged"),

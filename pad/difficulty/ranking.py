@@ -86,11 +86,7 @@ class Ranking:
     @classmethod
     def load(cls, path: Path | str) -> Ranking:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged or something else."""
-        tensors, metadata = load_tensors(path)
-        if not isinstance(metadata, dict) or metadata.get("kind") != KIND:
-            raise InputError(f"{path} is not a difficulty ranking")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
         indices, lengths, scores = (tensors.get(name) for name in ("indices", "lengths", "scores"))
         whole = all(part is not None and part.dtype == torch.int64 and part.ndim == 1 for part in (indices, lengths))
         whole = whole and bool(((lengths >= 0) & (lengths <= len(indices))).all())  # before a sum that could overflow

@@ -21,6 +21,7 @@ from pad.store.tensors import TensorFile, open_tensors, tensor_writer
 
 log = logging.getLogger("pad")
 
+KIND = "trajectory"
 FORMAT = 1
 
 COMMON = ("data", "model", "preprocessing", "parameters")  # what all experts of a store share and its user must match
@@ -86,7 +87,7 @@ def write_expert(
     path = expert_path(folder, expert)
     num_parameters = _count(description["parameters"])
     measured = {name: torch.full((epochs + 1,), math.nan, dtype=torch.float32) for name in sorted(figures)}
-    metadata = {key: description[key] for key in COMMON} | {"kind": "trajectory", "format": FORMAT}
+    metadata = {key: description[key] for key in COMMON} | {"kind": KIND, "format": FORMAT}
     metadata |= {"expert": expert, "seed": seed, "settings": settings}
     layout = {"params": (torch.float32, (epochs + 1, num_parameters))}
     layout |= {name: (torch.float32, (epochs + 1,)) for name in measured}
@@ -142,8 +143,8 @@ class TrajectoryStore:
             raise InputError(f"no expert trajectories in {folder}: record them with buffer/buffer_CL.py{hint}")
         headers = {}
         for expert in experts:
-            with open_tensors(expert_path(folder, expert), _REMEDY) as (file, metadata):
-                headers[expert] = _header(file, metadata, expert_path(folder, expert))
+            with _opened(expert_path(folder, expert)) as (_, header):
+                headers[expert] = header
         first = headers[experts[0]][0]
         for expert, (header, _) in headers.items():
             if difference := _first_difference(header, first):
@@ -213,8 +214,8 @@ class TrajectoryStore:
     @contextlib.contextmanager
     def _open(self, expert: int) -> Iterator[TensorFile]:
         path = expert_path(self.folder, expert)
-        with open_tensors(path, _REMEDY) as (file, metadata):
-            if _header(file, metadata, path) != self._headers[expert]:
+        with _opened(path) as (file, header):
+            if header != self._headers[expert]:
                 raise InputError(f"{path} is not the file any more that it was when this run began; start again")
             yield file
 
@@ -225,12 +226,14 @@ class TrajectoryStore:
             raise InputError(f"{self.folder}: {where}: {ours} in the buffer, {theirs} in the config")
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[TensorFile, tuple[dict, int]]]:
+    """An expert's file, and its (metadata, T). Raises InputError when it is none."""
+    with open_tensors(path, kind=KIND, format=FORMAT, remedy=_REMEDY) as (file, metadata):
+        yield file, _header(file, metadata, path)
+
+
 def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
-    """(metadata, T) of an expert file. Raises InputError when it is none."""
-    if metadata.get("kind") != "trajectory":
-        raise InputError(f"{path} is not an expert trajectory")
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} has format {metadata.get('format')}; this version reads format {FORMAT}")
     try:
         rows, width = file.layout["params"][1]
         expected = {name: (torch.float32, (rows,)) for name in file.layout}
