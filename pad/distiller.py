@@ -4,9 +4,9 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pad.checkpoint import State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
-from pad.matching.objective import Objective
+from pad.matching.objective import Gradients, Objective
 from pad.show.pictures import before_after, image_grid
 from pad.store.run import Run
 from pad.synthetic import SyntheticSet
@@ -29,7 +29,7 @@ class _Interrupted(KeyboardInterrupt):
     """A signal in a place where it need not wait."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """When things happen, and how far a step goes (settings of the same names)."""
 
@@ -45,7 +45,7 @@ class Schedule:
     ema_decay: float = 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Distiller:
     """Runs the outer loop in a run folder.
 
@@ -69,7 +69,7 @@ class Distiller:
     identity: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._first_pixels = self._set().pixels() if self.ranks.is_main else None
+        self._first_pixels = self._set().pixels() if self.ranks.is_main else torch.empty(0)
         self._signal = 0  # that this process was sent
         self._stop = 0  # the signal that stops the run
         self._saved = -1  # the iteration that the checkpoint goes on with
@@ -151,29 +151,22 @@ class Distiller:
         A step that changes nothing ends the iteration, which then counts as skipped.
         """
         state, schedule = self.state, self.schedule
-        losses, all_finite, updates = [], True, 0
-        for g in self.objective.steps(it, state.images, state.labels, state.lr):
-            gradients = [g.images, g.labels, g.lr]
-            # One synchronisation a step: everything that decides comes over together.
-            found = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
-            # Of several ranks the main one decides, even if their machines should round differently, and all stop together.
-            reports = self.ranks.gather((found, self._signal))
-            (loss, *finite), self._stop = reports[0][0], max(sent for _, sent in reports)
-            finite = all(finite) and math.isfinite(loss)
+        momenta = [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM]
+        losses: list[float] = []
+        updated, finite = True, True
+        for gradients in self.objective.steps(it, state.images, state.labels, state.lr):
+            loss, finite = self._judge(gradients)
             losses.append(loss)
-            all_finite = all_finite and finite
-            if finite and loss <= schedule.threshold:
-                updates += 1
-                state.step(
-                    gradients, schedule.rates, [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM], schedule.ema_decay
-                )
-            else:
+            if not finite or loss > schedule.threshold:
+                updated = False
                 break
-        updated, loss = updates == len(losses), sum(losses) / len(losses)
+            found = [gradients.images, gradients.labels, gradients.lr]
+            state.step(found, schedule.rates, momenta, schedule.ema_decay)
+        mean = sum(losses) / len(losses)
         state.skipped += not updated
-        state.bad_in_a_row = 0 if all_finite else state.bad_in_a_row + 1
-        bad = {} if all_finite else {"bad": True}
-        self.run.record("match", it, loss=loss, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
+        state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+        bad = {} if finite else {"bad": True}
+        self.run.record("match", it, loss=mean, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
         if state.bad_in_a_row >= schedule.max_bad_iterations:
             count, state.bad_in_a_row = state.bad_in_a_row, 0
             state.iteration += 1
@@ -184,7 +177,20 @@ class Distiller:
                 "Start another run (--name, or --overwrite) with a lower lr_lr or lr_img, or earlier start epochs",
                 1,
             )
-        return loss
+        return mean
+
+    def _judge(self, gradients: Gradients) -> tuple[float, bool]:
+        """The loss, and whether it and all gradients are finite, by one synchronisation with the device.
+
+        Of several ranks the main one decides, even if their machines should round differently. All stop together.
+        """
+        tensors = (gradients.images, gradients.labels, gradients.lr)
+        flags = [tensor.isfinite().all().to(gradients.loss) for tensor in tensors]
+        found = torch.stack([gradients.loss, *flags]).tolist()
+        reports = self.ranks.gather((found, self._signal))
+        self._stop = max(sent for _, sent in reports)
+        loss, *finite = reports[0][0]
+        return loss, all(finite) and math.isfinite(loss)
 
     def _checkpoint(self) -> None:
         if self.ranks.is_main and self._saved != self.state.iteration:

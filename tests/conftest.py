@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
+from helpers import make_images
 
 
 def pytest_configure(config):
-    # Results depend on the number of threads, and tests are too small to gain from more. The variable is for subprocesses.
+    # Results depend on the number of threads, and tests are too small to gain from more.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses
 
 
 def pytest_collection_modifyitems(items):
@@ -21,11 +22,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Fitted preprocessing is kept here; the user's own cache is neither read nor written."""
-    before = os.environ.get("PAD_CACHE")
-    os.environ["PAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Fitted preprocessing and built kernels are kept here; the user's own cache is neither read nor written."""
+    before, folder = os.environ.get("PAD_CACHE"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # all workers share it
+    os.environ["PAD_CACHE"] = str(folder / "cache")
     yield
     if before is None:
         del os.environ["PAD_CACHE"]
     else:
         os.environ["PAD_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A small ImageFolder, for those that only read it."""
+    return make_images(tmp_path_factory.mktemp("images"))

@@ -7,11 +7,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
-from pad.commands.bench import evaluation_protocol
+from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.evaluation import Protocol, Score, accuracy, score
-from pad.nn.derivatives import COMPILE_CALLS, compiler_available
+from pad.nn.derivatives import COMPILE_CALLS, Compiled, compiler_available
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 from pad.rng import generator
@@ -34,17 +34,23 @@ def network(name="ConvNetD1W8", seed=0):
 
 def train(protocol, nets, sets, lr, rngs, flat=True):
     """Train networks by the gradient of their structure; returns how often it was formed, of one and of several."""
-    model, calls = FlatModel(nets[0], protocol.compile), {"grad": 0, "grads": 0}
-    model.compiled = model.compiled or flat  # takes the way of compiled code, by functions that are not
+    calls = {"grad": 0, "grads": 0}
 
-    def counted(name, f):
-        def call(*args):
-            calls[name] += 1
-            return f(*args)
+    class Counted(FlatModel):
+        def grad(self, *args):
+            calls["grad"] += 1
+            return super().grad(*args)
 
-        return call
+        def grads(self, *args):
+            calls["grads"] += 1
+            return super().grads(*args)
 
-    model.grad, model.grads = counted("grad", model.grad), counted("grads", model.grads)
+    with pytest.MonkeyPatch.context() as patch:
+        if flat and protocol.compile == "off":  # takes the way of compiled code, by functions that are not
+            patch.setattr(torch, "compile", lambda f, **options: f)
+            model = Counted(nets[0], Compiled)
+        else:
+            model = Counted(nets[0], protocol.compile)
     protocol.train(model, nets, sets, lr, rngs)
     return calls["grad"], calls["grads"]
 
@@ -133,10 +139,11 @@ def test_networks_trained_together_are_those_trained_alone(name):
         assert_same_state(together[j], net)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 @pytest.mark.parametrize("together", [1, 2])
 def test_compiled_training_is_the_same_by_few_graphs(together, monkeypatch):
-    """The graphs are those of a real compilation, which would take long; tests/test_functional.py has one."""
+    """The graphs are those of a real compilation, which would take long; tests/test_flat.py has one."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
     graphs = []
@@ -304,9 +311,11 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
 def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
     """Ten networks a set, two batches an epoch."""
     epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
-    settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == expected
-    settings.epoch_eval_train += 1
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(
-        expected, expected
-    )
+    bench = Workbench(data=None, device=torch.device(device), zca=False)
+
+    def chosen(epochs: int) -> str:
+        settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
+        return bench.protocol(settings, 100, num_sets).compile
+
+    assert chosen(epochs) == expected
+    assert chosen(epochs + 1) == {"fused": "auto"}.get(expected, expected)

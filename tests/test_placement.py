@@ -132,11 +132,9 @@ def test_half_of_what_is_free_or_kept_for_reuse_may_be_taken(monkeypatch, size, 
 
 def test_images_on_is_a_setting_with_three_values():
     assert BufferSettings().images_on == DistillSettings().images_on == "auto"
-    settings = BufferSettings()
-    settings.adopt({"images_on": "host"})
-    assert settings.images_on == "host"
+    assert BufferSettings().adopting({"images_on": "host"}).images_on == "host"
     with pytest.raises(InputError, match="images_on: 'disk' is not one of auto, device, host"):
-        settings.adopt({"images_on": "disk"})
+        BufferSettings().adopting({"images_on": "disk"})
 
 
 # ---------------------------------------------------------------------------------------------- copies
@@ -222,6 +220,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         assert torch.equal(of_tensor, of_host)
 
 
+@pytest.mark.slow
 def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
     files = []
     for images_on in ("device", "host"):
@@ -275,8 +274,8 @@ def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
                 num_eval=1,
                 epoch_eval_train=2,
                 out=str(out / "scores.json"),
-            ),
-            set(common),
+                given=frozenset(common),
+            )
         )
         synthetic = run / "Normal" / "synthetic_last.safetensors"
         files.append(

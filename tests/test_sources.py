@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pad.data import sources
+from pad.data import folders
 from pad.data.folders import IMAGENET_SUBSETS
 from pad.data.images import ImageData
 from pad.data.sources import DATASETS, load_data
@@ -314,7 +314,7 @@ def test_image_folder_order_and_pixels(tmp_path):
 
 
 def test_image_folder_many_files_keep_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 7)  # many chunks, several threads
+    monkeypatch.setattr(folders, "_CHUNK", 7)  # many chunks, several threads
     for i in range(100):
         write(tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
     tree(tmp_path, "ab", ("val",), 1, size=(2, 2))

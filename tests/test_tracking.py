@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from pad.errors import InputError
-from pad.show.pictures import before_after, image_grid, save_before_after, save_grid
+from pad.show.pictures import before_after, image_grid, save_grid
 from pad.show.tables import result_table
 from pad.store import run as tracking
+from pad.store.files import save_picture
 from pad.store.run import Run, append_line, finished_iterations, run_folder, run_state
 
 SETTINGS = {
@@ -400,7 +401,7 @@ def test_before_stands_left_of_after(tmp_path):
     for c in range(2):
         old, new = where(picture, before[c]), where(picture, after[c])
         assert old[:2] == new[:2] and old[3] < half < new[2]
-    save_before_after(tmp_path / "p.png", before, after, classes, names, 500)
+    save_picture(tmp_path / "p.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), picture)
     caption = picture[:40]
     assert not np.array_equal(caption[:, :half], caption[:, half:])  # iteration 0 / iteration 500

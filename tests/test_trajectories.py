@@ -99,6 +99,7 @@ def test_rows_are_the_asked_ones_and_private_copies(tmp_path):
             store.rows(0, [1, epoch])
 
 
+@pytest.mark.slow
 def test_opening_and_reading_two_rows_does_not_read_the_file(tmp_path):
     """A file of 400 MB, nearly all hole, takes no disk; reading it would take 400 MB of memory."""
     epochs, width = 1000, 100_000
@@ -660,6 +661,7 @@ def test_import_script_refuses_another_network(theirs, capsys):
     assert "shape" in capsys.readouterr().err and not list(Path("ours").rglob("expert_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments, message",
     [

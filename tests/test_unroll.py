@@ -309,10 +309,10 @@ def test_steps_are_a_function_of_the_generator():
 MEASURE = """
 import json, sys, torch
 from pad.data.augment import DSA
-from pad.functional import FlatModel, cross_entropy
-from pad.matching.objective import matching_loss
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
-from pad.networks import build
+from pad.nn.networks import build
 
 def peak(f, steps):  # bytes, of this program alone and of this call (ru_maxrss begins at the parent's, and never falls)
     open("/proc/self/clear_refs", "w").write("5")
@@ -344,6 +344,7 @@ print(json.dumps({"P": len(theta), **peaks}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_steps_beyond_the_stored_parameters():
     # A fixed threshold: what is freed goes back to the system at once, and no longer counts.

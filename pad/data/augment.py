@@ -8,6 +8,7 @@ generator and are a few numbers per image, so every device sees the same ones.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,13 @@ class Draw:
         return Draw(self.kind, to_device(self.u, device))
 
 
+class Augmentation(Protocol):
+    """How a batch's augmentation is drawn; :func:`augment` applies it."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Draw | None:
+        """The augmentation of one batch of ``n`` images, from ``generator`` on the CPU; None leaves the batch as it is."""
+
+
 def _pick(u: Tensor, count: int) -> Tensor:
     """Uniform integers 0..count-1 from uniform float32: at most 1 - 2^-24, so ``u * count`` does not round to ``count``."""
     return (u * count).long()
@@ -41,12 +49,12 @@ def _pick(u: Tensor, count: int) -> Tensor:
 
 def _color(x: Tensor, u: Tensor) -> Tensor:
     """Brightness, then saturation about the channel mean, then contrast about the image mean."""
-    u = u.to(x.dtype)[:, :, None, None, None].unbind(1)
-    x = x + (u[0] - 0.5)
+    brightness, saturation, contrast = u.to(x.dtype)[:, :, None, None, None].unbind(1)
+    x = x + (brightness - 0.5)
     mean = x.mean(dim=1, keepdim=True)
-    x = (x - mean) * (2 * u[1]) + mean
+    x = (x - mean) * (2 * saturation) + mean
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * (u[2] + 0.5) + mean
+    return (x - mean) * (contrast + 0.5) + mean
 
 
 def _crop(x: Tensor, u: Tensor) -> Tensor:
@@ -155,6 +163,14 @@ def augment_and_back(x: Tensor, draw: Draw | None) -> tuple[Tensor, Callable[[Te
     return augmented.detach(), lambda gradient: torch.autograd.grad(augmented, x, gradient)[0]
 
 
+def refuse_unknown_kinds(setting: str, strategy: str) -> None:
+    """Raise InputError, naming ``setting``, where a strategy has a transformation that DSA has not."""
+    known = DSA_STRATEGY.split("_")
+    for kind in strategy.split("_"):
+        if kind not in known:
+            raise InputError(f"{setting}: {kind!r} is not one of {', '.join(known)}")
+
+
 class DSA:
     """Differentiable Siamese augmentation (arXiv 2102.08259): per batch one transformation, drawn uniformly from a strategy.
 
@@ -166,12 +182,9 @@ class DSA:
     """
 
     def __init__(self, strategy: str = DSA_STRATEGY, siamese: bool = False):
+        refuse_unknown_kinds("dsa_strategy", strategy)
         self.kinds = strategy.split("_")
         self.siamese = siamese
-        known = DSA_STRATEGY.split("_")
-        for kind in self.kinds:
-            if kind not in known:
-                raise InputError(f"dsa_strategy: {kind!r} is not one of {', '.join(known)}")
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
         """The augmentation of one batch of ``n`` images."""
@@ -180,7 +193,7 @@ class DSA:
 
 
 class CropScaleRotate:
-    """DC's augmentation of real training images (arXiv 2006.05929), batched; the interface of :class:`DSA`."""
+    """DC's augmentation of real training images (arXiv 2006.05929), batched; an :class:`Augmentation`."""
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
         """The augmentation of one batch of ``n`` images; each image has its own kind."""
@@ -188,7 +201,7 @@ class CropScaleRotate:
 
 
 class NoAugmentation:
-    """Leaves images as they are; the interface of :class:`DSA`."""
+    """Leaves images as they are; an :class:`Augmentation`."""
 
     def draw(self, n: int, generator: torch.Generator) -> None:
         """Nothing to draw."""

@@ -15,7 +15,7 @@ ADD_SCHEDULES = ("linear", "root", "geometric")
 REMOVALS = ("step", "linear")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curriculum:
     """Hard images are added, later easy ones removed. Epochs count from 0; ratios are shares of a class in 0..1.
 
@@ -75,9 +75,9 @@ class Curriculum:
         """floor(p n) at the share ``t`` of the way to all images."""
         init = exact_share(self.init_ratio)
         if self.add_schedule == "linear":
-            return int(min(1, init + (1 - init) * t) * n)
+            return int(min(Fraction(1), init + (1 - init) * t) * n)
         if self.add_schedule == "root":  # floor(sqrt(q)) is the whole-number root of floor(q)
-            return math.isqrt(int(min(1, init**2 + (1 - init**2) * t) * n * n))
+            return math.isqrt(int(min(Fraction(1), init**2 + (1 - init**2) * t) * n * n))
         # A power is no fraction: what misses a whole number by rounding alone, as 1000 * 0.729^(2/3) does 810, is that
         # number.
         return int(n * float(init) ** float(1 - t) + 1e-9)

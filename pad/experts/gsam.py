@@ -1,7 +1,7 @@
 """GSAM, surrogate-gap guided sharpness-aware minimisation (arXiv 2203.08065), as algebra on the flat parameter vector."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 _EPSILON = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GSAM:
     """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is (the perturbed gradient is then the gradient itself).
 

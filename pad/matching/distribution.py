@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pad.data.augment import augment
+from pad.data.augment import Augmentation, augment
 from pad.distributed import ALONE, Ranks
 from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
@@ -27,7 +27,7 @@ def matched_blocks(depth_ratio: float | None, count: int) -> int:
     return 1 if depth_ratio is None else math.ceil((1 - exact_share(depth_ratio)) * count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistributionObjective(Objective):
     """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
 
@@ -44,7 +44,7 @@ class DistributionObjective(Objective):
 
     network: Callable[[int], Network]
     real: RealBatches
-    augmentation: object
+    augmentation: Augmentation
     blocks: int
     separable: bool
     seed: int
@@ -85,7 +85,9 @@ class DistributionObjective(Objective):
                 xs = [images[mine].detach().requires_grad_() for mine in rows]
                 found = means([augment(x, draw) for x, draw in zip(xs, draws)])
                 pairs = [pair for block in zip(found, targets) for pair in zip(*block)]
-                distance = sum((mean - target).square().sum() for mean, target in pairs)
+                distance = images.new_zeros(())
+                for mean, target in pairs:
+                    distance = distance + (mean - target).square().sum()
                 for mine, gradient in zip(rows, torch.autograd.grad(distance, xs)):
                     d_images[mine] = gradient
             loss += distance.detach()

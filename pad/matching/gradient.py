@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.data.augment import augment, augment_and_back
+from pad.data.augment import Augmentation, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.matching.loss import shallow
@@ -46,7 +46,7 @@ def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientObjective(Objective):
     """The image steps of an outer iteration, as a function of (seed, iteration, synthetic set).
 
@@ -67,8 +67,8 @@ class GradientObjective(Objective):
     model: FlatModel
     start: Callable[[int], Tensor]
     real: RealBatches
-    augmentation: object
-    training: object
+    augmentation: Augmentation
+    training: Augmentation
     outer: int
     inner: int
     lr_net: float

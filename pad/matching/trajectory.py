@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pad.data.augment import Augmentation
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -29,7 +30,7 @@ class Segment:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SegmentSampler:
     """Draws the segment of each outer iteration, as a function of (seed, iteration).
 
@@ -62,7 +63,7 @@ class SegmentSampler:
         start = int(torch.randint(self.min_start_epoch, self.upper_bound(it), (), generator=rng))
         return Segment(self.experts[int(order[position])], start, start + self.expert_epochs)
 
-    def check(self, store: TrajectoryStore) -> None:
+    def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""
         last = self.max_start_epoch - 1 + self.expert_epochs
         for expert in self.experts:
@@ -73,7 +74,7 @@ class SegmentSampler:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryObjective(Objective):
     """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set): exact, or TESLA's.
 
@@ -83,7 +84,7 @@ class TrajectoryObjective(Objective):
     model: FlatModel
     store: TrajectoryStore
     sampler: SegmentSampler
-    augmentation: object
+    augmentation: Augmentation
     syn_steps: int
     batch_syn: int
     depth_ratio: float
@@ -111,7 +112,7 @@ class TrajectoryObjective(Objective):
             labels,
             lr,
             steps,
-            lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
-            ranks,
-            self.truncated,
+            objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            ranks=ranks,
+            truncated=self.truncated,
         )

@@ -16,13 +16,13 @@ and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the sam
 needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
 
-from pad.data.augment import Draw, augment, augment_and_back
+from pad.data.augment import Augmentation, Draw, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.matching.objective import Gradients
@@ -46,7 +46,9 @@ class Step:
         return Step(indices, draw), len(indices) / n
 
 
-def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.Generator, device="cpu") -> list[Step]:
+def inner_steps(
+    n: int, batch: int, steps: int, augmentation: Augmentation, rng: torch.Generator, device: torch.device | str = "cpu"
+) -> list[Step]:
     """The mini-batches of ``steps`` inner steps: chunks of a permutation of ``n``, made afresh whenever it is used up.
 
     Chunks are taken from the end, as the published code does, so a short remainder comes first.
@@ -55,16 +57,23 @@ def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.G
     chunks: list[Tensor] = []
     for _ in range(steps):
         if not chunks:
-            chunks = list(to_device(torch.randperm(n, generator=generator), device).split(batch))
+            chunks = list(to_device(torch.randperm(n, generator=rng), device).split(batch))
         indices = chunks.pop()
-        draw = augmentation.draw(len(indices), generator)
+        draw = augmentation.draw(len(indices), rng)
         plan.append(Step(indices, draw and draw.to(device)))
     return plan
 
 
 @torch.no_grad()
 def unroll(
-    model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step], ranks: Ranks = ALONE
+    model: FlatModel,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: list[Step],
+    *,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, the steps shared by ``ranks``."""
     path = theta.new_empty(len(steps) + 1, theta.numel())
@@ -90,6 +99,7 @@ def adjoint(
     labels: Tensor,
     lr: Tensor,
     steps: list[Step],
+    *,
     lam: Tensor,
     ranks: Ranks = ALONE,
     truncated: bool = False,
@@ -128,6 +138,7 @@ def unrolled_gradients(
     labels: Tensor,
     lr: Tensor,
     steps: list[Step],
+    *,
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
     ranks: Ranks = ALONE,
     truncated: bool = False,
@@ -137,6 +148,7 @@ def unrolled_gradients(
     They are exact unless ``truncated`` (see :func:`adjoint`).
     Several ``ranks`` share each step's mini-batch; all of them have the same arguments and get the same result.
     """
-    path = unroll(model, theta, images, labels, lr, steps, ranks)
+    path = unroll(model, theta, images, labels, lr, steps, ranks=ranks)
     loss, lam = objective(path[-1])
-    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam, ranks, truncated))
+    found = adjoint(model, path, images, labels, lr, steps, lam=lam, ranks=ranks, truncated=truncated)
+    return Gradients(loss, *found)

@@ -13,9 +13,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pad.errors import InputError
+
 TEMPORARY_SUFFIX = ".partial"
 
 _TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))  # <name>.<process>-<random>.partial
+
+
+def refuse_unwritable(folder: Path | str) -> None:
+    """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
 
 
 # ---- whole or absent

@@ -152,3 +152,16 @@ def _folder_of(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
+
+
+def each_once(items, lock_of, work, what) -> None:
+    others = []
+    for item in items:
+        with claim(lock_of(item)) as mine:
+            if mine:
+                work(item)
+            else:
+                others.append(item)
+    for item in others:
+        with in_turn(lock_of(item), what(item)):
+            work(item)

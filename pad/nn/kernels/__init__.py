@@ -67,11 +67,9 @@ def _build(compiler: str, folder: Path) -> Path:
 
 def call(name: str, shape: tuple[int, ...], eps: float, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run a kernel of block.cpp for ``shape = (N, C, H, W)`` on dense CPU tensors of one type, float32 or float64."""
-    if (
-        not all(tensor.is_cpu and tensor.dtype == inputs[0].dtype for tensor in inputs)
-        or inputs[0].dtype not in _SUFFIX
-    ):
+    dtype = inputs[0].dtype
+    if dtype not in _SUFFIX or not all(tensor.is_cpu and tensor.dtype == dtype for tensor in inputs):
         raise ValueError("the kernels are for tensors on the CPU, all of them float32 or all float64")
     sizes = [ctypes.c_int64(size) for size in shape]
     pointers = [(ctypes.c_void_p * len(part))(*[t.data_ptr() for t in part]) for part in (inputs, outputs)]
-    getattr(library(), f"{name}_{_SUFFIX[inputs[0].dtype]}")(*sizes, ctypes.c_double(eps), *pointers)
+    getattr(library(), f"{name}_{_SUFFIX[dtype]}")(*sizes, ctypes.c_double(eps), *pointers)
