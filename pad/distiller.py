@@ -84,7 +84,11 @@ class Distiller:
         ranks = self.ranks
         there = self.checkpoint.exists
         state = ranks.on_main(
-            lambda: State.load(self.checkpoint, self.state, ranks.size, self.identity) if there() else None
+            lambda: (
+                State.load(self.checkpoint, self.state, processes=ranks.size, identity=self.identity)
+                if there()
+                else None
+            )
         )
         if state is not None:
             self.state = state
@@ -194,7 +198,7 @@ class Distiller:
 
     def _checkpoint(self) -> None:
         if self.ranks.is_main and self._saved != self.state.iteration:
-            self.state.save(self.checkpoint, self.ranks.size, self.identity)
+            self.state.save(self.checkpoint, processes=self.ranks.size, identity=self.identity)
         self._saved = self.state.iteration
 
     def _set(self) -> SyntheticSet:
