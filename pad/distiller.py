@@ -89,8 +89,9 @@ class Distiller:
         """Go on from the checkpoint, if the run got as far as writing one."""
 
         def load() -> State | None:
-            there = self.checkpoint.exists()
-            return State.load(self.checkpoint, self.state, self.ranks.size, self.identity) if there else None
+            if not self.checkpoint.exists():
+                return None
+            return State.load(self.checkpoint, self.state, processes=self.ranks.size, identity=self.identity)
 
         if state := self.ranks.on_main(load):
             self.state = state
@@ -216,7 +217,7 @@ class Distiller:
 
     def _checkpoint(self) -> None:
         if self.ranks.is_main and self._saved != self.state.iteration:
-            self.state.save(self.checkpoint, self.ranks.size, self.identity)
+            self.state.save(self.checkpoint, processes=self.ranks.size, identity=self.identity)
         self._saved = self.state.iteration
 
     def _set(self) -> SyntheticSet:

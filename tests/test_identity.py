@@ -32,10 +32,10 @@ def test_the_first_difference_is_named_with_both_values(here, found):
 def test_of_two_whole_descriptions_neither_says_more_than_the_other():
     here = {"newer": 1} | THERE | {"data": {"size": [1, 1], "newer": 2}}
     assert list(differences(THERE, here, whole=True)) == [
-        ("data dataset", "CIFAR10", "nothing"),
+        ("newer", "nothing", 1),
         ("data size", [32, 32], [1, 1]),
         ("data newer", "nothing", 2),
-        ("newer", "nothing", 1),
+        ("data dataset", "CIFAR10", "nothing"),
     ]
     assert first_difference({}, {"a": 1}) is None and first_difference({}, {"a": 1}, whole=True) == ("a", "nothing", 1)
 

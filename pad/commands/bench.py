@@ -123,17 +123,17 @@ class Workbench:
     def open_experts(self, folder: Path, name: str, model: FlatModel) -> TrajectoryStore:
         """The trajectories in ``folder``. Raises InputError when they are of other images or another network.
 
-        The preprocessing, which may not be known yet, is left to ``store.check(bench.describe(...))``.
+        The preprocessing, which may not be known yet, is left to ``store.refuse_other(bench.describe(...))``.
         """
         store = TrajectoryStore.open(folder)
-        store.check(self.describe(name, model, store.metadata["preprocessing"]))
+        store.refuse_other(self.describe(name, model, store.metadata["preprocessing"]))
         return store
 
     def final_experts(self, buffer_path: Path | str, name: str) -> Experts:
         """The trajectories' last networks, to label with. Raises InputError as :meth:`open_experts` does."""
         model = self.flat_model(name)
         store = self.open_experts(self.experts_folder(buffer_path, name), name, model)
-        store.check(self.describe(name, model))
+        store.refuse_other(self.describe(name, model))
         return Experts(
             model=model, parameters=lambda i: store.final(store.experts[i]).to(self.device), count=len(store)
         )

@@ -68,7 +68,9 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
         "settings": settings.of(DATA, MODEL, RECIPE, SEED),
         "provenance": {"ranking": ranking.metadata, "images": chosen.tolist()},
     }
-    coreset = SyntheticSet(images, labels, torch.tensor(settings.lr), classes.cpu(), metadata, bench.preprocessing)
+    coreset = SyntheticSet(
+        images, labels, torch.tensor(settings.lr), classes.cpu(), metadata, preprocessing=bench.preprocessing
+    )
     name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
     path = out / f"{name}.safetensors"
     if ranks.is_main:

@@ -31,7 +31,7 @@ from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
 from pad.store.locks import only_writer
-from pad.store.run import Follower, Run, finished_iterations, recorded_settings, run_folder, run_state
+from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
@@ -128,16 +128,17 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
     model = _student(settings, before, bench)
     settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
-    place: dict = {
-        "resume": settings.resume,
-        "overwrite": settings.overwrite,
-        "tracker": settings.tracker,
-        "may_differ": {*settings.names(*CHANGEABLE), *settings.recorded_beside},
-        "defaults": type(settings)().as_dict(),
-    }
+    place = Place(
+        folder=folder,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        tracker=settings.tracker,
+        may_differ={*settings.names(*CHANGEABLE), *settings.recorded_beside},
+        defaults=type(settings)().as_dict(),
+    )
 
     def is_finished() -> bool:
-        Run.check(folder, settings.as_dict(), **place)
+        place.refuse(settings.as_dict())
         return settings.resume and finished_iterations(folder) > settings.Iteration
 
     if ranks.on_main(is_finished):
@@ -155,7 +156,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         ema_decay=task.ema_decay,
     )
     protocol = bench.protocol(settings, len(task.images))
-    fixed = {name: value for name, value in settings.as_dict().items() if name not in place["may_differ"]}
+    fixed = {name: value for name, value in settings.as_dict().items() if name not in place.may_differ}
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
@@ -165,7 +166,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
             "provenance": task.provenance,
             "settings": fixed,
         }
-        return SyntheticSet(images, labels, lr, classes, metadata, bench.preprocessing)
+        return SyntheticSet(images, labels, lr, classes, metadata, preprocessing=bench.preprocessing)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
         training_set = current.images, current.probabilities()
@@ -175,7 +176,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         return {each.network: (each.mean, each.std, each.n) for each in found}
 
     recorded = settings.as_dict() | task.recorded
-    with Run.start(folder, recorded, **place) if ranks.is_main else Follower(folder) as run:
+    with Run.start(place, recorded) if ranks.is_main else Follower(folder) as run:
         average = task.images.clone() if task.ema_decay else None
         lr = torch.tensor(task.lr, device=bench.device)
         distiller = Distiller(

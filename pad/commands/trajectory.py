@@ -162,7 +162,7 @@ class DistillSettings(Distilling):
         headers = [store.header(k) for k in experts]
         bench.ranks.same(lambda: headers, f"the experts in {store.folder}")
         labellers = _labellers(self, bench, model, store, experts)
-        store.check(bench.describe(self.model, model))
+        store.refuse_other(bench.describe(self.model, model))
         images, labels = first_set(
             self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
         )
@@ -226,7 +226,7 @@ def _labellers(
         name = settings.Initialize_Label_Model
         model = bench.flat_model(name)
         store = bench.open_experts(bench.experts_folder(settings.buffer_path, name), name, model)
-        store.check(bench.describe(name, model))
+        store.refuse_other(bench.describe(name, model))
         experts = store.experts
     epoch = settings.Label_Model_Timestamp
     for k in experts:
