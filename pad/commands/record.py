@@ -181,7 +181,7 @@ class _Buffer:
         """The same for what experts saw, which may first have to be fitted; and for an expert added meanwhile."""
         self.refuse_other_experts()
         if recorded(self.folder):
-            self.bench.open_experts(self.folder, self.settings.model, self.model).check(self.description)
+            self.bench.open_experts(self.folder, self.settings.model, self.model).refuse_other(self.description)
 
     @property
     def description(self) -> dict:
