@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, for the next tensor, instead of returning it to the kernel.
 
     By default every large temporary is mapped anew and its pages are zeroed on first touch, at each training step:
-    several times the cost of the arithmetic of an elementwise operation. The process keeps its peak of CPU memory. Does nothing
-    with other C libraries.
+    several times the cost of the arithmetic of an elementwise operation. The process keeps its peak of CPU memory. Does
+    nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -33,7 +33,7 @@ def keep_compiled_code() -> None:
 
 
 def cache_folder() -> Path:
-    """Where is kept what takes long to make, and need not be: ``$PAD_CACHE``, else ``~/.cache/pad``. It may be missing."""
+    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing."""
     return Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
 
 

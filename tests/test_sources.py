@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pad.data import folders, images
+from pad.data import folders
 from pad.data.folders import IMAGENET_SUBSETS
 from pad.data.images import ImageData
 from pad.data.sources import DATA_SETS, DataSet, load_data
@@ -323,7 +323,7 @@ def test_image_folder_order_and_pixels(tmp_path):
 
 def test_image_folder_many_files_keep_their_places(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "_CHUNK", 7)  # many chunks, several threads
-    monkeypatch.setattr(images, "_CHUNK", 7)
+    monkeypatch.setattr("pad.data.images._CHUNK", 7)
     for i in range(100):
         write(tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
     tree(tmp_path, "ab", ("val",), 1, size=(2, 2))
@@ -478,6 +478,29 @@ def test_every_name_is_known():
         if name != "FashionMNISTMini":
             with pytest.raises(InputError, match=name):
                 load_data(name, None, subset="imagenette" if name == "ImageNet" else None)
+
+
+def test_a_row_of_ones_own(tmp_path, monkeypatch):
+    """Its load function gets what the row allows, and the sizes that it names."""
+    rows = {
+        "Plain": DataSet(load=lambda *asked: asked),
+        "Sized": DataSet(load=lambda *asked: asked, needs_path=True, fixed_size=8),
+        "Parts": DataSet(load=lambda *asked: asked, subsets=("left", "right"), default_size=16),
+    }
+    monkeypatch.setattr("pad.data.sources.DATA_SETS", DATA_SETS | rows)
+    assert load_data("Plain", None) == (None, None, None) and load_data("Plain", "x", res=3) == (Path("x"), None, 3)
+    assert load_data("Sized", tmp_path) == (tmp_path, None, 8)
+    assert load_data("Parts", None, subset="left") == (None, "left", 16)
+    assert load_data("Parts", None, subset="right", res=4) == (None, "right", 4)
+    for name, options, message in [
+        ("plain", {}, "did you mean Plain"),
+        ("Plain", {"subset": "left"}, "only ImageNet, Parts has subsets, Plain has none"),
+        ("Sized", {}, "Sized needs a data_path"),
+        ("Sized", {"res": 9}, "Sized has 8 pixels a side"),
+        ("Parts", {"subset": "lef"}, "Parts needs one of its subsets, not 'lef'; did you mean left"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_data(name, None, **options)
 
 
 def damage_truncate(root: Path) -> None:

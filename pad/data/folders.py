@@ -29,6 +29,7 @@ IMAGENET_SUBSETS = {
 # Of the formats that files of an image's ending can have; of others, some hand the file to other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 
+_GREY = ("1", "L", "LA")  # colour modes
 _CHUNK = 256  # files that a decoding thread takes at a time
 
 
@@ -79,7 +80,7 @@ def load_tree(
 
 
 def image_folder(root: Path, subset: str | None) -> Tree:
-    """``train/<class>/``, and ``test/<class>/`` or ``val/<class>/``. Grey when every class's first training image is."""
+    """``train/<class>/``, and ``test/<class>/`` or ``val/<class>/``; grey if each class's first training image is."""
     classes = _class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; a data set has at least two classes")
@@ -93,8 +94,8 @@ def image_folder(root: Path, subset: str | None) -> Tree:
     labels = {name: label for label, name in enumerate(classes)}
     train, test = (_labelled_files(folder, labels) for folder in (root / "train", matching[0]))
 
-    by_label = {label: file for file, label in reversed(train)}
-    grey = all(_header(file)[0] in ("1", "L", "LA") for file in by_label.values())
+    first = {label: file for file, label in reversed(train)}
+    grey = all(_header(file)[0] in _GREY for file in first.values())
     return Tree(train=train, test=test, classes=classes, channels=1 if grey else 3)
 
 
@@ -125,7 +126,7 @@ def tiny(root: Path, subset: str | None) -> Tree:
 
 
 def imagenet(root: Path, subset: str | None) -> Tree:
-    """All of ImageNet, or the ten classes of a subset: only their files are read."""
+    """``train/<wnid>/`` and ``val/<wnid>/`` of all 1,000 classes; of a subset's ten alone are the files read."""
     wnids = _class_folders(root / "train")
     if len(wnids) != 1000:
         raise InputError(
@@ -174,12 +175,10 @@ def _read_images(files: list[Path], size: tuple[int, int], channels: int, resize
         for index in range(start, min(start + _CHUNK, len(files))):
             pixels[index] = _read_image(files[index], size, channels, resize)
 
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for _ in pool.map(read, range(0, len(files), _CHUNK)):  # raises what the first bad chunk raised
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(read, range(0, len(files), _CHUNK))
+        )  # raises what the first bad chunk raised, and ends the others
     return images
 
 
@@ -189,7 +188,7 @@ def _read_image(file: Path, size: tuple[int, int], channels: int, resize: bool) 
         image: Image.Image = opened
         if image.mode == "F" or image.mode.startswith("I"):
             raise InputError(f"{file} has more than 8 bits per channel; convert it to 8 bits")
-        if channels == 1 and image.mode not in ("1", "L", "LA"):
+        if channels == 1 and image.mode not in _GREY:
             raise InputError(f"{file} is in colour, but the first image of every class is grey; convert it or those")
         height, width = size
         if image.size != (width, height) and not resize:
@@ -209,7 +208,7 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
 
 @contextlib.contextmanager
 def _image_errors(file: Path):
-    """Whatever the image decoder raises for a bad file (many types, one per format), as an InputError."""
+    """What the image decoder raises for a bad file (many types, one per format) becomes an InputError."""
     try:
         yield
     except InputError:

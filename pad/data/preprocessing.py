@@ -24,7 +24,7 @@ _CHUNK = 1024  # images at a time; the covariance is exact only up to this many,
 
 
 class Preprocessing(ABC):
-    """Maps pixels to the space networks see, and back; made by :func:`fit_preprocessing`.
+    """Maps pixels to the space networks see, and back.
 
     ``identity`` is a JSON-able dictionary with ``kind`` ("zca" or "meanstd") and ``digest``; it is equal exactly when
     the transform is the same. Results are on the device of the preprocessing, wherever the images are.
