@@ -1,8 +1,8 @@
 """The front doors: parse, do what the command does, turn what went wrong into a sentence and an exit code.
 
-Exit codes: 0 done; 1 stopped because the numbers or a disk went wrong, what was finished is kept; 2 wrong input, nothing
-written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept. Of several processes all end with the
-code of the one that was first, and it alone says why.
+Exit codes: 0 done; 1 stopped because the numbers or a disk went wrong, what was finished is kept; 2 wrong input,
+nothing written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept. Of several processes all end with
+the code of the one that was first, and it alone says why.
 """
 
 import contextlib

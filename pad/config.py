@@ -132,7 +132,7 @@ class Settings:
         return self.of(*Role)
 
     def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
-        """A dataclass ``kind``: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
+        """A dataclass: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
         names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind)) if field.name not in others]
         own = {name: getattr(self, prefix + name) for name in names if prefix + name in self.fields()}
         return kind(**own, **others)
@@ -283,9 +283,9 @@ def _coerce(field: dataclasses.Field, hint, value):
         hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    convert: Callable = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}[hint]
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
     try:
-        value = convert(value)
+        value = kinds[hint](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
     for kind, (words, holds) in _BOUNDS.items():

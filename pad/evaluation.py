@@ -1,7 +1,7 @@
 """Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 
 import numpy as np
@@ -17,9 +17,10 @@ from pad.nn.fused import forward_of
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
+TrainingSets = Callable[[int], TrainingSet]  # that of network j: the same for all, or another random one for each
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Protocol:
     """How evaluation networks are trained (MTT, arXiv 2203.11932; the same in DATM and PAD).
 
@@ -36,6 +37,7 @@ class Protocol:
     """
 
     augmentation: Augmentation
+    _: KW_ONLY
     epochs: int = 1000
     batch_size: int = 256
     momentum: float = 0.9
@@ -52,7 +54,7 @@ class Protocol:
         lr: float,
         rngs: Sequence[torch.Generator],
     ) -> None:
-        """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
+        """Train networks of one architecture in place: each on a training set, all of one size, by its own stream.
 
         Args:
             model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
@@ -65,9 +67,10 @@ class Protocol:
             for net, training_set, rng in zip(nets, sets, rngs):
                 self._train_module(net, training_set, lr, rng)
 
-    def _train_flat(self, model, nets, sets, lr, rngs) -> None:
+    def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs) -> None:
         """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
-        theta, velocity = torch.stack([model.flatten(net) for net in nets]), None
+        theta = torch.stack([model.flatten(net) for net in nets])
+        velocity: Tensor | None = None
         for epoch in range(self.epochs + 1):
             passes = [self._batches(training_set, rng) for training_set, rng in zip(sets, rngs)]
             for batches in zip(*passes, strict=True):
@@ -79,11 +82,12 @@ class Protocol:
                 velocity = g if velocity is None else velocity.mul_(self.momentum).add_(g)
                 theta.sub_(velocity, alpha=lr)
             if epoch == self.epochs // 2 + 1:
-                lr, velocity = 0.1 * lr, None
+                lr = 0.1 * lr
+                velocity = None
         for net, row in zip(nets, theta):
             nn.utils.vector_to_parameters(row, net.parameters())
 
-    def _train_module(self, net, training_set, lr, rng) -> None:
+    def _train_module(self, net: nn.Module, training_set: TrainingSet, lr: float, rng: torch.Generator) -> None:
         def optimiser(lr: float) -> torch.optim.SGD:
             return torch.optim.SGD(net.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
@@ -140,11 +144,8 @@ class Accuracies:
 
 @cache
 def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: str) -> FlatModel:
-    """One for each architecture, so that all its networks, now and later in this process, run the same compiled code."""
+    """One for each architecture: all its networks, now and later in this process, run the same compiled code."""
     return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
-
-
-Draw = Callable[[int], TrainingSet]  # the training set of network j: the same for all, or another draw for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +164,16 @@ class Evaluation:
     test_labels: Tensor
     ranks: Ranks = ALONE
 
-    def train(self, network: str, indices: Sequence[int], draw: Draw) -> Iterator[Accuracies]:
+    def train(self, network: str, indices: Sequence[int], training_set: TrainingSets) -> Iterator[Accuracies]:
         """Train networks ``indices`` of one architecture in this process; yields what is known after each.
 
-        ``draw(j)`` are the images and target probabilities of network j, of the same number for all of them.
+        Their training sets are of one size.
         """
-        protocol, result = self.protocol, Accuracies(network)
+        protocol = self.protocol
+        result = Accuracies(network)
         for first in range(0, len(indices), protocol.together):
             group = indices[first : first + protocol.together]
-            sets = [draw(j) for j in group]
+            sets = [training_set(j) for j in group]
             images, p = sets[0]
             height, width = images.shape[2:]
             shape = images.shape[1], p.shape[1], (height, width)
@@ -184,7 +186,7 @@ class Evaluation:
 
     def run(
         self,
-        cases: Sequence[tuple[str, Draw]],
+        cases: Sequence[tuple[str, TrainingSets]],
         num_eval: int,
         *,
         progress: Callable[[int, int, Accuracies], None] = lambda case, j, so_far: None,
@@ -201,9 +203,9 @@ class Evaluation:
         groups = [(case, group) for case in range(len(cases)) for group in together]
         mine = self.ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
         found: dict[tuple[int, int], float] = {}
-        for case, (network, draw) in enumerate(cases):
+        for case, (network, training_set) in enumerate(cases):
             indices = [j for c, group in mine if c == case for j in group]
-            for so_far in self.train(network, indices, draw):
+            for so_far in self.train(network, indices, training_set):
                 j = indices[so_far.n - 1]
                 found[case, j] = so_far.accuracies[-1]
                 progress(case, j, so_far)

@@ -17,7 +17,7 @@ from pad.rng import generator
 _BATCH = 256  # images that an expert is asked about at a time, so that a search stops early
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Experts:
     """Trained networks to label with: ``parameters(k) -> [P]`` for k in 0..count-1, loaded one at a time."""
 
@@ -39,7 +39,8 @@ def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: 
     rows = []
     for c in range(num_classes):
         members = (labels.cpu() == c).nonzero().flatten()
-        rows.append(members[torch.randperm(len(members), generator=generator(seed, "initial images", *stream, c))])
+        rng = generator(seed, "initial images", *stream, c)
+        rows.append(members[torch.randperm(len(members), generator=rng)])
     return rows
 
 
@@ -68,13 +69,13 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
             if all(len(chosen[c]) >= ipc for c in short):
                 break
         left = {c: torch.cat(wrong[c]) for c in short}
-    for c, row in enumerate(rows):
-        if len(chosen[c]) < ipc:
+    for c, found in enumerate(chosen):
+        if len(found) < ipc:
             raise InputError(
-                f"the {experts.count} experts classify only {len(chosen[c])} images of class {c} correctly, "
+                f"the {experts.count} experts classify only {len(found)} images of class {c} correctly, "
                 f"but ipc is {ipc}; train them longer, or use pix_init: real"
             )
-    return torch.tensor([index for row in chosen for index in row[:ipc]])
+    return torch.tensor([index for found in chosen for index in found[:ipc]])
 
 
 def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
@@ -134,9 +135,10 @@ def initial_set(
         return chosen, hard_logits(classes, num_classes).to(images.dtype)
     if kind == "noise":
         return chosen, noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    labellers = _needed(experts)
     if kind == "real":
-        return chosen, _needed(experts).model.logits(_needed(experts).parameters(0), chosen)
-    return chosen, averaged_logits(_needed(experts), chosen, classes)
+        return chosen, labellers.model.logits(labellers.parameters(0), chosen)
+    return chosen, averaged_logits(labellers, chosen, classes)
 
 
 def _needed(experts: Experts | None) -> Experts:

@@ -5,6 +5,7 @@
 # Other arguments go to pytest alone, slow tests included: bash scripts/test.sh tests/test_unroll.py -k adjoint
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+export PYTHONDONTWRITEBYTECODE=  # kept bytecode halves the start of every process
 pytest=("$python" -m pytest --numprocesses auto --maxprocesses 4)
 if [ $# -gt 0 ] && [ "$1" != --all ]; then
   echo "== running the tests"

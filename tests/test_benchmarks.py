@@ -93,8 +93,8 @@ def test_the_plain_network_is_ours():
 
 
 def test_adjoint_and_unrolled_loop_give_the_same_gradients():
-    problem = common.Matching(2, 8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    problem = common.Matching(depth=2, width=8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     for ours, theirs in zip(
         matching.adjoint(problem.model, *rest), matching.unrolled(problem.plain, *rest), strict=True
     ):
@@ -102,20 +102,20 @@ def test_adjoint_and_unrolled_loop_give_the_same_gradients():
 
 
 def test_tesla_holds_lam_constant():
-    problem = common.Matching(2, 8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
-    data = (problem.images, problem.labels, problem.lr)
+    problem = common.Matching(depth=2, width=8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
+    data = problem.data
     ends = (problem.start, problem.target)
     path = unroll(problem.model, problem.start, *data, problem.steps)
     _, lam = matching_loss(path[-1], *ends)
-    parts = [adjoint(problem.model, path[i:], *data, [step], lam) for i, step in enumerate(problem.steps)]
-    tesla = matching.truncated(problem.plain, problem.model, *ends, *data, problem.steps)
-    exact = matching.adjoint(problem.model, *ends, *data, problem.steps)
+    parts = [adjoint(problem.model, path[i:], *data, [step], lam=lam) for i, step in enumerate(problem.steps)]
+    tesla = matching.truncated(problem.plain, problem.model, *ends, data, problem.steps)
+    exact = matching.adjoint(problem.model, *ends, data, problem.steps)
     for i, expected in enumerate(map(sum, zip(*parts))):
         assert relative(tesla[1 + i], expected) < 1e-10
         assert relative(tesla[1 + i], exact[1 + i]) > 1e-4
 
-    one = matching.truncated(problem.plain, problem.model, *ends, *data, problem.steps[:1])
-    for ours, theirs in zip(one, matching.adjoint(problem.model, *ends, *data, problem.steps[:1])):
+    one = matching.truncated(problem.plain, problem.model, *ends, data, problem.steps[:1])
+    for ours, theirs in zip(one, matching.adjoint(problem.model, *ends, data, problem.steps[:1])):
         assert relative(ours, theirs) < 1e-10
 
 

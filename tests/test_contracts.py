@@ -2,9 +2,9 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import tokenize
-from functools import partial
 
 import pytest
 from helpers import CHECKOUT
@@ -13,20 +13,28 @@ from pad import cli
 from pad.commands.table import COMMANDS
 from pad.config import RECIPE, Role, Settings, setting
 
-FOLDERS = ("pad", "buffer", "distill", "scripts", "tests")
-FILES = sorted(path for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*.py"))
-TREES = {str(path.relative_to(CHECKOUT)): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-SOURCE = {name: tree for name, tree in TREES.items() if not name.startswith("tests/")}
-PACKAGE = {name: tree for name, tree in TREES.items() if name.startswith("pad/")}
+PROGRAMS = ("pad", "buffer", "distill", "scripts")
+FILES = sorted(path for folder in (*PROGRAMS, "tests") for path in (CHECKOUT / folder).rglob("*.py"))
 
 
-def all_of(kind: type[ast.AST], trees: dict[str, ast.Module]):
+@functools.cache
+def trees(*folders: str) -> dict[str, ast.Module]:
+    """The files of some folders."""
+    names = {str(path.relative_to(CHECKOUT)): path for path in FILES}
+    return {
+        name: ast.parse(path.read_text(encoding="utf-8"))
+        for name, path in names.items()
+        if name.split("/")[0] in folders
+    }
+
+
+def all_of(kind: type[ast.AST], parsed: dict[str, ast.Module]):
     """``(file, node)`` of every node of a kind."""
-    return ((name, node) for name, tree in trees.items() for node in ast.walk(tree) if isinstance(node, kind))
+    return ((name, node) for name, tree in parsed.items() for node in ast.walk(tree) if isinstance(node, kind))
 
 
 def test_the_source_is_found():
-    assert {"pad/cli.py", "buffer/buffer_CL.py", "scripts/study.py", "tests/test_contracts.py"} <= TREES.keys()
+    assert {"pad/cli.py", "buffer/buffer_CL.py", "scripts/study.py"} <= trees(*PROGRAMS).keys()
 
 
 # ---- how the source is written
@@ -34,7 +42,11 @@ def test_the_source_is_found():
 
 def test_calls_pass_at_most_six_arguments_by_position():
     """Two that are swapped pass every other check. Starred ones count as one."""
-    long = [f"{name}:{call.lineno}: {len(call.args)}" for name, call in all_of(ast.Call, SOURCE) if len(call.args) > 6]
+    long = [
+        f"{name}:{call.lineno}: {len(call.args)}"
+        for name, call in all_of(ast.Call, trees(*PROGRAMS))
+        if len(call.args) > 6
+    ]
     assert long == []
 
 
@@ -54,7 +66,7 @@ def is_private(name: str) -> bool:
 def test_private_names_stay_in_their_module():
     """What two modules of the package use is public."""
     found = []
-    for file, tree in PACKAGE.items():
+    for file, tree in trees("pad").items():
         modules = set()  # names of modules of the package in this one
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "pad"):
@@ -99,7 +111,7 @@ def test_no_list_says_once_more_which_part_a_setting_plays():
     names = {name for command in COMMANDS.values() for name in command.settings.fields()}
     found = []
     for kind in (ast.Tuple, ast.List, ast.Set):
-        for file, node in all_of(kind, PACKAGE):
+        for file, node in all_of(kind, trees("pad")):
             words = [part.value for part in node.elts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
             if len(words) > 3 and len(words) == len(node.elts) and names.issuperset(words):
                 found.append(f"{file}:{node.lineno}: {words}")
@@ -112,11 +124,11 @@ def test_no_list_says_once_more_which_part_a_setting_plays():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_has_a_front_door(name):
     """A script of the checkout and one that is installed, which both run it."""
-    doors = {word for word, door in vars(cli).items() if isinstance(door, partial) and door.args == (name,)}
+    doors = {word for word, door in vars(cli).items() if isinstance(door, functools.partial) and door.args == (name,)}
     assert len(doors) == 1
     folders = [CHECKOUT / folder for folder in ("buffer", "distill", "scripts")]
     (script,) = (folder / COMMANDS[name].program for folder in folders if (folder / COMMANDS[name].program).is_file())
-    tree = {name: TREES[str(script.relative_to(CHECKOUT))]}
+    tree = {name: ast.parse(script.read_text(encoding="utf-8"))}
     assert doors <= {alias.name for _, node in all_of(ast.ImportFrom, tree) for alias in node.names}
     installed = re.findall(r'^pad-[\w-]+ = "pad\.cli:(\w+)"$', (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert doors <= set(installed)

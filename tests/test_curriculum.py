@@ -206,7 +206,7 @@ def test_both_removals_agree_where_each_share_begins(second):
 
 def test_the_published_curriculum_is_the_default():
     assert (Curriculum().add_schedule, Curriculum().removal) == ("linear", "step")
-    named = Curriculum(0.75, 20, 40, 60, 0.1, 0.2, "linear", "step")
+    named = Curriculum(0.75, 20, 40, 60, 0.1, 0.2, add_schedule="linear", removal="step")
     assert named == README
 
 

@@ -507,8 +507,8 @@ def test_settings_in_a_synthetic_set_are_checked_like_options(tmp_path, settings
     resaved(path, lambda tensors, metadata: metadata.update(settings=settings))
     ours = EvaluationSettings(synthetic=str(path))
     with pytest.raises(InputError, match=f"{next(iter(settings))}|no data set '../elsewhere'"):
-        theirs, _ = _read_set(ours)
-        load_data(theirs.dataset, tmp_path)
+        ours, _ = _read_set(ours)
+        load_data(ours.dataset, tmp_path)
 
 
 # ---- killed writers
@@ -663,10 +663,10 @@ def test_a_full_disk_harms_no_file_and_is_named(tmp_path, monkeypatch, kind):
 
 def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypatch, capsys):
 
-    recipe = Command("writer.py", Settings, lambda settings, ranks: write_text(tmp_path / "results.json", "text"))
-    monkeypatch.setitem(COMMANDS, "writer", recipe)
     Disk(monkeypatch, 0, 2)
-    assert door("writer", []) == 1
+    writing = Command("writing", Settings, lambda settings, ranks: write_text(tmp_path / "results.json", "text"))
+    monkeypatch.setitem(COMMANDS, "writing", writing)
+    assert door("writing", []) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: No space left on device: {tmp_path / 'results.json'}") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -675,7 +675,16 @@ def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypa
 def test_a_full_disk_keeps_no_fitted_preprocessing_and_stops_nothing(tmp_path, monkeypatch, caplog):
     images = torch.randint(0, 256, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(6) % 2
-    data = ImageData("ImageFolder", images, labels, images, labels, ("a", "b"), (0.5,), (0.5,))
+    data = ImageData(
+        name="ImageFolder",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=("a", "b"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     Disk(monkeypatch, 0, 2)
     fitted = fit_preprocessing(data, True, tmp_path)
     assert "is not kept" in caplog.text and not list(tmp_path.iterdir())

@@ -204,7 +204,7 @@ def test_an_order_without_scores_has_no_distribution():
 
 @pytest.mark.parametrize("schedule, removal", [("linear", "step"), ("geometric", "linear")])
 def test_the_curriculum_picture(schedule, removal):
-    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, schedule, removal)
+    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, add_schedule=schedule, removal=removal)
     which, number = plots.plot_curriculum(curriculum, 12, 50).axes
     windows = np.array([curriculum.window(epoch, 50) for epoch in range(12)])
     upper, edges, lower = which.patches[0].get_data()

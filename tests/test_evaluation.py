@@ -10,7 +10,7 @@ from pad import evaluation
 from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
-from pad.evaluation import Protocol, Score, accuracy, score
+from pad.evaluation import Accuracies, Evaluation, Protocol, accuracy
 from pad.nn.derivatives import COMPILE_CALLS, Compiled, compiler_available
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
@@ -111,7 +111,14 @@ def plain_training(net, images, p, lr, epochs, batch_size, augmentation, rng):
 def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard, flat):
     images, p = training_set(hard=hard)
     ours, theirs = network(name), network(name)
-    calls = train(Protocol(augmentation, epochs, batch_size), [ours], [(images, p)], 0.05, [generator(1, "x")], flat)
+    calls = train(
+        Protocol(augmentation, epochs=epochs, batch_size=batch_size),
+        [ours],
+        [(images, p)],
+        0.05,
+        [generator(1, "x")],
+        flat,
+    )
     rates = plain_training(theirs, images, p, 0.05, epochs, batch_size, augmentation, generator(1, "x"))
     dropped = epochs - (epochs // 2 + 1) if epochs > 1 else 0
     assert [math.isclose(rate, 0.05) for rate in rates] == [True] * (epochs + 1 - dropped) + [False] * dropped
@@ -200,7 +207,7 @@ def test_accuracy_is_the_share_of_right_answers_and_uses_running_statistics():
 
 
 def test_mean_and_population_deviation():
-    result = Score("ConvNet", [0.5, 0.6, 0.9])
+    result = Accuracies("ConvNet", [0.5, 0.6, 0.9])
     mean = 2.0 / 3
     std = math.sqrt(((0.5 - mean) ** 2 + (0.6 - mean) ** 2 + (0.9 - mean) ** 2) / 3)
     assert result.n == 3 and result.mean == pytest.approx(mean) and result.std == pytest.approx(std)
@@ -211,23 +218,27 @@ def test_mean_and_population_deviation():
         "n": 3,
         "accuracies": [0.5, 0.6, 0.9],
     }
-    assert Score("ConvNet", [0.4]).std == 0
+    assert Accuracies("ConvNet", [0.4]).std == 0
 
 
 TEST_IMAGES = randn(20, (400, *SHAPE)).float()
 TEST_LABELS = torch.randint(K, (400,), generator=torch.Generator().manual_seed(0))
 
 
+def evaluation_by(protocol, lr):
+    return Evaluation(protocol=protocol, lr=lr, test_images=TEST_IMAGES, test_labels=TEST_LABELS)
+
+
 def scores(name="ConvNetD1W8", indices=range(3), seed=0, sets=None, **how):
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=seed, **how)
     images, p = training_set()
     sets = sets or (lambda j: (images.float(), p.float()))
-    *_, last = score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)
+    *_, last = evaluation_by(protocol, 0.1).train(name, indices, sets)
     return last.accuracies
 
 
 @pytest.mark.parametrize("name, together", [("ConvNetD1W8BN", 1), ("ConvNetD1W8", 1), ("ConvNetD1W8", 2)])
-def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set(name, together):
+def test_an_accuracy_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set(name, together):
     asked, indices = [], [0, 1, 4]
 
     def sets(j):
@@ -238,7 +249,7 @@ def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5, together=together)
     progress = [
         (s.network, s.n, list(s.accuracies), list(asked))
-        for s in score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)
+        for s in evaluation_by(protocol, 0.1).train(name, indices, sets)
     ]
     expected = []
     for at, j in enumerate(indices):
@@ -275,7 +286,7 @@ def test_two_training_sets_are_compared_on_the_same_networks():
     accuracies = []
     for images, p in (a, b):
         sets = images.float(), p.float()
-        *_, last = score(protocol, "ConvNetD1W8", range(3), lambda j: sets, 0.0, TEST_IMAGES, TEST_LABELS)
+        *_, last = evaluation_by(protocol, 0.0).train("ConvNetD1W8", range(3), lambda j: sets)
         accuracies.append(last.accuracies)
     assert accuracies[0] == accuracies[1] and len(set(accuracies[0])) > 1
 

@@ -6,10 +6,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pad.commands.table import COMMANDS
-from pad.data.sources import DATA_SETS
+from pad.data.sources import DATA_SETS, load_data
 from pad.difficulty.methods import METHODS
 from pad.difficulty.ranking import Ranking
 from pad.nn.networks import FAMILIES
@@ -61,6 +62,18 @@ def test_a_matching_objective(walk):
     assert len(losses) == 21 and losses[-1] < 0.1 * losses[0]
     walk("A matching objective", "--Iteration", "25", "--resume")  # goes on where it ended
     assert json.loads((run / "finished.json").read_text())["iterations"] == 26
+
+
+def test_a_data_set(walk):
+    rankings = walk("A data set") / "rankings"
+    ranking = Ranking.load(rankings / "Stripes_GraNd.safetensors")
+    assert ranking.metadata["data"]["dataset"] == "Stripes" and ranking.metadata["data"]["size"] == [28, 28]
+    assert [[i % 2 for i in row.tolist()] for row in ranking.rows] == [[0] * 30, [1] * 30]
+    walk("A data set", "--res", "32", "--out", "larger")
+    assert Ranking.load(rankings.parent / "larger" / "Stripes_GraNd.safetensors").metadata["data"]["size"] == [32, 32]
+    data = load_data("Stripes", None)  # it needs no folder
+    assert data.train_images.dtype == torch.uint8 and data.test_images.shape == (20, 1, 28, 28)
+    assert data.identity == ranking.metadata["data"]
 
 
 def test_a_network(walk):

@@ -35,7 +35,16 @@ def make_data(sizes=(12, 1, 9), seed=0):
     labels = labels[torch.randperm(len(labels), generator=rng)]
     images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=rng)
     classes = tuple(f"c{c}" for c in range(len(sizes)))
-    return ImageData("CIFAR10", images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
+    return ImageData(
+        name="CIFAR10",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=classes,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
 
 
 def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu", **options):

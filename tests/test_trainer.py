@@ -131,7 +131,7 @@ def test_an_epoch_uses_each_image_of_the_curriculum_once():
             assert not batches
             continue
         expected = []
-        for c, row in enumerate(rows):
+        for row in rows:
             first, last = curriculum.window(epoch - 1, len(row))
             expected += row[first:last].tolist()
         used = torch.cat(batches)
@@ -214,7 +214,14 @@ def bench(tmp_path, monkeypatch):
         return torch.randint(256, (n, 3, *SIZE), dtype=torch.uint8, generator=rng)
 
     data = ImageData(
-        "CIFAR10", pixels(30), labels, pixels(9), torch.arange(9) % 3, ("a", "b", "c"), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+        name="CIFAR10",
+        train_images=pixels(30),
+        train_labels=labels,
+        test_images=pixels(9),
+        test_labels=torch.arange(9) % 3,
+        class_names=("a", "b", "c"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
     )
     monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))

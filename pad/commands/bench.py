@@ -15,7 +15,7 @@ from pad.commands.common import Common, Evaluating, Scoring
 from pad.data.images import ImageData
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
-from pad.data.sources import load_data
+from pad.data.sources import DATA_SETS, load_data
 from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
@@ -182,7 +182,8 @@ class Workbench:
 def set_up(settings: Common, ranks: Ranks) -> Workbench:
     """Load the configured data set. Raises InputError when its files are not there or the network does not fit them."""
     device = ranks.place(settings.torch_device())
-    subset = settings.subset if settings.dataset == "ImageNet" else None
+    named = DATA_SETS.get(settings.dataset)
+    subset = settings.subset if named and named.subsets else None
     data = ranks.node_first(lambda: load_data(settings.dataset, settings.data_path, subset=subset, res=settings.res))
     ranks.same(lambda: data.identity, f"the images of {data.name}")
     if settings.train_per_class:

@@ -95,7 +95,7 @@ class Training(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(Common, ABC):
-    """How difficulty is scored: the fields of :class:`ScoringSettings`, which subclasses ask under names of their own."""
+    """How difficulty is scored: the fields of :class:`ScoringSettings`, under names that a subclass chooses."""
 
     scoring_prefix = ""  # of those names
 

@@ -24,7 +24,7 @@ from pad.config import DATA, MODEL, PLACE, RECIPE, REPORT, FilePath, setting
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Accuracies, Draw, TrainingSet
+from pad.evaluation import Accuracies, TrainingSet, TrainingSets
 from pad.initialisation import class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
@@ -104,7 +104,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     _refuse_other_data(synthetic, bench)
     pool = networks.evaluation_pool(settings.eval_mode, settings.model)
     bench.refuse_unfit(pool)
-    sets: dict[str, Draw] = {
+    sets: dict[str, TrainingSets] = {
         "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
     }
     # The one that was drawn last is kept: it is wanted more than once
@@ -175,7 +175,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
-    """The set to evaluate, and the settings, with what its own file says of its data and network where none was given."""
+    """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
     if not settings.synthetic:
         return settings, SyntheticSet.from_published(
             *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))
@@ -214,7 +214,7 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
         )
 
 
-def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iterator[tuple[str, Draw]]:
+def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iterator[tuple[str, TrainingSets]]:
     """Real images of the same number, by name.
 
     Random ones, for each network another draw, with hard labels, and with soft ones as distillation starts from; with

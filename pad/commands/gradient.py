@@ -20,7 +20,7 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 
 @dataclass(frozen=True, kw_only=True)
 class DCSettings(RealMatching):
-    """``distill/DC.py``: match gradients of real and synthetic images (DC, arXiv 2006.05929; with dsa DSA, 2102.08259)."""
+    """``distill/DC.py``: match gradients of real and synthetic images (DC, 2006.05929; with dsa DSA, 2102.08259)."""
 
     batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1)  # matching trains them, too
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
@@ -39,8 +39,8 @@ class DCSettings(RealMatching):
         super().check()
         if None in (self.outer_loop, self.inner_loop) and self.ipc not in _LOOPS:
             raise InputError(
-                f"ipc: {self.ipc} has no published outer_loop and inner_loop (only {', '.join(map(str, _LOOPS))} have); "
-                "give both"
+                f"ipc: {self.ipc} has no published outer_loop and inner_loop "
+                f"(only {', '.join(map(str, _LOOPS))} have); give both"
             )
 
     @property

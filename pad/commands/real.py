@@ -37,8 +37,8 @@ class RealMatching(Distilling, Ranked):
 
     refused = {
         **dict.fromkeys(
-            "buffer_path syn_steps expert_epochs batch_syn min_start_epoch max_start_epoch loss_ratio threshold gradient "
-            "Sequential_Generation current_max_start_epoch expansion_end_epoch lr_teacher".split(),
+            "buffer_path syn_steps expert_epochs batch_syn min_start_epoch max_start_epoch loss_ratio threshold "
+            "gradient Sequential_Generation current_max_start_epoch expansion_end_epoch lr_teacher".split(),
             "it belongs to trajectory matching, distill/PAD.py",
         ),
         **dict.fromkeys(("labels", "lr_y", "Momentum_y"), "labels are one-hot here, and not learned"),

@@ -166,7 +166,7 @@ class _Buffer:
         self.folder = folder
         self.settings = settings
         self.bench = bench
-        # Steps of one expert, not of all: compiled code rounds differently, and an expert must not depend on their number
+        # Steps of one expert, not of all: compiled code rounds differently, and an expert is the same however many
         steps = settings.train_epochs * math.ceil(len(bench.data.train_labels) / settings.batch_train)
         compile = how_to_compile(settings.compile, bench.device, 2 * steps)
         self.model = bench.flat_model(settings.model, compile, settings.micro_batch)
@@ -181,7 +181,7 @@ class _Buffer:
         """The same for what experts saw, which may first have to be fitted; and for an expert added meanwhile."""
         self.refuse_other_experts()
         if recorded(self.folder):
-            self.bench.open_experts(self.folder, self.settings.model, self.model).check(self.description)
+            self.bench.open_experts(self.folder, self.settings.model, self.model).refuse_other(self.description)
 
     @property
     def description(self) -> dict:

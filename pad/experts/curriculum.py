@@ -1,7 +1,7 @@
-"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, section 3.2)."""
+"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, 3.2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 
 import torch
@@ -15,7 +15,7 @@ ADD_SCHEDULES = ("linear", "root", "geometric")
 REMOVALS = ("step", "linear")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Curriculum:
     """Hard images are added, later easy ones removed. Epochs count from 0; ratios are shares of a class in 0..1.
 
@@ -47,6 +47,7 @@ class Curriculum:
     rm_epoch_second: int = 60
     rm_easy_ratio_first: float = 0.1
     rm_easy_ratio_second: float = 0.1
+    _: KW_ONLY
     add_schedule: str = "linear"
     removal: str = "step"
 
@@ -83,7 +84,7 @@ class Curriculum:
         return int(n * float(init) ** float(1 - t) + 1e-9)
 
     def indices(self, epoch: int, rows: list[Tensor]) -> Tensor:
-        """Data-set indices (int64) of the images used in ``epoch``, for a ranking's ``rows`` (one class each, easiest first)."""
+        """Data-set indices (int64) of what ``epoch`` uses, for a ranking's ``rows`` (a class each, easiest first)."""
         return torch.cat([row[slice(*self.window(epoch, len(row)))] for row in rows])
 
     def uses_ranking(self, epochs: int) -> bool:

@@ -40,10 +40,12 @@ class ExpertTask:
 
         Depends on (seed, expert, attempt) only, so an expert is the same however many are trained, and where.
         """
-        w, momentum = to_device(start, self.images.device), None
+        w = to_device(start, self.images.device)
+        momentum: Tensor | None = None
         yield w
         for epoch in range(self.epochs):
-            rng = generator(self.seed, "expert", expert, epoch, *(("attempt", attempt) if attempt else ()))
+            again = ("attempt", attempt) if attempt else ()
+            rng = generator(self.seed, "expert", expert, epoch, *again)
             indices = self.epoch_indices(epoch)
             order = indices[torch.randperm(len(indices), generator=rng)]
             labels = self.labels[to_device(order, self.labels.device)].split(self.batch_size)

@@ -20,25 +20,23 @@ from pad.shares import exact_share
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
     """How many of a network's ``count`` blocks, the deepest, give the features that are matched.
 
-    None: the last, whose features are the embedding before the classifier: DM as published. Else, for a share in [0, 1),
-    ceil((1 - depth_ratio) count): with 0 all, and near 1 the last again. What PAD's filter means for DM is not published;
-    this is ours.
+    None: the last, whose features are the embedding before the classifier, as published. A share in [0, 1):
+    ceil((1 - depth_ratio) count), so 0 gives all. This is ours: what PAD's filter means for DM is not published.
     """
     return 1 if depth_ratio is None else math.ceil((1 - exact_share(depth_ratio)) * count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionObjective(Objective):
-    """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
+    """The sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2.
 
-    Loss: the sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2, with m and m*
-    the means of the block's features, flattened, of the class's synthetic and real images.
+    m and m* are the means of the block's features, flattened, of the class's synthetic and real images.
 
     Args:
-        network: iteration ``it``'s, on the device of the images, of whose parameters no gradient is asked.
+        network: iteration ``it``'s, on the device of the images. Its parameters ask for no gradient.
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
-        separable: whether the features of an image do not depend on those beside it. If they do (BatchNorm), the
-            network sees all classes at once, as published, and rank 0 does the work.
+        separable: whether an image's features depend on it alone. If not (BatchNorm), the network sees all classes at
+            once, as published, and rank 0 does the work.
         ranks: share the classes.
     """
 
@@ -66,7 +64,8 @@ class DistributionObjective(Objective):
         """The share of ``groups`` of classes, each of which the network sees at once."""
         features = blocks_of(self.network(it))
         ipc = len(images) // num_classes
-        loss, d_images = images.new_zeros(()), torch.zeros_like(images)
+        loss = images.new_zeros(())
+        d_images = torch.zeros_like(images)
 
         def means(batches: list[Tensor]) -> list[list[Tensor]]:
             """Of each matched block, each batch's mean features."""

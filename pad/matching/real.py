@@ -29,7 +29,7 @@ def without_ends(rows: Sequence[Tensor], drop_easy: float, drop_hard: float) -> 
     return kept
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RealBatches:
     """Random batches of a class.
 

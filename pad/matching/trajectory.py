@@ -1,7 +1,7 @@
 """Trajectory matching: which expert segment an outer iteration follows, and the gradients for following it.
 
-MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and PAD's
-depth filter (2408.03360).
+MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and
+PAD's depth filter (2408.03360).
 """
 
 from dataclasses import dataclass
@@ -76,9 +76,12 @@ class SegmentSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryObjective(Objective):
-    """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set): exact, or TESLA's.
+    """The matching loss after training from a segment's start, with its exact gradients or TESLA's.
 
-    ``ranks`` share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
+    Args:
+        augmentation: of the ``syn_steps`` inner steps, on ``batch_syn`` synthetic images each.
+        ranks: share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
+        truncated: TESLA's gradients, see :func:`pad.matching.unroll.adjoint`.
     """
 
     model: FlatModel

@@ -11,7 +11,7 @@ With lam = dL/dtheta_N, for i = N-1..0 and (h_theta, h_x, h_p) the derivative of
 
     dL/dlr -= <g_i, lam>;   dL/dX[b_i] -= lr (dA_i)^T h_x;   dL/dp[b_i] -= lr h_p;   lam -= lr h_theta
 
-Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them, and g_i, <g_i, lam>
+Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them. g_i, <g_i, lam>
 and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the same result, up to float rounding. This
 needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
 """
@@ -75,7 +75,7 @@ def unroll(
     *,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, the steps shared by ``ranks``."""
+    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, shared by ``ranks``."""
     path = theta.new_empty(len(steps) + 1, theta.numel())
     path[0] = theta
     p = labels.softmax(dim=1)
@@ -145,8 +145,7 @@ def unrolled_gradients(
 ) -> Gradients:
     """Loss and gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
 
-    They are exact unless ``truncated`` (see :func:`adjoint`).
-    Several ``ranks`` share each step's mini-batch; all of them have the same arguments and get the same result.
+    Exact unless ``truncated``, see :func:`adjoint`. All ``ranks`` have the same arguments and get the same result.
     """
     path = unroll(model, theta, images, labels, lr, steps, ranks=ranks)
     loss, lam = objective(path[-1])

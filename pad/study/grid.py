@@ -43,7 +43,7 @@ _SHARED = Common.names(*(role for role in Role if role not in (MODEL, SEED)))
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(Settings):
-    """scripts/study.py FILE: run a grid of methods, sizes and seeds on one data set, and report it (docs/STUDIES.md)."""
+    """scripts/study.py FILE: run a grid of methods, sizes and seeds on one data set, and report it."""
 
     study: FilePath | None = setting(None, "YAML file of the study; may stand alone, as the first argument", RECIPE)
     out: FilePath | None = setting(
@@ -236,7 +236,7 @@ class Grid:
         return str(self.out / "rankings" / f"seed{settings.seed}-{digest(recipe, 8)}")
 
     def _resolve(self, kind: type[Some], given: Mapping, about: str, decided: Mapping) -> Some:
-        """``kind`` from what is common, as far as it has these settings, from ``given``, and from what is ``decided``."""
+        """``kind`` from what is common, as far as it has these settings, from ``given`` and ``decided``."""
         decided_by_study = _names(by_study=True)
         for key in given:
             if key in _SHARED:

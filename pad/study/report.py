@@ -5,14 +5,14 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pad.show.figures import BLUE, GREY, new_figure, save_figure
 from pad.store.files import write_text
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """What came out of one cell: the accuracies (0..1) of the networks trained on its set, or why there are none."""
 
@@ -21,6 +21,7 @@ class Outcome:
     seed: int
     accuracies: list[float] | None
     failed: str | None = None
+    _: KW_ONLY
     seconds: float | None = None
     made: str | None = None  # the set's file, relative to the study's folder
 
@@ -90,7 +91,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
-    """Write ``results.md``, ``results.csv`` and ``results.png``. ``reference``: a method that others are compared with."""
+    """Write ``results.md``, ``results.csv``, ``results.png``. ``reference``: a method that others are compared with."""
     rows = summarise(outcomes, reference)
     write_text(folder / "results.md", markdown(rows, reference))
     write_text(folder / "results.csv", comma_separated(rows))

@@ -1,7 +1,7 @@
 """A study: every cell of a grid is a whole pipeline; a table, a plot and pictures of what came out.
 
-Cells are calls of the commands' own recipes, which go on where they were stopped and make nothing twice; what a cell makes
-lies under a name that says its settings, so what other settings made is never taken for it.
+Cells are calls of the commands' own recipes, which go on where they were stopped and make nothing twice; what a cell
+makes lies under a name that says its settings, so what other settings made is never taken for it.
 """
 
 import contextlib

@@ -287,7 +287,7 @@ def test_a_signal_in_the_first_stage(images, buffer, tmp_path, monkeypatch, capf
     assert files_in(tmp_path) == files_in(buffer)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
 @pytest.mark.parametrize("call, iteration", [(1, 3), (3, 7)], ids=["in between", "last"])
 def test_a_signal_in_an_evaluation_of_the_second_stage(
     images, buffer, finished, tmp_path, *, monkeypatch, capfd, number, call, iteration
@@ -301,7 +301,7 @@ def test_a_signal_in_an_evaluation_of_the_second_stage(
     assert files_in(tmp_path) == files_in(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_in_the_third_stage(images, buffer, finished, tmp_path, *, monkeypatch, capfd, number):
     whole, out = tmp_path / "whole.json", tmp_path / "out.json"
     assert cli.evaluate(evaluation_args(images, buffer, finished, whole)) == 0
@@ -469,7 +469,7 @@ VALUES = st.recursive(
     [
         slow(cli.buffer, BufferSettings, "buffer"),
         slow(cli.distill, DistillSettings, "PAD"),
-        (cli.evaluate, EvaluationSettings, "evaluate"),
+        slow(cli.evaluate, EvaluationSettings, "evaluate"),
     ],
     ids=["buffer", "distill", "evaluate"],
 )

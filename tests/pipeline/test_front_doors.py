@@ -33,10 +33,10 @@ from PIL import Image
 from pad import cli
 from pad.commands import bench as workbench
 from pad.commands import distil as distilling
-from pad.commands import evaluate as evaluating
 from pad.commands import record as recording
 from pad.commands import trajectory as tasks
 from pad.difficulty import obtain as ranking
+from pad.evaluation import Evaluation
 from pad.store.foreign import save_pt
 from pad.store.trajectories import TrajectoryStore
 from pad.synthetic import SyntheticSet
@@ -134,6 +134,7 @@ def test_three_commands_on_the_embedded_images(tmp_path):
         assert row["set"] in done.stdout and f"{100 * mean:.2f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_input_from_a_shell(tmp_path):
     done = run_script("distill/PAD.py", ["--modle", "ConvNet"], tmp_path)
     assert done.returncode == 2
@@ -383,7 +384,7 @@ def refused(tmp_path, monkeypatch, capfd):
             patch.setattr(ranking, "compute_rankings", heavy)
             patch.setattr(recording.ExpertTask, "train", heavy)
             patch.setattr(distilling.Distiller, "distill", heavy)
-            patch.setattr(evaluating.evaluation, "score", heavy)
+            patch.setattr(Evaluation, "run", heavy)
             if not late:
                 patch.setattr(workbench, "fit_preprocessing", heavy)
                 patch.setattr(distilling, "initial_set", heavy)

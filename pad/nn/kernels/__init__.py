@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pad.allocator import compiled_folder
 from pad.store.files import put_in_place
+from pad.store.locks import in_turn
 
 log = logging.getLogger("pad")
 
@@ -48,9 +49,12 @@ def library() -> ctypes.CDLL | None:
         built = folder / f"block-{key}.so"
         with contextlib.suppress(OSError):  # not there, or damaged
             return ctypes.CDLL(str(built))
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            put_in_place(_build(compiler, Path(scratch)), built)  # whole, whoever else builds it at the same time
+        with in_turn(folder / f".{built.name}.lock", "building the CPU kernels"):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(built))  # of the process that was waited for
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                put_in_place(_build(compiler, Path(scratch)), built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip().split("\n")[0]
