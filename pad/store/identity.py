@@ -28,11 +28,6 @@ def differences(there: Mapping, here: Mapping, *, whole: bool = False) -> Iterat
             yield name, theirs, ours
 
 
-def first_difference(there: Mapping, here: Mapping, *, whole: bool = False) -> tuple[str, object, object] | None:
-    """The first of :func:`differences`; None where there is none."""
-    return next(differences(there, here, whole=whole), None)
-
-
 def refuse_difference(
     file: Path | str,
     there: Mapping,
