@@ -1,12 +1,14 @@
 """The outer loop: match, update, evaluate, save; the objective is whatever gives gradients of a synthetic set."""
 
+import contextlib
 import logging
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from pad.checkpoint import State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
-from pad.matching.objective import Objective
+from pad.matching.objective import Gradients, Objective
 from pad.show.pictures import before_after, image_grid
 from pad.store.run import Run
 from pad.synthetic import SyntheticSet
@@ -29,31 +31,35 @@ class _Interrupted(KeyboardInterrupt):
     """A signal in a place where it need not wait."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """When things happen, and how far a step goes (settings of the same names)."""
 
     iterations: int  # outer iterations 0..iterations
-    eval_it: int
-    skip_first_eva: bool
-    save_it: int
-    checkpoint_every: int
-    threshold: float
-    max_bad_iterations: int
-    rates: list[float]  # of images, labels, lr
-    momentum_y: float = 0.0
-    ema_decay: float = 0.0
+    eval_it: int  # iterations between evaluations
+    skip_first_eva: bool  # none before iteration 0
+    save_it: int  # iterations between saved sets
+    checkpoint_every: int  # iterations between checkpoints
+    threshold: float  # a step of a larger loss changes nothing
+    max_bad_iterations: int  # so many in a row without a finite gradient end the run
+    rates: list[float]  # learning rates of images, labels, lr
+    momentum_y: float = 0.0  # of the labels
+    ema_decay: float = 0.0  # of the moving average of the images, where one is kept
+
+    def evaluates(self, it: int) -> bool:
+        """Whether the set is evaluated before iteration ``it``."""
+        return it % self.eval_it == 0 and not (it == 0 and self.skip_first_eva)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Distiller:
     """Runs the outer loop in a run folder.
 
     Args:
         objective: gives the gradients.
         synthetic: wraps tensors as a SyntheticSet, for files and pictures.
-        evaluate: scores a synthetic set: network name -> (mean accuracy, std, n); the first network's mean picks the
-            best.
+        evaluate: trains networks on a synthetic set: network name -> (mean accuracy, std, n). The first network's mean
+            picks the best.
         ranks: the processes that run this together. All of them have the same state and take the same steps; rank 0
             writes the files.
         identity: what the run is of (settings, data, experts), as plain values: a checkpoint of another is refused.
@@ -69,7 +75,7 @@ class Distiller:
     identity: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._first_pixels = self._set().pixels() if self.ranks.is_main else None
+        self._first_pixels = self._set().pixels() if self.ranks.is_main else torch.empty(0)
         self._signal = 0  # that this process was sent
         self._stop = 0  # the signal that stops the run
         self._saved = -1  # the iteration that the checkpoint goes on with
@@ -81,54 +87,66 @@ class Distiller:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if the run got as far as writing one."""
-        ranks = self.ranks
-        there = self.checkpoint.exists
-        state = ranks.on_main(
-            lambda: State.load(self.checkpoint, self.state, ranks.size, self.identity) if there() else None
-        )
-        if state is not None:
+
+        def load() -> State | None:
+            if not self.checkpoint.exists():
+                return None
+            return State.load(self.checkpoint, self.state, processes=self.ranks.size, identity=self.identity)
+
+        if state := self.ranks.on_main(load):
             self.state = state
             self._saved = state.iteration
-            log.info("going on from iteration %d", self.state.iteration)
+            log.info("going on from iteration %d", state.iteration)
         self.run.truncate_metrics(self.state.iteration - 1)
 
     def distill(self) -> SyntheticSet:
         """Run to the end; returns the final set. Raises Stopped on SIGINT or SIGTERM, or when the numbers go wrong."""
-        state, schedule = self.state, self.schedule
-        handlers = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        last = "-"
-        try:
-            with tqdm(
-                total=schedule.iterations + 1,
-                initial=state.iteration,
-                desc="distilling",
-                unit="it",
-                dynamic_ncols=True,
-                disable=not self.ranks.is_main,
-            ) as bar:
-                while state.iteration <= schedule.iterations:
-                    it = state.iteration
-                    if it % schedule.eval_it == 0 and not (it == 0 and schedule.skip_first_eva):
-                        last = self._evaluate(it)
-                    if it % schedule.save_it == 0:
-                        self._save(it)
-                    started = time.perf_counter()
-                    loss = self._iterate(it)
-                    self.run.record_time("match", it, time.perf_counter() - started)
-                    state.iteration += 1
-                    lr = f"{state.lr.item():.4g}"
-                    bar.set_postfix(loss=f"{loss:.4f}", lr=lr, accuracy=last, skipped=state.skipped, refresh=False)
-                    bar.update()
-                    if self._stop:
-                        self._checkpoint()
-                        self.ranks.barrier()  # torchrun ends the others when one has left
-                        raise Stopped(f"stopped after iteration {it}; the state is saved", 128 + self._stop)
-                    if state.iteration % schedule.checkpoint_every == 0:
-                        self._checkpoint()
-            self._evaluate(state.iteration)
+        with self._signals():
+            self._loop()
+            it = self.state.iteration
+            self._evaluate(it)
             final = self._save("last")
-            self._pictures(final, state.iteration)
-            return final
+            if self.ranks.is_main:
+                shown = final.pixels(), final.classes, final.class_names
+                self.run.save_picture("before_after", before_after(self._first_pixels, *shown, it), it)
+        return final
+
+    def _loop(self) -> None:
+        state, schedule = self.state, self.schedule
+        accuracy = "-"
+        with tqdm(
+            total=schedule.iterations + 1,
+            initial=state.iteration,
+            desc="distilling",
+            unit="it",
+            dynamic_ncols=True,
+            disable=not self.ranks.is_main,
+        ) as bar:
+            while state.iteration <= schedule.iterations:
+                it = state.iteration
+                if schedule.evaluates(it):
+                    accuracy = self._evaluate(it)
+                if it % schedule.save_it == 0:
+                    self._save(it)
+                started = time.perf_counter()
+                loss = self._iterate(it)
+                state.iteration += 1
+                self._stop_when_diverged()
+                self.run.record_time("match", it, time.perf_counter() - started)
+                shown = {"loss": f"{loss:.4f}", "lr": f"{state.lr.item():.4g}", "accuracy": accuracy}
+                bar.set_postfix(**shown, skipped=state.skipped, refresh=False)
+                bar.update()
+                if self._stop:
+                    self._save_and_stop(f"stopped after iteration {it}; the state is saved", 128 + self._stop)
+                if state.iteration % schedule.checkpoint_every == 0:
+                    self._checkpoint()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted, and wait for the end of an iteration."""
+        handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -151,44 +169,55 @@ class Distiller:
         A step that changes nothing ends the iteration, which then counts as skipped.
         """
         state, schedule = self.state, self.schedule
-        losses, all_finite, updates = [], True, 0
-        for g in self.objective.steps(it, state.images, state.labels, state.lr):
-            gradients = [g.images, g.labels, g.lr]
-            # One synchronisation a step: everything that decides comes over together.
-            found = torch.stack([g.loss, *(t.isfinite().all().to(g.loss) for t in gradients)]).tolist()
-            # Of several ranks the main one decides, even if their machines should round differently, and all stop together.
-            reports = self.ranks.gather((found, self._signal))
-            (loss, *finite), self._stop = reports[0][0], max(sent for _, sent in reports)
-            finite = all(finite) and math.isfinite(loss)
+        momenta = [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM]
+        losses: list[float] = []
+        updated = finite = True
+        for found in self.objective.steps(it, state.images, state.labels, state.lr):
+            loss, finite = self._judge(found)
             losses.append(loss)
-            all_finite = all_finite and finite
-            if finite and loss <= schedule.threshold:
-                updates += 1
-                state.step(
-                    gradients, schedule.rates, [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM], schedule.ema_decay
-                )
-            else:
+            updated = finite and loss <= schedule.threshold
+            if not updated:
                 break
-        updated, loss = updates == len(losses), sum(losses) / len(losses)
+            state.step([found.images, found.labels, found.lr], schedule.rates, momenta, schedule.ema_decay)
+        mean = sum(losses) / len(losses)
         state.skipped += not updated
-        state.bad_in_a_row = 0 if all_finite else state.bad_in_a_row + 1
-        bad = {} if all_finite else {"bad": True}
-        self.run.record("match", it, loss=loss, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
-        if state.bad_in_a_row >= schedule.max_bad_iterations:
-            count, state.bad_in_a_row = state.bad_in_a_row, 0
-            state.iteration += 1
-            self._checkpoint()
-            self.ranks.barrier()
-            raise Stopped(
+        state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+        bad = {} if finite else {"bad": True}
+        self.run.record("match", it, loss=mean, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
+        return mean
+
+    def _judge(self, gradients: Gradients) -> tuple[float, bool]:
+        """The loss, and whether it and all gradients are finite, by one synchronisation with the device.
+
+        Of several ranks the main one decides, even if their machines should round differently. All stop together.
+        """
+        tensors = (gradients.images, gradients.labels, gradients.lr)
+        flags = [tensor.isfinite().all().to(gradients.loss) for tensor in tensors]
+        found = torch.stack([gradients.loss, *flags]).tolist()
+        reports = self.ranks.gather((found, self._signal))
+        self._stop = max(sent for _, sent in reports)
+        loss, *finite = reports[0][0]
+        return loss, all(finite) and math.isfinite(loss)
+
+    def _stop_when_diverged(self) -> None:
+        """Raise Stopped after too many iterations in a row without a finite gradient; a resumed run counts anew."""
+        count = self.state.bad_in_a_row
+        if count >= self.schedule.max_bad_iterations:
+            self.state.bad_in_a_row = 0
+            self._save_and_stop(
                 f"{count} iterations in a row gave no finite gradient; the state is saved. "
                 "Start another run (--name, or --overwrite) with a lower lr_lr or lr_img, or earlier start epochs",
                 1,
             )
-        return loss
+
+    def _save_and_stop(self, message: str, code: int) -> NoReturn:
+        self._checkpoint()
+        self.ranks.barrier()  # torchrun ends the others when one has left
+        raise Stopped(message, code)
 
     def _checkpoint(self) -> None:
         if self.ranks.is_main and self._saved != self.state.iteration:
-            self.state.save(self.checkpoint, self.ranks.size, self.identity)
+            self.state.save(self.checkpoint, processes=self.ranks.size, identity=self.identity)
         self._saved = self.state.iteration
 
     def _set(self) -> SyntheticSet:
@@ -197,41 +226,42 @@ class Distiller:
         return self.synthetic(images.clone(), state.labels.clone(), state.lr.clone(), state.iteration)
 
     def _evaluate(self, it: int) -> str:
-        """Score the set as it is before iteration ``it``; keep it when it is the best so far.
-
-        It can take as long as hundreds of iterations, so a signal ends it: the state is saved before, without the
-        evaluation, which a resumed run begins with.
-        """
+        """Evaluate the set before iteration ``it``; keep it when it is the best so far. Returns the accuracy."""
         self._checkpoint()
         self.ranks.barrier()
         started = time.perf_counter()
         current = self._set()
-        try:
-            self._at_once = True
-            if self._signal:
-                raise _Interrupted
-            scores = self.evaluate(current)
-            self._at_once = False
-        except _Interrupted:
-            where = f"in the evaluation before iteration {it}"
-            raise Stopped(f"stopped {where}; the state is saved", 128 + self._signal) from None
-        finally:
-            self._at_once = False
-        for network, (mean, std, n) in scores.items():
+        accuracies = self._accuracies(current, it)
+        for network, (mean, std, n) in accuracies.items():
             self.run.record("evaluation", it, network=network, accuracy=mean, std=std, n=n)
         self.run.record_time("evaluation", it, time.perf_counter() - started)
-        network, (mean, std, n) = next(iter(scores.items()))
+        network, (mean, std, n) = next(iter(accuracies.items()))
         if mean > self.state.best:
             self.state.best = mean
             self._save("best")
         if self.ranks.is_main:
             tqdm.write(f"iteration {it}: {network} {100 * mean:.2f} +- {100 * std:.2f} % (n = {n})")
-            self.run.save_picture(
-                "synthetic",
-                image_grid(current.pixels(), current.classes, current.class_names, caption=f"iteration {it}"),
-                it,
-            )
+            shown = current.pixels(), current.classes, current.class_names
+            self.run.save_picture("synthetic", image_grid(*shown, caption=f"iteration {it}"), it)
         return f"{100 * mean:.2f}%"
+
+    def _accuracies(self, current: SyntheticSet, it: int) -> dict[str, tuple[float, float, int]]:
+        """What ``evaluate`` finds. It can take as long as hundreds of iterations, so a signal ends it.
+
+        The state was saved before, without the evaluation, which a resumed run begins with.
+        """
+        try:
+            self._at_once = True
+            if self._signal:
+                raise _Interrupted
+            accuracies = self.evaluate(current)
+            self._at_once = False
+            return accuracies
+        except _Interrupted:
+            where = f"in the evaluation before iteration {it}"
+            raise Stopped(f"stopped {where}; the state is saved", 128 + self._signal) from None
+        finally:
+            self._at_once = False
 
     def _save(self, tag: int | str) -> SyntheticSet:
         current = self._set()
@@ -239,11 +269,3 @@ class Distiller:
             current.save(self.run.artifacts / f"synthetic_{tag}.safetensors")
             current.export_published(self.run.artifacts, tag)
         return current
-
-    def _pictures(self, final: SyntheticSet, it: int) -> None:
-        if self.ranks.is_main:
-            self.run.save_picture(
-                "before_after",
-                before_after(self._first_pixels, final.pixels(), final.classes, final.class_names, it),
-                it,
-            )

@@ -1,4 +1,4 @@
-"""Coresets: real images that a ranking chooses, as training sets of a synthetic set's size (arXiv 2204.08499)."""
+"""Labels of images that are one class for sure, as the logits that synthetic sets hold."""
 
 import torch.nn.functional as F
 from torch import Tensor

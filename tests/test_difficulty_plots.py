@@ -10,6 +10,7 @@ from pad.difficulty.ranking import Ranking
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
 from pad.show import difficulty as plots
+from pad.show.figures import save_figure
 
 
 def ranking(sizes, seed=0, scores=True, kind=torch.rand) -> Ranking:
@@ -176,7 +177,7 @@ def test_scores_over_many_decades_are_on_a_logarithmic_scale():
 @pytest.mark.parametrize("classes", [2, 30])
 def test_scores_that_are_all_equal(value, classes, tmp_path):
     made = ranking([3] * classes, kind=lambda n, **how: torch.full((n,), value, dtype=torch.float64))
-    plots.save_figure(tmp_path / "s.png", plots.plot_scores(made, names(classes), "EL2N"))
+    save_figure(tmp_path / "s.png", plots.plot_scores(made, names(classes), "EL2N"))
 
 
 def test_many_classes_are_bands_of_quantiles_in_the_order_of_their_medians():
@@ -203,7 +204,7 @@ def test_an_order_without_scores_has_no_distribution():
 
 @pytest.mark.parametrize("schedule, removal", [("linear", "step"), ("geometric", "linear")])
 def test_the_curriculum_picture(schedule, removal):
-    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, schedule, removal)
+    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, add_schedule=schedule, removal=removal)
     which, number = plots.plot_curriculum(curriculum, 12, 50).axes
     windows = np.array([curriculum.window(epoch, 50) for epoch in range(12)])
     upper, edges, lower = which.patches[0].get_data()
@@ -217,6 +218,7 @@ def test_the_curriculum_picture(schedule, removal):
 # ---- files
 
 
+@pytest.mark.slow
 def test_every_picture_of_some_rankings(tmp_path):
     sizes = [12, 1, 7]
     rankings = {"GraNd": ranking(sizes), "EL2N": ranking(sizes, 1), "Herding": ranking(sizes, 2, scores=False)}
@@ -246,6 +248,7 @@ def test_pictures_of_one_method(tmp_path):
     assert [path.name for path in written] == ["scores_GraNd.png", "images_GraNd.png"]
 
 
+@pytest.mark.slow
 def test_two_hundred_classes(tmp_path):
     rankings = {"GraNd": ranking([50] * 200), "Herding": ranking([50] * 200, 1, scores=False)}
     written = plots.plot_all(tmp_path, rankings, torch.zeros(10_000, 3, 8, 8), names(200), Curriculum(0.5, 3), 100)

@@ -224,8 +224,8 @@ def matching_gradients(model, augmentation, n, batch, depth_ratio, loss_ratio, r
         labels,
         torch.tensor(0.05, dtype=torch.float64),
         steps,
-        lambda theta: matching_loss(theta, start, start + 0.01 * target, depth_ratio, loss_ratio),
-        ranks,
+        objective=lambda theta: matching_loss(theta, start, start + 0.01 * target, depth_ratio, loss_ratio),
+        ranks=ranks,
     )
     return [found.loss, found.images, found.labels, found.lr]
 
@@ -275,7 +275,16 @@ class Rows:
 
 def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_main_rank():
     """Calls of the derivatives are counted: BatchNorm's statistics are those of a whole batch, so it does not split."""
-    sampler = SegmentSampler([0, 1], 1, 0, 2, False, 1, 1, seed=0)
+    sampler = SegmentSampler(
+        experts=[0, 1],
+        expert_epochs=1,
+        min_start_epoch=0,
+        max_start_epoch=2,
+        sequential=False,
+        current_max_start_epoch=1,
+        expansion_end_epoch=1,
+        seed=0,
+    )
     rng = generator(0, "set")
     images, labels = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((6, *SHAPE), (6, CLASSES)))
 
@@ -285,7 +294,18 @@ def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_mai
             model, sizes = flat_model(name), []
             grad = model.grad
             model.grad = lambda theta, x, p: (sizes.append(len(x)), grad(theta, x, p))[1]
-            objective = TrajectoryObjective(model, Rows(model), sampler, DSA("flip"), 2, 6, 0.0, 0.0, 0, ranks)
+            objective = TrajectoryObjective(
+                model=model,
+                store=Rows(model),
+                sampler=sampler,
+                augmentation=DSA("flip"),
+                syn_steps=2,
+                batch_syn=6,
+                depth_ratio=0.0,
+                loss_ratio=0.0,
+                seed=0,
+                ranks=ranks,
+            )
             found = objective.gradients(3, images, labels, torch.tensor(0.01, dtype=torch.float64))
             out.append(([getattr(found, field).numpy() for field in ("loss", "images", "labels", "lr")], sizes))
         return out
@@ -318,8 +338,10 @@ def test_dealt_networks_are_those_of_one_process():
         together = {}
         for count in (1, 2):
             protocol = evaluation.Protocol(DSA("flip"), epochs=2, batch_size=5, together=count)
-            scores = evaluation.score_all(protocol, cases, 3, 0.05, images, labels, ranks, lambda *at: seen.append(at))
-            together[count] = [(s.network, s.accuracies) for s in scores]
+            tested = {"test_images": images, "test_labels": labels, "ranks": ranks}
+            evaluated = evaluation.Evaluation(protocol=protocol, lr=0.05, **tested)
+            results = evaluated.run(cases, 3, progress=lambda *at: seen.append(at))
+            together[count] = [(each.network, each.accuracies) for each in results]
         return found.scores["GraNd"].tolist(), together, epochs, len(seen)
 
     ranking, together, epochs, seen = work(ALONE)

@@ -34,7 +34,13 @@ def network(name, it):
 
 def objective(name, blocks=1, augmentation=NoAugmentation(), rows=ROWS, seed=SEED, ranks=ALONE):
     return DistributionObjective(
-        lambda it: network(name, it), RealBatches(REAL, rows, 10), augmentation, blocks, "BN" not in name, seed, ranks
+        network=lambda it: network(name, it),
+        real=RealBatches(REAL, rows, 10),
+        augmentation=augmentation,
+        blocks=blocks,
+        separable="BN" not in name,
+        seed=seed,
+        ranks=ranks,
     )
 
 

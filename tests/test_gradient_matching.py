@@ -52,7 +52,10 @@ def objective(name="ConvNetD2W8", model=None, rows=ROWS, **changes):
     )
     model = model or FlatModel(network(name, 0))
     return GradientObjective(
-        model, lambda it: model.flatten(network(name, it)), RealBatches(REAL, rows, 10), **(settings | changes)
+        model=model,
+        start=lambda it: model.flatten(network(name, it)),
+        real=RealBatches(REAL, rows, 10),
+        **(settings | changes),
     )
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pad.errors import InputError
-from pad.store.identity import differences, digest, first_difference, nearest, refuse_difference
+from pad.store.identity import differences, digest, nearest, refuse_difference
 
 THERE = {"model": "ConvNet", "data": {"dataset": "CIFAR10", "size": [32, 32]}, "settings": {"ipc": 1, "lr": {"y": 5.0}}}
 
@@ -26,18 +26,18 @@ THERE = {"model": "ConvNet", "data": {"dataset": "CIFAR10", "size": [32, 32]}, "
     ],
 )
 def test_the_first_difference_is_named_with_both_values(here, found):
-    assert first_difference(THERE, here) == found
+    assert next(differences(THERE, here), None) == found
 
 
 def test_of_two_whole_descriptions_neither_says_more_than_the_other():
     here = {"newer": 1} | THERE | {"data": {"size": [1, 1], "newer": 2}}
     assert list(differences(THERE, here, whole=True)) == [
-        ("data dataset", "CIFAR10", "nothing"),
+        ("newer", "nothing", 1),
         ("data size", [32, 32], [1, 1]),
         ("data newer", "nothing", 2),
-        ("newer", "nothing", 1),
+        ("data dataset", "CIFAR10", "nothing"),
     ]
-    assert first_difference({}, {"a": 1}) is None and first_difference({}, {"a": 1}, whole=True) == ("a", "nothing", 1)
+    assert not list(differences({}, {"a": 1})) and list(differences({}, {"a": 1}, whole=True)) == [("a", "nothing", 1)]
 
 
 def test_a_refusal_names_file_place_both_values_and_what_to_do(tmp_path):

@@ -34,7 +34,16 @@ def preprocessed(request, tmp_path_factory):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (N, *SHAPE), dtype=torch.uint8, generator=rng)
     labels = torch.arange(N) % CLASSES
-    data = ImageData("random", pixels, labels, pixels[:9], labels[:9], tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    data = ImageData(
+        name="random",
+        train_images=pixels,
+        train_labels=labels,
+        test_images=pixels[:9],
+        test_labels=labels[:9],
+        class_names=tuple("abcd"),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.4),
+    )
     preprocessing = fit_preprocessing(data, request.param == "zca", tmp_path_factory.mktemp("zca"))
     return SimpleNamespace(pixels=pixels, labels=labels, preprocessing=preprocessing, all=preprocessing.apply(pixels))
 
@@ -132,11 +141,9 @@ def test_half_of_what_is_free_or_kept_for_reuse_may_be_taken(monkeypatch, size, 
 
 def test_images_on_is_a_setting_with_three_values():
     assert BufferSettings().images_on == DistillSettings().images_on == "auto"
-    settings = BufferSettings()
-    settings.adopt({"images_on": "host"})
-    assert settings.images_on == "host"
+    assert BufferSettings().adopting({"images_on": "host"}).images_on == "host"
     with pytest.raises(InputError, match="images_on: 'disk' is not one of auto, device, host"):
-        settings.adopt({"images_on": "disk"})
+        BufferSettings().adopting({"images_on": "disk"})
 
 
 # ---------------------------------------------------------------------------------------------- copies
@@ -189,24 +196,24 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
     results = []
     for images in both:
         task = ExpertTask(
-            model,
-            images,
-            preprocessed.labels,
-            CLASSES,
-            lambda epoch: torch.arange(0, N, 3),
-            GSAM(0.05, rho=0.5, alpha=0.4),
-            DSA(),
-            64,
-            2,
+            model=model,
+            images=images,
+            labels=preprocessed.labels,
+            num_classes=CLASSES,
+            epoch_indices=lambda epoch: torch.arange(0, N, 3),
+            optimiser=GSAM(lr=0.05, rho=0.5, alpha=0.4),
+            augmentation=DSA(),
+            batch_size=64,
+            epochs=2,
             seed=0,
         )
         trajectory = torch.stack(list(task.train(0, start)))
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
         names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
         scores = score_images(names, ScoringTask(images, preprocessed.labels, CLASSES, scoring, 0)).scores
-        experts = Experts(model, lambda k: trajectory[-1], 1)
+        experts = Experts(model=model, parameters=lambda k: trajectory[-1], count=1)
         sets = [
-            initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, 0)
+            initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, seed=0)
             for kind in ("real", "noise", "samples_predicted_correctly")
         ]
         logits = model.logits(trajectory[-1], images)
@@ -222,6 +229,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         assert torch.equal(of_tensor, of_host)
 
 
+@pytest.mark.slow
 def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
     files = []
     for images_on in ("device", "host"):
@@ -275,8 +283,8 @@ def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
                 num_eval=1,
                 epoch_eval_train=2,
                 out=str(out / "scores.json"),
-            ),
-            set(common),
+                given=frozenset(common),
+            )
         )
         synthetic = run / "Normal" / "synthetic_last.safetensors"
         files.append(

@@ -49,7 +49,9 @@ def test_inner_products_of_last_layer_gradients():
     evidence = collect_evidence(network, images, labels)
     products = (evidence.errors @ evidence.errors.T) * (1 + evidence.features @ evidence.features.T)
     torch.testing.assert_close(products, gradients @ gradients.T, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(evidence.errors, evidence.probabilities - F.one_hot(labels, 4), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        evidence.errors, evidence.logits.softmax(dim=1) - F.one_hot(labels, 4), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_errors_of_the_easiest_images_are_not_rounded_to_zero():

@@ -10,9 +10,8 @@ from test_distributed import on_ranks
 
 from pad.data.augment import DSA, augment
 from pad.data.images import ImageData
-from pad.difficulty import methods
 from pad.difficulty.evidence import collect_evidence
-from pad.difficulty.methods import METHODS, compute_rankings, score_images, score_network
+from pad.difficulty.methods import METHODS, Method, RankingSource, compute_rankings, score_images, score_network
 from pad.difficulty.scores import ForgettingEvents, el2n
 from pad.difficulty.training import ScoringSettings, ScoringTask
 from pad.errors import InputError
@@ -36,14 +35,28 @@ def make_data(sizes=(12, 1, 9), seed=0):
     labels = labels[torch.randperm(len(labels), generator=rng)]
     images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=rng)
     classes = tuple(f"c{c}" for c in range(len(sizes)))
-    return ImageData("CIFAR10", images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
-
-
-def rank(names, data, settings=SMALL, seed=0, **options):
-    images = data.train_images.float() / 255 - 0.5
-    return compute_rankings(
-        names, data, images, data.train_labels, settings, seed=seed, preprocessing=MEANSTD, **options
+    return ImageData(
+        name="CIFAR10",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=classes,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
     )
+
+
+def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu", **options):
+    source = RankingSource(
+        data=data,
+        images=(data.train_images.float() / 255 - 0.5).to(device),
+        labels=data.train_labels.to(device),
+        preprocessing=preprocessing,
+        scoring=settings,
+        seed=seed,
+    )
+    return compute_rankings(names, source, **options)
 
 
 def assert_same(ours, expected):
@@ -240,7 +253,7 @@ def test_orders_are_of_network_0_class_by_class_with_a_stream_for_each(monkeypat
         asked.append((evidence, torch.rand(3, generator=rng).tolist()))
         return torch.arange(len(evidence)).flip(0)
 
-    monkeypatch.setitem(METHODS, "Herding", methods.Method("Herding", "order", "", "evidence", order))
+    monkeypatch.setitem(METHODS, "Herding", Method(kind="order", summary="", needs="evidence", compute=order))
     ranking = rank(["EL2N", "Herding"], data, seed=4)["Herding"]
     images = data.train_images.float() / 255 - 0.5
     network = ScoringTask(images, data.train_labels, 3, SMALL, 4).train(0)
@@ -339,18 +352,8 @@ def test_what_was_kept_of_something_else_is_not_used(tmp_path, caplog, what):
         path.write_bytes(path.read_bytes()[:-9] + bytes(9))
     trained = []
     if what == "preprocessing":
-        images = arguments["data"].train_images.float() / 255 - 0.5
-        compute_rankings(
-            ["EL2N"],
-            arguments["data"],
-            images,
-            arguments["data"].train_labels,
-            settings,
-            seed=0,
-            preprocessing={"kind": "meanstd", "digest": "e"},
-            progress=lambda *at: trained.append(at),
-            keep=tmp_path,
-        )
+        other = {"kind": "meanstd", "digest": "e"}
+        rank(**arguments, preprocessing=other, progress=lambda *at: trained.append(at), keep=tmp_path)
     else:
         expected = rank(**arguments)
         assert_same(rank(**arguments, keep=tmp_path, progress=lambda *at: trained.append(at)), expected)
@@ -405,9 +408,8 @@ def test_a_class_without_images_is_refused_before_any_work():
 
 def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(monkeypatch):
     def give(positions):
-        monkeypatch.setitem(
-            METHODS, "Herding", methods.Method("Herding", "order", "", "nothing", lambda evidence, rng: positions)
-        )
+        always = Method(kind="order", summary="", needs="nothing", compute=lambda evidence, rng: positions)
+        monkeypatch.setitem(METHODS, "Herding", always)
 
     data = make_data((3, 3))
     for wrong in ([0, 1], [0, 1, 1], [0, 1, 3]):
@@ -418,7 +420,8 @@ def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(mo
     def cannot(evidence, rng):
         raise InputError("no")
 
-    monkeypatch.setitem(METHODS, "Herding", methods.Method("Herding", "order", "", "nothing", cannot))
+    unable = Method(kind="order", summary="", needs="nothing", compute=cannot)
+    monkeypatch.setitem(METHODS, "Herding", unable)
     with pytest.raises(InputError, match="Herding cannot order class 0: no"):
         rank(["Herding"], data)
 
@@ -451,16 +454,15 @@ def test_settings_out_of_range_are_refused(name, value):
 def test_every_method_on_cuda_and_counting_waits_for_nothing(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     data = make_data((60, 1, 30))
-    images, labels = (data.train_images.float() / 255 - 0.5).cuda(), data.train_labels.cuda()
     settings = ScoringSettings("ConvNetD1W8", repeats=1, epochs=0)
     names = [name for name in METHODS if METHODS[name].needs != "training"]
-    found = compute_rankings(names, data, images, labels, settings, seed=0, preprocessing=MEANSTD)
+    found = rank(names, data, settings, device="cuda")
     expected = rank(names, data, settings)
     for name in names:
         found[name].validate(data.train_labels, 3, name)
         if METHODS[name].kind == "score":
             assert (found[name].scores - expected[name].scores).norm() < 0.02 * expected[name].scores.norm(), name
-    events = ForgettingEvents(labels)
+    events = ForgettingEvents(data.train_labels.cuda())
     indices, logits = torch.arange(0, 90, 2).cuda(), torch.randn(45, 3).cuda()
     events(indices, logits)
     torch.cuda.set_sync_debug_mode("error")

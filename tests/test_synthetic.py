@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from pad.data.preprocessing import MeanStd, Preprocessing
+from pad.data.preprocessing import ZCA, MeanStd
 from pad.errors import InputError
 from pad.store.foreign import load_pt
 from pad.store.tensors import load_tensors, save_tensors
@@ -15,7 +15,7 @@ D = 40
 MEANSTD = MeanStd.of((0.4, 0.6), (0.2, 0.3), "cpu")
 GENERATOR = torch.Generator().manual_seed(5)
 ZCA_MEAN, UNWHITEN = torch.rand(D, generator=GENERATOR), torch.randn(D, D, generator=GENERATOR) / 6
-ZCA = Preprocessing.from_tensors(
+WHITENED = ZCA(
     {"kind": "zca", "eps": 0.1, "shape": list(SHAPE), "digest": "abc"}, {"mean": ZCA_MEAN, "unwhiten": UNWHITEN}
 )
 
@@ -163,24 +163,24 @@ def test_files_that_are_no_synthetic_set_are_refused_by_name(tmp_path):
         SyntheticSet.load(path)
 
 
-@pytest.mark.parametrize("preprocessing", [MEANSTD, ZCA], ids=["meanstd", "zca"])
+@pytest.mark.parametrize("preprocessing", [MEANSTD, WHITENED], ids=["meanstd", "zca"])
 def test_the_published_trio_goes_out_and_comes_back(tmp_path, preprocessing):
     synthetic = make(preprocessing, images=torch.randn(6, *SHAPE) * 5)
     synthetic.export_published(tmp_path, 1000)
-    expected = ["images_1000.pt", "labels_1000.pt", "lr_1000.pt"] + ["images_zca_1000.pt"] * (preprocessing is ZCA)
+    expected = ["images_1000.pt", "labels_1000.pt", "lr_1000.pt"] + ["images_zca_1000.pt"] * (preprocessing is WHITENED)
     assert sorted(os.listdir(tmp_path)) == sorted(expected)
     back = SyntheticSet.from_published(*(tmp_path / f"{name}_1000.pt" for name in ("images", "labels", "lr")))
     for name in ("images", "labels", "lr", "classes"):
         assert torch.equal(getattr(back, name), getattr(synthetic, name)), name
     assert load_pt(tmp_path / "lr_1000.pt").shape == ()
-    if preprocessing is ZCA:
+    if preprocessing is WHITENED:
         torch.testing.assert_close(load_pt(tmp_path / "images_zca_1000.pt"), unwhitened(synthetic.images))
     back.save(tmp_path / "imported")
     assert SyntheticSet.load(tmp_path / "imported").metadata["provenance"]["published"][0] == "images_1000.pt"
 
 
 def test_a_loaded_zca_set_still_exports_its_unclamped_pixels(tmp_path):
-    synthetic = make(ZCA, images=torch.randn(6, *SHAPE) * 5)
+    synthetic = make(WHITENED, images=torch.randn(6, *SHAPE) * 5)
     synthetic.save(tmp_path / "set")
     SyntheticSet.load(tmp_path / "set").export_published(tmp_path, "best")
     torch.testing.assert_close(load_pt(tmp_path / "images_zca_best.pt"), unwhitened(synthetic.images))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from pad.commands import bench as workbench
 from pad.commands import record as recording
-from pad.commands.record import BufferSettings
+from pad.commands.record import BufferSettings, expert_task
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.images import ImageData
-from pad.difficulty.obtain import Ranking
+from pad.difficulty.ranking import Ranking
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
@@ -131,7 +131,7 @@ def test_an_epoch_uses_each_image_of_the_curriculum_once():
             assert not batches
             continue
         expected = []
-        for c, row in enumerate(rows):
+        for row in rows:
             first, last = curriculum.window(epoch - 1, len(row))
             expected += row[first:last].tolist()
         used = torch.cat(batches)
@@ -214,7 +214,14 @@ def bench(tmp_path, monkeypatch):
         return torch.randint(256, (n, 3, *SIZE), dtype=torch.uint8, generator=rng)
 
     data = ImageData(
-        "CIFAR10", pixels(30), labels, pixels(9), torch.arange(9) % 3, ("a", "b", "c"), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+        name="CIFAR10",
+        train_images=pixels(30),
+        train_labels=labels,
+        test_images=pixels(9),
+        test_labels=torch.arange(9) % 3,
+        class_names=("a", "b", "c"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
     )
     monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
@@ -340,7 +347,7 @@ def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
 
 def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(
         num_experts=1,
         train_epochs=1,
@@ -368,7 +375,7 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
 
 def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
     scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
@@ -388,7 +395,7 @@ def test_a_published_ranking_is_used(bench, monkeypatch):
     rows = torch.arange(30).view(10, 3).T.flip(1)  # row c: 27 + c first, c last
     save_pt(bench.rankings / "CIFAR10_Mine.pt", rows.contiguous())
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.2, sort_method="CIFAR10_Mine")
     assert sorted(tasks[0].epoch_indices(0).tolist()) == [24, 25, 26, 27, 28, 29]
 
@@ -487,7 +494,8 @@ def test_another_ranking_is_another_recipe(bench):
 
 def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "_EXPERT_RECIPE", recording._EXPERT_RECIPE - {"adaptive"})
+        of = BufferSettings.of
+        patch.setattr(BufferSettings, "of", lambda *args: {k: v for k, v in of(*args).items() if k != "adaptive"})
         bench.record(num_experts=1)
     with pytest.raises(InputError, match="adaptive: True in the buffer, False in the config"):
         bench.record(adaptive=False)

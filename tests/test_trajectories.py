@@ -99,6 +99,7 @@ def test_rows_are_the_asked_ones_and_private_copies(tmp_path):
             store.rows(0, [1, epoch])
 
 
+@pytest.mark.slow
 def test_opening_and_reading_two_rows_does_not_read_the_file(tmp_path):
     """A file of 400 MB, nearly all hole, takes no disk; reading it would take 400 MB of memory."""
     epochs, width = 1000, 100_000
@@ -310,7 +311,7 @@ def trajectory_metadata(**changes):
 @pytest.mark.parametrize(
     "params, metadata, message",
     [
-        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not an expert trajectory"),
+        (torch.zeros(3, P), trajectory_metadata(kind="ranking"), "not a trajectory"),
         (torch.zeros(3, P), ["trajectory"], "carries no description"),
         (torch.zeros(3, P), trajectory_metadata(format=2), "format 2"),
         (torch.zeros(1, P), trajectory_metadata(), "damaged"),
@@ -395,15 +396,17 @@ MISMATCHES = [
 def test_a_store_made_for_something_else_is_refused(tmp_path, changes, sentence):
     write(tmp_path, 0, numbers(2))
     store = TrajectoryStore.open(tmp_path)
-    store.check(description())
+    store.refuse_other(description())
     with pytest.raises(InputError) as caught:
-        store.check(description(**changes))
-    assert str(caught.value) == f"{tmp_path}: " + sentence.format(in_the="in the")
+        store.refuse_other(description(**changes))
+    remedy = "give another --buffer_path, or the settings it was made with"
+    assert str(caught.value) == f"{tmp_path}: {sentence.format(in_the='in the')}; {remedy}"
 
 
 def test_layer_names_may_differ(tmp_path):
     write(tmp_path, 0, numbers(2))
-    TrajectoryStore.open(tmp_path).check(description(parameters=[(name.upper(), shape) for name, shape in SHAPES]))
+    renamed = description(parameters=[(name.upper(), shape) for name, shape in SHAPES])
+    TrajectoryStore.open(tmp_path).refuse_other(renamed)
 
 
 def test_experts_that_do_not_belong_together_are_refused(tmp_path):
@@ -411,7 +414,8 @@ def test_experts_that_do_not_belong_together_are_refused(tmp_path):
     write(tmp_path, 1, numbers(3), settings={"rho": 2.0})
     assert len(TrajectoryStore.open(tmp_path)) == 2
     write(tmp_path, 2, numbers(2), preprocessing={"kind": "zca", "eps": 0.2, "digest": "0f"})
-    with pytest.raises(InputError, match="expert_0002.* with expert_0000.*preprocessing eps: 0.2 .*, 0.1 "):
+    sentence = "expert_0002.safetensors: preprocessing eps: 0.2 in this expert, 0.1 in expert_0000.safetensors; "
+    with pytest.raises(InputError, match=sentence):
         TrajectoryStore.open(tmp_path)
 
 
@@ -462,7 +466,7 @@ def test_import_reads_every_expert_in_the_order_of_file_numbers(tmp_path):
     torch.save(published(1), tmp_path / "replay_buffer_best.pt")
     assert import_published(tmp_path, tmp_path / "store", description()) == 6
     store = TrajectoryStore.open(tmp_path / "store")
-    store.check(description())
+    store.refuse_other(description())
     expected = [flat(expert) for number in (0, 2, 10) for expert in buffers[number]]
     assert store.experts == list(range(6))
     for expert, rows in enumerate(expected):
@@ -660,6 +664,7 @@ def test_import_script_refuses_another_network(theirs, capsys):
     assert "shape" in capsys.readouterr().err and not list(Path("ours").rglob("expert_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments, message",
     [

@@ -80,7 +80,7 @@ class Setting:
             self.labels,
             self.lr,
             steps,
-            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio),
+            objective=lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio),
             **how,
         )
 
@@ -204,7 +204,7 @@ def test_the_arguments_are_left_as_they_are_and_carry_no_graph():
     before = [tensor.clone() for tensor in arguments]
     path = unroll(setting.model, *arguments[:4], steps)
     rows = path.clone()
-    gradients = adjoint(setting.model, path, *arguments[1:4], steps, lam)
+    gradients = adjoint(setting.model, path, *arguments[1:4], steps, lam=lam)
     assert torch.equal(path, rows)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(arguments, before))
     assert not any(tensor.requires_grad for tensor in (*arguments, path, *gradients))
@@ -330,7 +330,7 @@ lr = torch.tensor(0.01)
 
 def exact(count):
     steps = inner_steps(64, 64, count, DSA(), rng)
-    unrolled_gradients(model, theta, images, labels, lr, steps, lambda end: matching_loss(end, theta, target))
+    unrolled_gradients(model, theta, images, labels, lr, steps, objective=lambda end: matching_loss(end, theta, target))
 
 def graph(count):  # the published way
     at, p = theta.clone().requires_grad_(), labels.softmax(dim=1)
@@ -344,6 +344,7 @@ print(json.dumps({"P": len(theta), **peaks}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_steps_beyond_the_stored_parameters():
     # A fixed threshold: what is freed goes back to the system at once, and no longer counts.

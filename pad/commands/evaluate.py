@@ -1,4 +1,7 @@
-"""Stage 3: score a synthetic set, and real images of the same number, on fresh networks."""
+"""Stage 3: the accuracy of fresh networks that a synthetic set, and real images of the same number, have trained.
+
+python distill/evaluation.py --synthetic logged_files/CIFAR10/10/ConvNet/IPC10-seed0
+"""
 
 import contextlib
 import dataclasses
@@ -14,42 +17,48 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from pad import evaluation
-from pad.commands.bench import Workbench, check_writable, evaluation_protocol, experts_folder, rankings_folder, set_up
-from pad.commands.common import _Evaluating, _Ranked, _words
-from pad.config import FilePath, setting
-from pad.difficulty.obtain import ranking_file
+from pad.commands.bench import Workbench, progress_bar, set_up
+from pad.commands.common import Evaluating, Ranked, words
+from pad.config import DATA, MODEL, PLACE, RECIPE, REPORT, FilePath, setting
 from pad.difficulty.ranking import first_of_each_class
-from pad.difficulty.training import ScoringSettings
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.initialisation import class_order, initial_set
+from pad.evaluation import Accuracies, TrainingSet, TrainingSets
+from pad.initialisation import class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
-from pad.store.files import write_text
+from pad.store.files import refuse_unwritable, write_text
+from pad.store.identity import digest, refuse_difference
 from pad.store.locks import only_writer
 from pad.store.run import append_line
 from pad.synthetic import SyntheticSet
 
+log = logging.getLogger("pad")
 
-@dataclass(kw_only=True)
-class EvaluationSettings(_Evaluating, _Ranked):
-    """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and score them on the test images."""
 
-    batch_train: int = setting(128, "batch size for training networks", low=1)
-    data_dir: FilePath | None = setting(None, "images_*.pt of a published set")
-    label_dir: FilePath | None = setting(None, "labels_*.pt of a published set")
-    lr_dir: FilePath | None = setting(None, "lr_*.pt of a published set")
-    synthetic: FilePath | None = setting(None, "a synthetic set's own file, or its run's folder, instead of the three")
-    buffer_path: FilePath | None = setting(None, "folder of the trajectories, for the soft labels of real images")
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Evaluating, Ranked):
+    """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
+
+    batch_train: int = setting(128, "batch size for training networks", REPORT, low=1)
+    data_dir: FilePath | None = setting(None, "images_*.pt of a published set", RECIPE, by_study=True)
+    label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
+    lr_dir: FilePath | None = setting(None, "lr_*.pt of a published set", RECIPE, by_study=True)
+    synthetic: FilePath | None = setting(
+        None, "its own file, or its run's folder, instead of the three", RECIPE, by_study=True
+    )
+    buffer_path: FilePath | None = setting(
+        None, "folder of the trajectories, for soft labels of real images", PLACE, by_study=True
+    )
     baselines: str = setting(
         "hard,soft",
         "rows beside the synthetic set: random real images with hard and soft labels, and the first of a "
         "difficulty method, as in hard,soft,Herding; or none",
+        REPORT,
+        by_study=True,
     )
-    out: FilePath | None = setting(None, "JSON file of the results; default: beside the synthetic set")
+    out: FilePath | None = setting(None, "JSON file of the results; default: beside the set", PLACE, by_study=True)
 
     dead = {
         "batch_real": "nothing reads it",
@@ -59,7 +68,7 @@ class EvaluationSettings(_Evaluating, _Ranked):
 
     def check(self) -> None:
         super().check()
-        trio = {key: getattr(self, key) for key in ("data_dir", "label_dir", "lr_dir")}
+        trio = {"data_dir": self.data_dir, "label_dir": self.label_dir, "lr_dir": self.lr_dir}
         if self.synthetic and any(trio.values()):
             raise InputError(
                 "synthetic and data_dir, label_dir, lr_dir exclude each other: give the one file or the three"
@@ -71,41 +80,38 @@ class EvaluationSettings(_Evaluating, _Ranked):
     @property
     def baseline_kinds(self) -> list[str]:
         """``hard``, ``soft``, and names of difficulty methods, each once."""
-        return [] if self.baselines in ("", "none") else _words(self.baselines)
+        return [] if self.baselines in ("", "none") else words(self.baselines)
 
 
-log = logging.getLogger("pad")
+def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> dict:
+    """Stage 3: train fresh networks on a synthetic set, and on real images of the same number. Returns the results.
 
-
-def evaluate(
-    settings: EvaluationSettings, given: set[str], ranks: Ranks = ALONE, bench: Workbench | None = None
-) -> dict:
-    """Stage 3: score a synthetic set, and real images of the same number, on fresh networks. Returns the results.
-
-    The networks are dealt to the ranks; rank 0 writes. The score of each network is kept until the results are written,
-    so that a stopped command, given again, trains those only that are missing.
+    The networks are dealt to the ranks; rank 0 writes. The accuracy of each network is kept until the results are
+    written, so that a stopped command, given again, trains those only that are missing.
     """
-    synthetic = _read_set(settings, given)
-    out = Path(settings.out or Path(settings.synthetic or settings.data_dir).with_suffix(".evaluation.json"))
+    settings, synthetic = _read_set(settings)
+    out = Path(settings.out or Path(str(settings.synthetic or settings.data_dir)).with_suffix(".evaluation.json"))
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; name a file")
-    ranks.on_main(lambda: check_writable(out.parent))
+    ranks.on_main(lambda: refuse_unwritable(out.parent))
     lock = only_writer(out.with_name(f".{out.name}.lock"), f"{out}")
     with lock if ranks.is_main else contextlib.nullcontext():
-        return _evaluate(settings, synthetic, out, ranks, bench or set_up(settings, ranks))
+        return _evaluate(settings, synthetic, out, bench or set_up(settings, ranks))
 
 
-def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, ranks: Ranks, bench: Workbench) -> dict:
-    _check_fits(synthetic, bench)
+def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, bench: Workbench) -> dict:
+    ranks = bench.ranks
+    _refuse_other_data(synthetic, bench)
     pool = networks.evaluation_pool(settings.eval_mode, settings.model)
-    for network in pool:
-        bench.network(network, settings.seed)  # refuses one that does not fit before any is trained
-    sets = {"synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))}
-    sets |= _baselines(settings, bench, synthetic.ipc)
-    _check_same("preprocessing", synthetic, bench.preprocessing.identity)
-    for training_set in sets.values():
-        training_set(0)  # refuses experts that get too few images right
-    protocol = evaluation_protocol(settings, bench.device, len(synthetic.images), len(sets))
+    bench.refuse_unfit(pool)
+    sets: dict[str, TrainingSets] = {
+        "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
+    }
+    # The one that was drawn last is kept: it is wanted more than once
+    sets |= {name: functools.lru_cache(maxsize=1)(draw) for name, draw in _baselines(settings, bench, synthetic.ipc)}
+    _refuse_other("preprocessing", synthetic, bench.preprocessing.identity)
+    sizes = [len(draw(0)[0]) for draw in sets.values()]  # experts that get too few images right are refused here
+    protocol = bench.protocol(settings, max(sizes), len(sets))
 
     cases, lr = [(network, name) for network in pool for name in sets], synthetic.lr.item()
     augmentation = [settings.dsa, settings.dsa_strategy, settings.siamese]
@@ -121,43 +127,41 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     finished = _Finished(out, fixed, [(network, name, sets[name]) for network, name in cases], ranks)
     known = finished.read(settings.num_eval)
     total = math.ceil((len(cases) * settings.num_eval - len(known)) / ranks.size)
-    with tqdm(total=total, desc="evaluating", unit="network", dynamic_ncols=True, disable=not ranks.is_main) as bar:
+    with progress_bar(ranks, total, "evaluating", "network") as bar:
 
-        def progress(case: int, j: int, so_far: evaluation.Score) -> None:
+        def progress(case: int, j: int, so_far: Accuracies) -> None:
             network, name = cases[case]
             finished.keep(case, j, so_far.accuracies[-1])
             bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
             bar.update()
 
-        scores = evaluation.score_all(
-            protocol,
-            [(network, sets[name]) for network, name in cases],
-            settings.num_eval,
-            lr,
-            bench.test_images,
-            bench.test_labels,
-            ranks,
-            progress,
-            known,
-        )
-    rows = [{"set": name, **score.as_dict()} for (_, name), score in zip(cases, scores)]
-    results = {
+        draws = [(network, sets[name]) for network, name in cases]
+        found = bench.evaluation(protocol, lr).run(draws, settings.num_eval, progress=progress, known=known)
+    results: dict = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
         "lr": lr,
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
-        "results": rows,
+        "results": [{"set": name, **each.as_dict()} for (_, name), each in zip(cases, found)],
     }
     if ranks.is_main:
         write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
     ranks.barrier()
     finished.remove()
     ranks.barrier()  # before another process may write there
-    if not ranks.is_main:
-        return results
-    table = [
+    if ranks.is_main:
+        print(
+            f"\n{bench.data.name}, {synthetic.ipc} images per class, accuracy on {len(bench.test_images)} test images"
+        )
+        print(_table(results["results"]))
+        log.info("results are in %s", out)
+    return results
+
+
+def _table(rows: list[dict]) -> str:
+    lines = [
         {
             "training set": row["set"],
             "network": row["network"],
@@ -167,14 +171,105 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         }
         for row in rows
     ]
-    print(f"\n{bench.data.name}, {synthetic.ipc} images per class, accuracy on {len(bench.test_images)} test images")
-    print(result_table(table, list(table[0])))
-    log.info("results are in %s", out)
-    return results
+    return result_table(lines, list(lines[0]))
+
+
+def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
+    """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
+    if not settings.synthetic:
+        return settings, SyntheticSet.from_published(
+            *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))
+        )
+    path = Path(settings.synthetic)
+    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+        path = path / "Normal" / "synthetic_last.safetensors"
+    synthetic = SyntheticSet.load(path)
+    made_with = synthetic.metadata.get("settings") or {}
+    wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in settings.given]
+    made = {name: made_with[name] for name in wanted if name in made_with}
+    return settings.adopting(made | {"synthetic": str(path)}), synthetic
+
+
+def _refuse_other_data(synthetic: SyntheticSet, bench: Workbench) -> None:
+    """Raise InputError when the set was not made for the configured data, as far as one can tell."""
+    shape = (bench.data.channels, *bench.data.size)
+    if tuple(synthetic.images.shape[1:]) != shape or synthetic.num_classes != bench.data.num_classes:
+        raise InputError(
+            f"the synthetic set holds images {list(synthetic.images.shape[1:])} of {synthetic.num_classes} classes, "
+            f"but {bench.data.name} has images {list(shape)} of {bench.data.num_classes} classes"
+        )
+    _refuse_other("data", synthetic, bench.data.identity)
+
+
+def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
+    """Raise InputError when the set's identity of ``what`` is another than ``here``; published sets have none."""
+    if there := synthetic.metadata.get(what):
+        refuse_difference(
+            "the synthetic set",
+            {what: {key: there.get(key) for key in here}},
+            {what: here},
+            there_is="the set",
+            here_is="the settings",
+            remedy="evaluate it with what it was made from",
+        )
+
+
+def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iterator[tuple[str, TrainingSets]]:
+    """Real images of the same number, by name.
+
+    Random ones, for each network another draw, with hard labels, and with soft ones as distillation starts from; with
+    hard labels those that come first in difficulty rankings, the same for each network.
+    """
+    num_classes = bench.data.num_classes
+    methods = [kind for kind in settings.baseline_kinds if kind not in ("hard", "soft")]
+    if settings.baseline_kinds:
+        refuse_small_classes(bench.labels, num_classes, ipc)
+
+    def hard_labelled(chosen: Tensor) -> TrainingSet:
+        chosen = chosen.to(bench.device)
+        return bench.images[chosen], F.one_hot(bench.labels[chosen], num_classes).to(bench.images.dtype)
+
+    if "hard" in settings.baseline_kinds:
+
+        def hard(j: int) -> TrainingSet:
+            rows = class_order(bench.labels, num_classes, ipc, settings.seed, "baseline", j)
+            return hard_labelled(first_of_each_class(rows, ipc))
+
+        yield "random real, hard labels", hard
+    if "soft" in settings.baseline_kinds and settings.buffer_path is None:
+        log.info("no --buffer_path: real images with the experts' soft labels are left out")
+    elif "soft" in settings.baseline_kinds:
+        experts = bench.final_experts(str(settings.buffer_path), settings.model)
+
+        def soft(j: int) -> TrainingSet:
+            images, logits = initial_set(
+                "samples_predicted_correctly",
+                bench.images,
+                bench.labels,
+                num_classes,
+                ipc,
+                experts,
+                seed=settings.seed,
+                stream=("baseline", j),
+            )
+            return images, logits.softmax(dim=1)
+
+        yield "random real, expert labels", soft
+    stems = bench.ranking_stems(settings, methods) if methods else []
+
+    @functools.cache  # one training for all of them, when the first is asked for
+    def rankings() -> dict:
+        return bench.rankings(settings, stems, convert_flat=settings.convert_flat)
+
+    def first(stem: str, j: int) -> TrainingSet:
+        return hard_labelled(first_of_each_class(rankings()[stem].rows, ipc))
+
+    for method, stem in zip(methods, stems):
+        yield f"{method}, hard labels", functools.partial(first, stem)
 
 
 class _Finished:
-    """The scores of single networks, kept beside the results until these are written.
+    """The accuracies of single networks, kept beside the results until these are written.
 
     Each process appends to a file of its own, a line for each network: its accuracy, under a key of all that it hangs
     on: the numbers it is trained on, how, its architecture and number, the test images.
@@ -193,10 +288,10 @@ class _Finished:
 
     def read(self, count: int) -> dict[tuple[int, int], float]:
         """Accuracies of networks (case, j), j below ``count``, that any of the processes finds."""
-        kept = {}
+        kept: dict[str, float] = {}
         for part in self._ranks.gather({key: value for path in self._files() for key, value in _lines(path)}):
             kept |= part
-        known = {}
+        known: dict[tuple[int, int], float] = {}
         for case in range(len(self._cases)) if kept else ():
             keys = {j: self._key(case, j) for j in range(count)}
             known |= {(case, j): kept[key] for j, key in keys.items() if key in kept}
@@ -225,13 +320,12 @@ class _Finished:
         network, name, training_set = self._cases[case]
         one = name, 0 if name == "synthetic" else j  # which is the same for every network
         if one not in self._digests:
-            digest = hashlib.sha256()
+            numbers = hashlib.sha256()
             for tensor in training_set(j):
-                digest.update(f"{tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy())
-            self._digests[one] = digest.hexdigest()
-        about = {**self._fixed, "network": network, "index": j, "set": self._digests[one]}
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+                numbers.update(f"{tuple(tensor.shape)}".encode())
+                numbers.update(tensor.cpu().contiguous().numpy())
+            self._digests[one] = numbers.hexdigest()
+        return digest({**self._fixed, "network": network, "index": j, "set": self._digests[one]}, 64)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, float]]:
@@ -241,91 +335,3 @@ def _lines(path: Path) -> Iterator[tuple[str, float]]:
             entry = json.loads(line)
             if 0 <= entry["accuracy"] <= 1:
                 yield str(entry["key"]), float(entry["accuracy"])
-
-
-def _read_set(settings: EvaluationSettings, given: set[str]) -> SyntheticSet:
-    """The set to score. What our own file says of its data set and network holds where nothing else was given."""
-    if not settings.synthetic:
-        return SyntheticSet.from_published(settings.data_dir, settings.label_dir, settings.lr_dir)
-    if Path(settings.synthetic).is_dir():  # of a run: the last set, since the best one was picked by test accuracy
-        settings.synthetic = str(Path(settings.synthetic) / "Normal" / "synthetic_last.safetensors")
-    synthetic = SyntheticSet.load(settings.synthetic)
-    made_with = synthetic.metadata.get("settings") or {}
-    keys = ("dataset", "subset", "res", "train_per_class", "zca", "model", "dsa", "dsa_strategy", "siamese")
-    settings.adopt({key: made_with[key] for key in keys if key not in given and key in made_with})
-    return synthetic
-
-
-def _check_fits(synthetic: SyntheticSet, bench: Workbench) -> None:
-    """Raise InputError when the set was not made for the configured data, as far as one can tell."""
-    shape = (bench.data.channels, *bench.data.size)
-    if tuple(synthetic.images.shape[1:]) != shape or synthetic.num_classes != bench.data.num_classes:
-        raise InputError(
-            f"the synthetic set holds images {list(synthetic.images.shape[1:])} of {synthetic.num_classes} classes, "
-            f"but {bench.data.name} has images {list(shape)} of {bench.data.num_classes} classes"
-        )
-    _check_same("data", synthetic, bench.data.identity)
-
-
-def _check_same(what: str, synthetic: SyntheticSet, here: dict) -> None:
-    """Raise InputError when the set's identity of ``what`` is another than ``here``; published sets have none."""
-    there = synthetic.metadata.get(what) or here
-    for key in here:
-        if there.get(key) != here[key]:
-            raise InputError(f"{what} {key}: {there.get(key)} in the synthetic set, {here[key]} in the settings")
-
-
-def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> dict:
-    """Real images of the same number.
-
-    Random ones, for each network another draw, with hard labels, and with soft ones as distillation starts from; with
-    hard labels those that come first in difficulty rankings, the same for each network.
-    """
-    sets = {}
-    num_classes = bench.data.num_classes
-    methods = [kind for kind in settings.baseline_kinds if kind not in ("hard", "soft")]
-
-    def hard_labelled(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = chosen.to(bench.device)
-        return bench.images[chosen], F.one_hot(bench.labels[chosen], num_classes).to(bench.images.dtype)
-
-    def hard(j: int) -> tuple[Tensor, Tensor]:
-        rows = class_order(bench.labels, num_classes, ipc, settings.seed, "baseline", j)
-        return hard_labelled(first_of_each_class(rows, ipc))
-
-    def soft(j: int) -> tuple[Tensor, Tensor]:
-        images, logits = initial_set(
-            "samples_predicted_correctly",
-            bench.images,
-            bench.labels,
-            num_classes,
-            ipc,
-            experts,
-            settings.seed,
-            "baseline",
-            j,
-        )
-        return images, logits.softmax(dim=1)
-
-    @functools.cache  # one training for all of them, when the first is asked for
-    def rankings() -> dict:
-        return bench.rankings(methods, folder, settings, convert_flat=settings.convert_flat)
-
-    def first(method: str, j: int) -> tuple[Tensor, Tensor]:
-        return hard_labelled(first_of_each_class(rankings()[method].rows, ipc))
-
-    if settings.baseline_kinds:
-        class_order(bench.labels, num_classes, ipc, settings.seed)  # refuses an ipc that a class cannot fill
-    if "hard" in settings.baseline_kinds:
-        sets["random real, hard labels"] = hard
-    if "soft" in settings.baseline_kinds:
-        if settings.buffer_path is None:
-            log.info("no --buffer_path: real images with the experts' soft labels are left out")
-        else:
-            experts = bench.final_experts(experts_folder(settings, bench.data), settings.model)
-            sets["random real, expert labels"] = soft
-    if methods:  # refuse those that cannot be had
-        folder = rankings_folder(settings, settings.ranking_path)
-        bench.ranks.on_main(lambda: [ranking_file(folder, bench.data.name, method) for method in methods])
-        bench.network(ScoringSettings(**settings.scoring).model, 0)
-    return sets | {f"{method}, hard labels": functools.partial(first, method) for method in methods}

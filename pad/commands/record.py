@@ -1,45 +1,57 @@
-"""Stage 1: rank the real images, train experts on the curriculum, record their trajectories."""
+"""Stage 1: rank the real images, train experts on the curriculum, record their trajectories.
+
+python buffer/buffer_CL.py --cfg configs/quickstart/buffer.yaml
+"""
 
 import contextlib
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
-from pad.commands.bench import Workbench, check_writable, digest_of_rows, experts_folder, set_up
-from pad.commands.common import _Curriculum, _Ranked, _Stage
-from pad.config import FilePath, setting
-from pad.data.augment import DSA, CropScaleRotate
+from pad.commands.bench import Workbench, progress_bar, set_up
+from pad.commands.common import OnCurriculum, Ranked, Training
+from pad.config import DETAIL, PACE, PLACE, RECIPE, REPORT, FilePath, setting
+from pad.data.augment import CropScaleRotate
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
-from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTask
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
-from pad.store.locks import claim, in_turn, remove_leftovers
-from pad.store.trajectories import expert_path, recorded, write_expert
+from pad.store.files import refuse_unwritable
+from pad.store.identity import refuse_difference
+from pad.store.locks import each_once, in_turn, remove_leftovers
+from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
+
+log = logging.getLogger("pad")
+
+_REPETITIONS = 3  # of an expert that diverges
 
 
-@dataclass(kw_only=True)
-class BufferSettings(_Stage, _Ranked, _Curriculum):
-    """Stage 1, ``buffer/buffer_CL.py``: rank the real images, train experts on the curriculum, record their trajectories."""
+@dataclass(frozen=True, kw_only=True)
+class BufferSettings(Training, Ranked, OnCurriculum):
+    """Stage 1, buffer/buffer_CL.py: rank the real images, train experts on a curriculum, record their trajectories."""
 
-    num_experts: int = setting(100, "experts to train", low=1)
-    lr_teacher: float = setting(0.01, "learning rate of the experts", above=0)
-    mom: float = setting(0.0, "momentum", low=0, below=1)
-    l2: float = setting(0.0, "weight decay", low=0)
-    rho_max: float = setting(2.0, "GSAM's radius", low=0)
-    rho_min: float = setting(2.0, "must equal rho_max: the learning rate is constant, and rho follows it", low=0)
-    alpha: float = setting(0.4, "weight of GSAM's surrogate-gap term", low=0)
-    adaptive: bool = setting(True, "scale GSAM's perturbation by the parameters (ASAM)")
-    buffer_path: FilePath = setting("./buffers", "folder of the trajectories")
-    eval_every: int = setting(1, "epochs between measurements of test accuracy; 0: never", low=0)
-    micro_batch: int | None = setting(None, "compute on so many images at a time: less memory, the same result", low=1)
+    num_experts: int = setting(100, "experts to train", PACE, low=1)
+    lr_teacher: float = setting(0.01, "learning rate of the experts", RECIPE, above=0)
+    mom: float = setting(0.0, "momentum", RECIPE, low=0, below=1)
+    l2: float = setting(0.0, "weight decay", RECIPE, low=0)
+    rho_max: float = setting(2.0, "GSAM's radius", RECIPE, low=0)
+    rho_min: float = setting(2.0, "must equal rho_max, as the learning rate is constant", DETAIL, low=0)
+    alpha: float = setting(0.4, "weight of GSAM's surrogate-gap term", RECIPE, low=0)
+    adaptive: bool = setting(True, "scale GSAM's perturbation by the parameters (ASAM)", RECIPE)
+    buffer_path: FilePath = setting("./buffers", "folder of the trajectories", PLACE, by_study=True)
+    eval_every: int = setting(1, "epochs between measurements of test accuracy; 0: never", REPORT, low=0)
+    micro_batch: int | None = setting(
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
+    )
 
-    sort_method: str = setting("", "difficulty method, or a ranking file's stem as CIFAR10_GraNd; default: GraNd")
+    sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
 
     dead = {
         "batch_real": "nothing reads it",
@@ -59,9 +71,6 @@ class BufferSettings(_Stage, _Ranked, _Curriculum):
             )
 
 
-log = logging.getLogger("pad")
-
-
 def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Stage 1: rank the real images, train experts on the curriculum, record them. Returns the folder of trajectories.
 
@@ -70,84 +79,121 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     experts that no other has begun, and in the end waits for those that others have.
     """
     bench = bench or set_up(settings, ranks)
-    n = len(bench.labels)
-    if settings.batch_train > n:
-        raise InputError(
-            f"batch_train: {settings.batch_train} is more than the {n} training images of {bench.data.name}"
-        )
-    curriculum = Curriculum(**settings.curriculum)
-    rows = [(bench.data.train_labels == c).nonzero().flatten() for c in range(bench.data.num_classes)]
-    if not all(len(curriculum.indices(epoch, rows)) for epoch in range(settings.train_epochs)):
-        raise InputError("the curriculum leaves an epoch without images: the classes are too small for its ratios")
-    folder = experts_folder(settings, bench.data)
-    check_writable(folder)
+    _refuse_too_few_images(settings, bench)
+    folder = bench.experts_folder(settings.buffer_path, settings.model)
+    refuse_unwritable(folder)
     remove_leftovers(folder)
-    uses_ranking = curriculum.uses_ranking(settings.train_epochs)
-    if uses_ranking:
-        rankings = bench.settle_ranking(settings)
-    else:
-        settings.sort_method = ""
-    # One expert's steps, not those of all: compiled code rounds differently, and an expert must not depend on their number.
-    steps = settings.train_epochs * math.ceil(n / settings.batch_train)
-    compile = how_to_compile(settings.compile, bench.device, 2 * steps)
-    model = bench.flat_model(settings.model, compile, settings.micro_batch)
-    recipe = {key: value for key, value in settings.as_dict().items() if key in (*_EXPERT_RECIPE, "seed")}
-    _check_buffer(folder, recipe, bench, settings.model, model)
+    uses_ranking = settings.curriculum.uses_ranking(settings.train_epochs)
+    stems = bench.ranking_stems(settings, [settings.sort_method or "GraNd"]) if uses_ranking else [""]
+    settings = dataclasses.replace(settings, sort_method=stems[0])
+    buffer = _Buffer(folder, settings, bench)
+    buffer.refuse_other_experts()
     there = set().union(*ranks.gather(recorded(folder)))
-    missing = [k for k in range(settings.num_experts) if k not in there]
+    missing = [expert for expert in range(settings.num_experts) if expert not in there]
     if there:
-        _check_buffer(folder, recipe, bench, settings.model, model, bench.describe(settings.model, model))
+        buffer.refuse_other_preprocessing()
     if not missing:
         log.info("all %d experts are in %s", settings.num_experts, folder)
         return folder
 
+    rows = bench.classes
     if uses_ranking:
-        method = settings.sort_method
-        rows = bench.rankings([method], rankings, settings, convert_flat=settings.convert_flat)[method].rows
-        recipe["ranking"] = digest_of_rows(rows)
-    task = ExpertTask(
-        model,
-        bench.images,
-        bench.labels,
-        bench.data.num_classes,
-        lambda epoch: curriculum.indices(epoch, rows),
-        GSAM(settings.lr_teacher, settings.mom, settings.l2, settings.rho_max, settings.alpha, settings.adaptive),
-        DSA(settings.dsa_strategy, settings.siamese) if settings.dsa else CropScaleRotate(),
-        settings.batch_train,
-        settings.train_epochs,
-        settings.seed,
-    )
+        ranking = bench.rankings(settings, stems, convert_flat=settings.convert_flat)[stems[0]]
+        rows = ranking.rows
+        buffer.recipe["ranking"] = ranking.digest
     mine = ranks.deal(missing)
-    with tqdm(
-        total=len(mine) * settings.train_epochs,
-        desc="experts",
-        unit="epoch",
-        dynamic_ncols=True,
-        disable=not ranks.is_main,
-    ) as bar:
-        recorder = _Recorder(folder, settings, bench, model, task, recipe, bench.describe(settings.model, model), bar)
-        others = []
-        for expert in mine:
-            with claim(recorder.lock(expert)) as claimed:
-                if claimed:
-                    recorder.obtain(expert)
-                else:
-                    others.append(expert)
-        for expert in others:  # begun by other processes, which may have ended before they were done
-            with in_turn(recorder.lock(expert), f"expert {expert}"):
-                recorder.obtain(expert)
+    with progress_bar(ranks, len(mine) * settings.train_epochs, "experts", "epoch") as bar:
+        recorder = _Recorder(buffer, expert_task(settings, bench, buffer.model, rows), bar)
+        each_once(mine, recorder.lock, recorder.obtain, "expert {}".format)
     ranks.barrier()
     log.info("%d experts are in %s", len(recorded(folder)), folder)
     return folder
 
 
-_REPETITIONS = 3  # of an expert that diverges
+def expert_task(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: list[Tensor]) -> ExpertTask:
+    """How the configured experts are trained, on ``rows``: for each class the images' indices, easiest first."""
+    return settings.fill(
+        ExpertTask,
+        model=model,
+        images=bench.images,
+        labels=bench.labels,
+        num_classes=bench.data.num_classes,
+        epoch_indices=lambda epoch: settings.curriculum.indices(epoch, rows),
+        optimiser=settings.fill(GSAM, lr=settings.lr_teacher, momentum=settings.mom, rho=settings.rho_max),
+        augmentation=settings.augmentation(otherwise=CropScaleRotate()),
+        batch_size=settings.batch_train,
+        epochs=settings.train_epochs,
+    )
+
+
+def _refuse_too_few_images(settings: BufferSettings, bench: Workbench) -> None:
+    """Raise InputError when a batch, or an epoch of the curriculum, cannot be filled."""
+    count = len(bench.data.train_labels)
+    if settings.batch_train > count:
+        raise InputError(
+            f"batch_train: {settings.batch_train} is more than the {count} training images of {bench.data.name}"
+        )
+    if not all(len(settings.curriculum.indices(epoch, bench.classes)) for epoch in range(settings.train_epochs)):
+        raise InputError("the curriculum leaves an epoch without images: the classes are too small for its ratios")
+
+
+def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
+    """Raise InputError, naming the first difference, where an expert in ``store`` was made with another recipe."""
+    defaults = BufferSettings().as_dict()  # a buffer that is older than a setting was made as its default has it
+    for expert in store.experts:
+        header = store.header(expert)
+        if "imported" in header["settings"]:
+            raise InputError(
+                f"the experts in {store.folder} were imported, so none can be added; give another --buffer_path"
+            )
+        made_with = defaults | header["settings"] | {"seed": header["seed"]}
+        refuse_difference(
+            expert_path(store.folder, expert),
+            {key: made_with[key] for key in recipe if key in made_with},
+            recipe,
+            there_is="the buffer",
+            remedy="give another --buffer_path, or the same settings to add experts",
+        )
+
+
+class _Buffer:
+    """A folder of experts, all of one recipe.
+
+    model: what they are parameters of. recipe: what makes an expert what it is.
+    """
+
+    def __init__(self, folder: Path, settings: BufferSettings, bench: Workbench):
+        self.folder = folder
+        self.settings = settings
+        self.bench = bench
+        # Steps of one expert, not of all: compiled code rounds differently, and an expert is the same however many
+        steps = settings.train_epochs * math.ceil(len(bench.data.train_labels) / settings.batch_train)
+        compile = how_to_compile(settings.compile, bench.device, 2 * steps)
+        self.model = bench.flat_model(settings.model, compile, settings.micro_batch)
+        self.recipe = settings.of(RECIPE) | {"seed": settings.seed}
+
+    def refuse_other_experts(self) -> None:
+        """Raise InputError, naming the first difference, where an expert in the folder was made with another recipe."""
+        if recorded(self.folder):
+            refuse_other_recipe(self.bench.open_experts(self.folder, self.settings.model, self.model), self.recipe)
+
+    def refuse_other_preprocessing(self) -> None:
+        """The same for what experts saw, which may first have to be fitted; and for an expert added meanwhile."""
+        self.refuse_other_experts()
+        if recorded(self.folder):
+            self.bench.open_experts(self.folder, self.settings.model, self.model).refuse_other(self.description)
+
+    @property
+    def description(self) -> dict:
+        """What the experts belong to."""
+        return self.bench.describe(self.settings.model, self.model)
 
 
 class _Diverged(Exception):
     """An expert's parameters are not finite after epoch ``epoch``."""
 
     def __init__(self, epoch: int):
+        super().__init__()
         self.epoch = epoch
 
 
@@ -155,24 +201,20 @@ class _Diverged(Exception):
 class _Recorder:
     """Records experts, one at a time."""
 
-    folder: Path
-    settings: BufferSettings
-    bench: Workbench
-    model: FlatModel
+    buffer: _Buffer
     task: ExpertTask
-    recipe: dict  # what makes an expert what it is
-    description: dict  # what it belongs to
     bar: tqdm
 
     def lock(self, expert: int) -> Path:
         """Held while an expert is trained."""
-        return self.folder / f".{expert_path('', expert).stem}.lock"
+        return self.buffer.folder / f".{expert_path('', expert).stem}.lock"
 
     def obtain(self, expert: int) -> None:
         """Record an expert, unless it has come to be there; raises Stopped when it diverges whatever is drawn."""
-        self._check()
-        if expert_path(self.folder, expert).exists():
-            self.bar.total -= self.settings.train_epochs
+        settings = self.buffer.settings
+        self.buffer.refuse_other_preprocessing()
+        if expert_path(self.buffer.folder, expert).exists():
+            self.bar.total -= settings.train_epochs
             return
         for attempt in range(_REPETITIONS + 1):
             try:
@@ -183,21 +225,22 @@ class _Recorder:
                 log.warning("expert %d is not finite after epoch %d: %s", expert, diverged.epoch, then)
         raise Stopped(
             f"expert {expert} diverged {_REPETITIONS + 1} times; what was finished is kept. Lower lr_teacher "
-            f"({self.settings.lr_teacher:g}), mom ({self.settings.mom:g}), or rho_max and rho_min "
-            f"({self.settings.rho_max:g}); experts of other settings need another --buffer_path",
+            f"({settings.lr_teacher:g}), mom ({settings.mom:g}), or rho_max and rho_min ({settings.rho_max:g}); "
+            "experts of other settings need another --buffer_path",
             1,
         )
 
     def _record(self, expert: int, attempt: int) -> None:
-        settings, again = self.settings, ("attempt", attempt) if attempt else ()
-        start = self.model.flatten(self.bench.network(settings.model, settings.seed, "expert", expert, *again))
-        made_with = {key: value for key, value in self.recipe.items() if key != "seed"} | {"attempt": attempt}
+        buffer, settings, bench = self.buffer, self.buffer.settings, self.buffer.bench
+        again = ("attempt", attempt) if attempt else ()
+        start = buffer.model.flatten(bench.network(settings.model, settings.seed, "expert", expert, *again))
+        made_with = {key: value for key, value in buffer.recipe.items() if key != "seed"} | {"attempt": attempt}
         with (
             contextlib.ExitStack() as turn,
             write_expert(
-                self.folder,
+                buffer.folder,
                 expert,
-                self.description,
+                buffer.description,
                 epochs=settings.train_epochs,
                 seed=settings.seed,
                 settings=made_with,
@@ -209,51 +252,13 @@ class _Recorder:
                 # Once an epoch: what is not finite stays so, and a loss that is not has made the parameters such.
                 if not snapshot.isfinite().all():
                     raise _Diverged(epoch)
-                last = epoch == settings.train_epochs
-                if settings.eval_every and (epoch % settings.eval_every == 0 or last):
-                    accuracy = self.model.accuracy(theta, self.bench.test_images, self.bench.test_labels)
+                measured = {}
+                if settings.eval_every and (epoch % settings.eval_every == 0 or epoch == settings.train_epochs):
+                    accuracy = buffer.model.accuracy(theta, bench.test_images, bench.test_labels)
                     self.bar.set_postfix(expert=expert, test=f"{100 * accuracy:.1f}%", refresh=False)
-                    record(snapshot, test_accuracy=accuracy)
-                else:
-                    record(snapshot)
+                    measured["test_accuracy"] = accuracy
+                record(snapshot, **measured)
                 self.bar.update(epoch > 0)
             # Until the file has its name: a run with other settings may be about to store its first expert, too.
-            turn.enter_context(in_turn(self.folder / ".lock", "storing an expert"))
-            self._check()
-
-    def _check(self) -> None:
-        _check_buffer(self.folder, self.recipe, self.bench, self.settings.model, self.model, self.description)
-
-
-# The settings that make an expert what it is; a buffer holds experts of one recipe.
-_EXPERT_RECIPE = frozenset(
-    "train_epochs lr_teacher mom l2 rho_max alpha adaptive batch_train dsa dsa_strategy siamese sort_method "
-    "init_ratio add_end_epoch add_schedule rm_epoch_first rm_epoch_second rm_easy_ratio_first rm_easy_ratio_second "
-    "removal".split()
-)
-
-
-def _check_buffer(
-    folder: Path, recipe: dict, bench: Workbench, name: str, model: FlatModel, description: dict | None = None
-) -> None:
-    """Raise InputError, naming the first difference, where an expert in ``folder`` was made with another recipe.
-
-    ``description``: what the experts belong to, once the preprocessing is known.
-    """
-    if not recorded(folder):
-        return
-    store = bench.open_experts(folder, name, model)
-    defaults = BufferSettings().as_dict()  # a buffer that is older than a setting was made as its default has it
-    for expert in store.experts:
-        header = store.header(expert)
-        if "imported" in header["settings"]:
-            raise InputError(f"the experts in {folder} were imported, so none can be added; give another --buffer_path")
-        made_with = {**defaults, **header["settings"], "seed": header["seed"]}
-        for key, value in recipe.items():
-            if made_with.get(key, value) != value:
-                raise InputError(
-                    f"{expert_path(folder, expert)}: {key}: {made_with[key]} in the buffer, {value} in the config; "
-                    "give another --buffer_path, or the same settings to add experts"
-                )
-    if description is not None:
-        store.check(description)
+            turn.enter_context(in_turn(buffer.folder / ".lock", "storing an expert"))
+            buffer.refuse_other_preprocessing()

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pad.data.images import _CHUNK, MEAN_STD, ImageData, _line
+from pad.data.images import ImageData, Statistics, mean_std, one_line
 from pad.errors import InputError
 
 # Position in a row = label; the numbers are ImageNet class indices (its wnids in sorted order). From arXiv 2203.11932.
@@ -26,11 +29,58 @@ IMAGENET_SUBSETS = {
 # Of the formats that files of an image's ending can have; of others, some hand the file to other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 
+_GREY = ("1", "L", "LA")  # colour modes
+_CHUNK = 256  # files that a decoding thread takes at a time
 
-# ---- trees of image files
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """The files of a data set: (file, label) pairs in the order of the images; labels are places in ``classes``."""
+
+    train: list[tuple[Path, int]]
+    test: list[tuple[Path, int]]
+    classes: list[str]
+    channels: int = 3
 
 
-def _image_folder(root: Path, res: int | None) -> ImageData:
+def load_tree(
+    root: Path,
+    subset: str | None,
+    res: int | None,
+    *,
+    name: str,
+    find: Callable[[Path, str | None], Tree],
+    statistics: Statistics | None = None,
+) -> ImageData:
+    """Decode the files that ``find`` finds, resized to ``res`` pixels a side; None keeps the first image's size.
+
+    Without ``statistics``, mean and std are those of the training images.
+    """
+    if not root.is_dir():
+        raise InputError(f"the data_path {root} is not a folder")
+    with warnings.catch_warnings():  # holds for the whole process, so it is set here and not by each decoding thread
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        tree = find(root, subset)
+        size = (res, res) if res else _header(tree.train[0][0])[1]
+        train, test = (
+            _read_images([file for file, _ in part], size, tree.channels, resize=bool(res))
+            for part in (tree.train, tree.test)
+        )
+    mean, std = statistics or mean_std(train)
+    return ImageData(
+        name=f"{name}/{subset}" if subset else name,
+        train_images=train,
+        train_labels=torch.tensor([label for _, label in tree.train]),
+        test_images=test,
+        test_labels=torch.tensor([label for _, label in tree.test]),
+        class_names=tuple(tree.classes),
+        mean=mean,
+        std=std,
+    )
+
+
+def image_folder(root: Path, subset: str | None) -> Tree:
+    """``train/<class>/``, and ``test/<class>/`` or ``val/<class>/``; grey if each class's first training image is."""
     classes = _class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; a data set has at least two classes")
@@ -44,13 +94,13 @@ def _image_folder(root: Path, res: int | None) -> ImageData:
     labels = {name: label for label, name in enumerate(classes)}
     train, test = (_labelled_files(folder, labels) for folder in (root / "train", matching[0]))
 
-    by_label = {label: file for file, label in reversed(train)}
-    grey = all(_header(file)[0] in ("1", "L", "LA") for file in by_label.values())
-    size = (res, res) if res else _header(train[0][0])[1]
-    return _read_trees("ImageFolder", train, test, classes, size, channels=1 if grey else 3, resize=bool(res))
+    first = {label: file for file, label in reversed(train)}
+    grey = all(_header(file)[0] in _GREY for file in first.values())
+    return Tree(train=train, test=test, classes=classes, channels=1 if grey else 3)
 
 
-def _tiny(root: Path, res: int) -> ImageData:
+def tiny(root: Path, subset: str | None) -> Tree:
+    """Tiny ImageNet: ``train/<wnid>/`` and ``val/images/<wnid>/``, or as it is in its zip archive."""
     if not (root / "train").is_dir() and (root / "tiny-imagenet-200" / "train").is_dir():
         root = root / "tiny-imagenet-200"
     classes = _class_folders(root / "train")
@@ -72,11 +122,11 @@ def _tiny(root: Path, res: int) -> ImageData:
         test = [(validation / file, labels[wnid]) for file, wnid in sorted(pairs, key=lambda pair: pair[::-1])]
     else:
         raise InputError(f"{validation} holds neither class folders nor is there a {annotations}")
-    return _read_trees("Tiny", _labelled_files(root / "train", labels), test, classes, (res, res))
+    return Tree(train=_labelled_files(root / "train", labels), test=test, classes=classes)
 
 
-def _imagenet(root: Path, subset: str | None, res: int) -> ImageData:
-    """All of ImageNet, or the ten classes of a subset: only their files are read."""
+def imagenet(root: Path, subset: str | None) -> Tree:
+    """``train/<wnid>/`` and ``val/<wnid>/`` of all 1,000 classes; of a subset's ten alone are the files read."""
     wnids = _class_folders(root / "train")
     if len(wnids) != 1000:
         raise InputError(
@@ -86,7 +136,7 @@ def _imagenet(root: Path, subset: str | None, res: int) -> ImageData:
     classes = [wnids[index] for index in IMAGENET_SUBSETS[subset]] if subset else wnids
     labels = {wnid: label for label, wnid in enumerate(classes)}
     train, test = (_labelled_files(root / part, labels) for part in ("train", "val"))
-    return _read_trees(f"ImageNet/{subset}" if subset else "ImageNet1K", train, test, classes, (res, res))
+    return Tree(train=train, test=test, classes=classes)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -111,24 +161,6 @@ def _labelled_files(folder: Path, labels: dict[str, int]) -> list[tuple[Path, in
     return [(Path(file), label) for file, label in samples]
 
 
-def _read_trees(
-    name: str,
-    train: list[tuple[Path, int]],
-    test: list[tuple[Path, int]],
-    classes: list[str],
-    size: tuple[int, int],
-    channels: int = 3,
-    resize: bool = True,
-) -> ImageData:
-    """Decode the (file, label) pairs of both parts."""
-    parts = []
-    for samples in (train, test):
-        parts.append(_read_images([file for file, _ in samples], size, channels, resize))
-        parts.append(torch.tensor([label for _, label in samples]))
-    mean, std = MEAN_STD.get(name.partition("/")[0]) or _mean_std(parts[0])
-    return ImageData(name, *parts, tuple(classes), mean, std)
-
-
 def _read_images(files: list[Path], size: tuple[int, int], channels: int, resize: bool) -> Tensor:
     """Decode files into uint8 ``[N, channels, H, W]``, ``size`` = (H, W), in threads: the decoder releases the GIL."""
     try:
@@ -143,21 +175,20 @@ def _read_images(files: list[Path], size: tuple[int, int], channels: int, resize
         for index in range(start, min(start + _CHUNK, len(files))):
             pixels[index] = _read_image(files[index], size, channels, resize)
 
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for _ in pool.map(read, range(0, len(files), _CHUNK)):  # raises what the first bad chunk raised
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(read, range(0, len(files), _CHUNK))
+        )  # raises what the first bad chunk raised, and ends the others
     return images
 
 
 def _read_image(file: Path, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
     """One file as uint8 ``[channels, H, W]``."""
-    with _image_errors(file), Image.open(file, formats=_FORMATS) as image:
+    with _image_errors(file), Image.open(file, formats=_FORMATS) as opened:
+        image: Image.Image = opened
         if image.mode == "F" or image.mode.startswith("I"):
             raise InputError(f"{file} has more than 8 bits per channel; convert it to 8 bits")
-        if channels == 1 and image.mode not in ("1", "L", "LA"):
+        if channels == 1 and image.mode not in _GREY:
             raise InputError(f"{file} is in colour, but the first image of every class is grey; convert it or those")
         height, width = size
         if image.size != (width, height) and not resize:
@@ -177,7 +208,7 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
 
 @contextlib.contextmanager
 def _image_errors(file: Path):
-    """Whatever the image decoder raises for a bad file (many types, one per format), as an InputError."""
+    """What the image decoder raises for a bad file (many types, one per format) becomes an InputError."""
     try:
         yield
     except InputError:
@@ -185,20 +216,4 @@ def _image_errors(file: Path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{file} has more pixels than the {Image.MAX_IMAGE_PIXELS} that are safe to decode") from None
     except Exception as error:
-        raise InputError(f"{file} cannot be read as an image ({_line(error)})") from None
-
-
-def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation per channel of uint8 images, in [0, 1].
-
-    The sums are integers, which float64 holds exactly (to 10^11 pixels), so that any thread count gives the same.
-    """
-    total = squares = 0
-    for chunk in images.split(_CHUNK):
-        values = chunk.transpose(0, 1).flatten(1).double()
-        total, squares = total + values.sum(1), squares + values.square().sum(1)
-    count = images.numel() // images.shape[1]
-    mean = [t / count for t in total.tolist()]
-    variance = [s / count - m * m for s, m in zip(squares.tolist(), mean)]
-    # a channel of one value stays finite: it becomes zero whatever it is divided by
-    return tuple(m / 255 for m in mean), tuple(max(v, 1.0) ** 0.5 / 255 for v in variance)
+        raise InputError(f"{file} cannot be read as an image ({one_line(error)})") from None

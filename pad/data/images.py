@@ -7,31 +7,17 @@ import hashlib
 import torch
 from torch import Tensor
 
-_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FASHION = (0.2861,), (0.3530,)
-# Mean and standard deviation of pixels in [0, 1] that the published settings use; ImageFolder's are computed.
-MEAN_STD = {
-    "FashionMNISTMini": _FASHION,
-    "MNIST": ((0.1307,), (0.3081,)),
-    "FashionMNIST": _FASHION,
-    "SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "CIFAR10": _CIFAR,
-    "CIFAR100": _CIFAR,
-    "Tiny": _IMAGENET,
-    "ImageNet": _IMAGENET,
-    "ImageNet1K": _IMAGENET,
-}
-_FIXED_SIZE = {"FashionMNISTMini": 28, "MNIST": 28, "FashionMNIST": 28, "SVHN": 32, "CIFAR10": 32, "CIFAR100": 32}
-_CHUNK = 256  # images handled at a time, by one decoding thread or in one sum
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation, one number per channel
+
+_CHUNK = 256  # images in one sum
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ImageData:
     """A labelled data set in memory.
 
-    ``train_images``, ``test_images``: uint8 ``[N, C, H, W]``; ``train_labels``, ``test_labels``: int64 ``[N]``;
-    ``mean``, ``std``: of pixels in [0, 1], one per channel.
+    ``train_images``, ``test_images``: uint8 ``[N, C, H, W]``; ``train_labels``, ``test_labels``: int64 ``[N]``, places
+    in ``class_names``; ``mean``, ``std``: of pixels in [0, 1], one per channel (see :func:`mean_std`).
     """
 
     name: str
@@ -54,14 +40,15 @@ class ImageData:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        return tuple(self.train_images.shape[2:])
+        height, width = self.train_images.shape[2:]
+        return height, width
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of the training images and labels, whatever their device. Computed once, a second per GB."""
         digest = hashlib.blake2b(str(tuple(self.train_images.shape)).encode(), digest_size=16)
         for tensor in (self.train_images, self.train_labels):
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     @property
@@ -92,6 +79,24 @@ class ImageData:
         return dataclasses.replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
 
 
-def _line(error: Exception) -> str:
+def mean_std(images: Tensor) -> Statistics:
+    """Mean and population standard deviation per channel of uint8 images ``[N, C, H, W]``, in [0, 1].
+
+    The sums are integers, which float64 holds exactly (to 10^11 pixels), so that any thread count gives the same.
+    """
+    total = torch.zeros(images.shape[1], dtype=torch.float64, device=images.device)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(_CHUNK):
+        values = chunk.transpose(0, 1).flatten(1).double()
+        total += values.sum(1)
+        squares += values.square().sum(1)
+    count = images.numel() // images.shape[1]
+    mean = [t / count for t in total.tolist()]
+    variance = [s / count - m * m for s, m in zip(squares.tolist(), mean)]
+    # a channel of one value stays finite: it becomes zero whatever it is divided by
+    return tuple(m / 255 for m in mean), tuple(max(v, 1.0) ** 0.5 / 255 for v in variance)
+
+
+def one_line(error: Exception) -> str:
     """An exception as part of one sentence."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

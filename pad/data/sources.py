@@ -6,82 +6,120 @@ the data, since difficulty rankings hold indices: torchvision's order for its da
 """
 
 import difflib
-import logging
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pad.data.folders import IMAGENET_SUBSETS, _image_folder, _imagenet, _tiny
-from pad.data.images import _FIXED_SIZE, MEAN_STD, ImageData
-from pad.data.torchvision_sets import _from_torchvision
+from pad.data.folders import IMAGENET_SUBSETS, image_folder, imagenet, load_tree, tiny
+from pad.data.images import ImageData, Statistics
+from pad.data.torchvision_sets import load_torchvision
 from pad.errors import InputError
-
-log = logging.getLogger("pad")
-
-DATASETS = (*MEAN_STD, "ImageFolder")
-
-_TORCHVISION = ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100")
-
-_DEFAULT_SIZE = {"Tiny": 64, "ImageNet": 128, "ImageNet1K": 64}
 
 _FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-
 _MINI_SHEET = Path(__file__).parent / "files" / "fashion_mnist_mini.png"
+
+# Mean and standard deviation of pixels in [0, 1] that the published settings use.
+_FASHION = (0.2861,), (0.3530,)
+_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _fashion_mnist_mini(root: Path | None, subset: str | None, res: int) -> ImageData:
+    """The sheet in the package: 28x28 tiles, 100 a row; 400 training images a class, then 100 test images a class."""
+    with Image.open(_MINI_SHEET) as image:
+        sheet = np.asarray(image)
+    tiles = torch.from_numpy(sheet.reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(5000, 1, 28, 28))
+    classes = torch.arange(10)
+    return ImageData(
+        name="FashionMNISTMini",
+        train_images=tiles[:4000],
+        train_labels=classes.repeat_interleave(400),
+        test_images=tiles[4000:],
+        test_labels=classes.repeat_interleave(100),
+        class_names=_FASHION_CLASSES,
+        mean=_FASHION[0],
+        std=_FASHION[1],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One row of ``DATA_SETS``: how a data set is read, and what may be asked of it.
+
+    ``load(root, subset, res)`` returns :class:`pad.data.images.ImageData`, whose name is the row's: images
+    ``[N, C, H, W]`` uint8, labels ``[N]`` int64 from 0 on, all on the CPU and in the same order every time. It raises
+    InputError for files that cannot be used.
+
+    - root: the ``data_path``, which need not exist; None where none was given, unless the set ``needs_path``.
+    - subset: one of ``subsets``; None for a set without them.
+    - res: pixels a side. ``fixed_size`` is the only one a set has, ``default_size`` is taken where none was asked for;
+      None without either.
+    """
+
+    load: Callable[..., ImageData]
+    needs_path: bool = False
+    subsets: tuple[str, ...] = ()
+    fixed_size: int | None = None
+    default_size: int | None = None
+
+
+def _torchvision(name: str, side: int, statistics: Statistics) -> DataSet:
+    return DataSet(load=partial(load_torchvision, name=name, statistics=statistics), needs_path=True, fixed_size=side)
+
+
+def _tree(name: str, find: Callable, statistics: Statistics | None = None, **more) -> DataSet:
+    return DataSet(load=partial(load_tree, name=name, find=find, statistics=statistics), needs_path=True, **more)
+
+
+# The data sets by their published names. One of your own is a further row: DATA_SETS["Stripes"] = DataSet(load=...)
+DATA_SETS: dict[str, DataSet] = {
+    "FashionMNISTMini": DataSet(load=_fashion_mnist_mini, fixed_size=28),
+    "MNIST": _torchvision("MNIST", 28, ((0.1307,), (0.3081,))),
+    "FashionMNIST": _torchvision("FashionMNIST", 28, _FASHION),
+    "SVHN": _torchvision("SVHN", 32, ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))),
+    "CIFAR10": _torchvision("CIFAR10", 32, _CIFAR),
+    "CIFAR100": _torchvision("CIFAR100", 32, _CIFAR),
+    "Tiny": _tree("Tiny", tiny, _IMAGENET, default_size=64),
+    "ImageNet": _tree("ImageNet", imagenet, _IMAGENET, default_size=128, subsets=tuple(IMAGENET_SUBSETS)),
+    "ImageNet1K": _tree("ImageNet1K", imagenet, _IMAGENET, default_size=64),
+    "ImageFolder": _tree("ImageFolder", image_folder),
+}
 
 
 def load_data(
-    name: str, data_path: str | Path | None, *, subset: str | None = None, res: int | None = None, download: bool = True
+    name: str, data_path: str | Path | None, *, subset: str | None = None, res: int | None = None
 ) -> ImageData:
-    """Load a data set by its published name (one of ``DATASETS``) from the folder ``data_path``.
-
-    - ``FashionMNISTMini`` comes with the package (4,000 + 1,000 images, class by class) and needs no ``data_path``.
-    - ``MNIST``, ``FashionMNIST``, ``SVHN``, ``CIFAR10``, ``CIFAR100``: torchvision's files, downloaded when they are
-      missing and ``download`` is true.
-    - ``Tiny`` (Tiny ImageNet, 64 px): ``train/<wnid>/`` and ``val/images/<wnid>/``, or as it is in its zip archive.
-    - ``ImageNet1K`` (64 px) and ``ImageNet`` (128 px, ten classes named by ``subset``): ``train/<wnid>/`` and
-      ``val/<wnid>/``, each with all 1,000 folders, whose sorted order is the ImageNet index.
-    - ``ImageFolder``: ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``. One channel when the first training
-      image of every class is grey, else three. Its mean and std are those of the training pixels.
+    """The data set of a row of ``DATA_SETS``, from the folder ``data_path``.
 
     ``res`` resizes the sets that are trees of files to res x res pixels, bilinear with antialiasing and ignoring the
     aspect ratio (as published); an ImageFolder without it keeps its size, which then must be the same for all images.
 
     Raises InputError when a name, an option, a folder or a file cannot be used.
     """
-    if name not in DATASETS:
-        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATASETS)}")
-    if name == "ImageNet" and subset not in IMAGENET_SUBSETS:
-        raise InputError(f"ImageNet needs one of its subsets, not {subset!r}; {_nearest(subset, IMAGENET_SUBSETS)}")
-    if name != "ImageNet" and subset is not None:
-        raise InputError(f"subset {subset!r} was given, but only ImageNet has subsets, {name} has none")
+    if name not in DATA_SETS:
+        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATA_SETS)}")
+    row = DATA_SETS[name]
+    if row.subsets and subset not in row.subsets:
+        raise InputError(f"{name} needs one of its subsets, not {subset!r}; {_nearest(subset, row.subsets)}")
+    if not row.subsets and subset is not None:
+        having = ", ".join(other for other in DATA_SETS if DATA_SETS[other].subsets)
+        raise InputError(f"subset {subset!r} was given, but only {having} has subsets, {name} has none")
     if res is not None and (not isinstance(res, int) or isinstance(res, bool) or res < 1):
         raise InputError(f"res must be a positive whole number of pixels, not {res!r}")
-    if res is not None and res != _FIXED_SIZE.get(name, res):
-        raise InputError(f"res {res} was given, but {name} has {_FIXED_SIZE[name]} pixels a side; leave res out")
-
-    if name == "FashionMNISTMini":
-        return _fashion_mnist_mini()
-    if data_path is None:
+    if res is not None and res != (row.fixed_size or res):
+        raise InputError(f"res {res} was given, but {name} has {row.fixed_size} pixels a side; leave res out")
+    if data_path is None and row.needs_path:
         raise InputError(f"{name} needs a data_path, the folder where its files are")
-    root = Path(data_path).expanduser()
-    if name in _TORCHVISION:
-        return _from_torchvision(name, root, download)
-    if not root.is_dir():
-        raise InputError(f"the data_path {root} is not a folder")
-    res = res or _DEFAULT_SIZE.get(name)
-    with warnings.catch_warnings():  # holds for the whole process, so it is set here and not by each decoding thread
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if name == "ImageFolder":
-            return _image_folder(root, res)
-        if name == "Tiny":
-            return _tiny(root, res)
-        return _imagenet(root, subset, res)
+    root = None if data_path is None else Path(data_path).expanduser()
+    return row.load(root, subset, res or row.fixed_size or row.default_size)
 
 
 def _nearest(word, choices) -> str:
@@ -90,20 +128,3 @@ def _nearest(word, choices) -> str:
     near = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.5)
     every = ", ".join(choices)
     return f"did you mean {lower[near[0]]}? (there are {every})" if near else f"there are {every}"
-
-
-def _fashion_mnist_mini() -> ImageData:
-    """The embedded sheet: 28x28 tiles, 100 a row; 400 training images of each class, then 100 test images of each."""
-    with Image.open(_MINI_SHEET) as image:
-        sheet = np.asarray(image)
-    tiles = torch.from_numpy(sheet.reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(5000, 1, 28, 28))
-    classes = torch.arange(10)
-    return ImageData(
-        "FashionMNISTMini",
-        tiles[:4000],
-        classes.repeat_interleave(400),
-        tiles[4000:],
-        classes.repeat_interleave(100),
-        _FASHION_CLASSES,
-        *MEAN_STD["FashionMNISTMini"],
-    )

@@ -8,8 +8,9 @@ import socket
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pad.data.images import _FIXED_SIZE, MEAN_STD, ImageData, _line
+from pad.data.images import ImageData, Statistics, one_line
 from pad.errors import InputError
 from pad.store.files import put_in_place, temporary_folder
 
@@ -18,58 +19,70 @@ log = logging.getLogger("pad")
 _DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download counts as failed
 
 
-# ---- torchvision's data sets
-
-
-def _from_torchvision(name: str, root: Path, download: bool) -> ImageData:
+def load_torchvision(root: Path, subset: str | None, res: int, *, name: str, statistics: Statistics) -> ImageData:
+    """One of torchvision's sets, ``res`` pixels a side, from the files in ``root``; what is missing is downloaded."""
     from torchvision import datasets  # late: half a second that the other sets need not wait for
 
     dataset = getattr(datasets, name)
     # CIFAR's files are pickles: torchvision checks them by checksum before it opens them
-    splits = [{"split": "train"}, {"split": "test"}] if name == "SVHN" else [{"train": True}, {"train": False}]
+    by_split = hasattr(dataset, "split_list")
+    splits = [{"split": "train"}, {"split": "test"}] if by_split else [{"train": True}, {"train": False}]
 
     def read(folder: Path, download: bool) -> list:
         return [dataset(folder, download=download, **split) for split in splits]
 
     try:
-        train, test = read(root, download=False)
-    except Exception as error:  # torchvision raises whatever its file readers raise
-        files, archives = _torchvision_files(name, dataset)
-        problem = f"{name} cannot be read from {root} ({_line(error)})"
-        expected = f"expected there: {', '.join(files)}" + (f" (or, packed, {', '.join(archives)})" if archives else "")
-        if not download:
-            raise InputError(f"{problem}; {expected}") from None
+        parts = read(root, download=False)
+    except Exception as unread:  # torchvision raises whatever its file readers raise
+        files, archives = _files(name, dataset)
         log.info("%s is not whole in %s: downloading it", name, root)
         try:
-            train, test = _download(root, files, archives, read)
+            parts = _download(root, files, archives, read)
         except Exception as error:
-            raise InputError(f"{problem} nor downloaded ({_line(error)}); {expected}") from None
+            packed = f" (or, packed, {', '.join(archives)})" if archives else ""
+            raise InputError(
+                f"{name} cannot be read from {root} ({one_line(unread)}) nor downloaded ({one_line(error)}); "
+                f"expected there: {', '.join(files)}{packed}"
+            ) from None
 
-    images, labels = [], []
-    for part in (train, test):
-        pixels = torch.as_tensor(part.data)
-        if name.startswith("CIFAR"):
-            pixels = pixels.permute(0, 3, 1, 2)
-        elif name != "SVHN":
-            pixels = pixels[:, None]
-        images.append(pixels.contiguous())
-        labels.append(torch.as_tensor(part.labels if name == "SVHN" else part.targets, dtype=torch.int64))
-        if len(images[-1]) != len(labels[-1]):
-            raise InputError(f"{name} in {root} is damaged: {len(images[-1])} images but {len(labels[-1])} labels")
-    class_names = tuple(getattr(train, "classes", None) or map(str, range(10)))
-    shape, side = images[0].shape[1:], _FIXED_SIZE[name]
-    if any(part.shape[1:] != shape or part.shape[2:] != (side, side) or part.dtype != torch.uint8 for part in images):
-        raise InputError(f"{name} in {root} is damaged: its images are not all uint8 of {side}x{side} pixels")
-    if any(not len(part) or part.min() < 0 or part.max() >= len(class_names) for part in labels):
-        raise InputError(f"{name} in {root} is damaged: its labels are not numbers of {len(class_names)} classes")
-    return ImageData(name, images[0], labels[0], images[1], labels[1], class_names, *MEAN_STD[name])
+    (train_images, train_labels), (test_images, test_labels) = (_tensors(part) for part in parts)
+    class_names = tuple(getattr(parts[0], "classes", None) or map(str, range(10)))
+    shape = train_images.shape[1:2] + (res, res)
+    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
+        if len(images) != len(labels):
+            raise InputError(f"{name} in {root} is damaged: {len(images)} images but {len(labels)} labels")
+        if images.shape[1:] != shape or images.dtype != torch.uint8:
+            raise InputError(f"{name} in {root} is damaged: its images are not all uint8 of {res}x{res} pixels")
+        if not len(labels) or labels.min() < 0 or labels.max() >= len(class_names):
+            raise InputError(f"{name} in {root} is damaged: its labels are not numbers of {len(class_names)} classes")
+    return ImageData(
+        name=name,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        class_names=class_names,
+        mean=statistics[0],
+        std=statistics[1],
+    )
 
 
-def _torchvision_files(name: str, dataset) -> tuple[list[str], list[str]]:
+def _tensors(part) -> tuple[Tensor, Tensor]:
+    """Images ``[N, C, H, W]`` and int64 labels of a torchvision data set."""
+    pixels = torch.as_tensor(part.data)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = part.labels if hasattr(part, "labels") else part.targets
+    return pixels.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _files(name: str, dataset) -> tuple[list[str], list[str]]:
     """The files torchvision reads, relative to its root, and the archives it would download and unpack."""
-    if name == "SVHN":
+    if hasattr(dataset, "split_list"):  # SVHN
         return [dataset.split_list[split][1] for split in ("train", "test")], []
-    if name.startswith("CIFAR"):
+    if hasattr(dataset, "base_folder"):  # CIFAR
         names = [file for file, _ in dataset.train_list + dataset.test_list] + [dataset.meta["filename"]]
         return [f"{dataset.base_folder}/{file}" for file in names], [dataset.filename]
     archives = [f"{name}/raw/{file}" for file, _ in dataset.resources]

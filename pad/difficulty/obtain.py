@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from pad.data.placement import Images
-from pad.difficulty.methods import METHODS, compute_rankings, nearest_method, recorded_settings
+from pad.difficulty.methods import METHODS, RankingSource, compute_rankings
 from pad.difficulty.ranking import Ranking, read_published
-from pad.difficulty.training import ScoringSettings
+from pad.difficulty.training import Progress
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
+from pad.store.files import refuse_unwritable
+from pad.store.identity import differences, nearest, refuse_difference
 from pad.store.locks import claim, in_turn, remove_leftovers
-
-if TYPE_CHECKING:
-    from pad.data.images import ImageData
-
-
-__all__ = ["Ranking", "obtain_rankings", "ranking_file", "ranking_method", "read_published"]
 
 log = logging.getLogger("pad")
 
@@ -36,61 +27,56 @@ def _files(stem: Path) -> tuple[Path, Path]:
     return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.pt")
 
 
-def _file_name(dataset: str) -> str:
-    """A data set's name in files, as published."""
+def file_name(dataset: str) -> str:
+    """A data set's name in files, as published: ``Tiny`` becomes ``TinyImageNet``, a slash a hyphen."""
     return _PUBLISHED_NAMES.get(dataset, dataset.replace("/", "-"))
 
 
 def ranking_file(folder: Path | str, dataset: str, sort_method: str) -> Path:
     """Where the ranking of a data set lies, ``<folder>/<NAME>_<METHOD>`` without a suffix.
 
-    ``sort_method`` is ``GraNd`` or, with the data set's name before it, ``CIFAR10_GraNd``. NAME is the data set's, as
-    published: ``Tiny`` becomes ``TinyImageNet``, ``ImageNet/imagenette`` ``ImageNet-imagenette``. Raises InputError for
-    another data set's name, and for a method that cannot be computed unless its file is there.
+    ``sort_method`` is ``GraNd`` or, with the data set's name before it, ``CIFAR10_GraNd``. NAME is :func:`file_name`.
+    Raises InputError for another data set's name, and for a method that cannot be computed unless its file is there.
     """
-    name = _file_name(dataset)
-    for prefix in (name, dataset):
-        if sort_method.startswith(f"{prefix}_"):
-            method = sort_method.removeprefix(f"{prefix}_")
+    name = file_name(dataset)
+    method = sort_method
+    for prefix in (f"{name}_", f"{dataset}_"):
+        if sort_method.startswith(prefix):
+            method = sort_method.removeprefix(prefix)
             break
     else:
-        other, _, method = sort_method.rpartition("_")
-        if other:
+        other, _, last = sort_method.rpartition("_")
+        if other and sort_method not in METHODS:
             raise InputError(
                 f"sort_method {sort_method} names a ranking of {other}, but the data set is {dataset}: "
-                f"write {method} or {name}_{method}"
+                f"write {last} or {name}_{last}"
             )
     stem = Path(folder) / f"{name}_{method}"
     if method not in METHODS and not any(path.is_file() for path in _files(stem)):
         raise InputError(
             f"sort_method {sort_method}: {method!r} is not a method that can be computed (the nearest is "
-            f"{nearest_method(method)}), and there is no ranking {stem}.pt"
+            f"{nearest(method, METHODS)}), and there is no ranking {stem}.pt"
         )
     return stem
 
 
 def ranking_method(dataset: str, stem: Path) -> str:
     """The method's name in what :func:`ranking_file` gave for a data set."""
-    return stem.name.removeprefix(f"{_file_name(dataset)}_")
+    return stem.name.removeprefix(f"{file_name(dataset)}_")
 
 
 def obtain_rankings(
-    data: ImageData,
-    images: Images,
-    labels: Tensor,
+    source: RankingSource,
     sort_methods: Sequence[str],
     folder: Path | str,
-    scoring: ScoringSettings,
     *,
     asked: Collection[str] = (),
-    seed: int,
-    preprocessing: dict,
-    progress: Callable[[int, int], None] | None = None,
     convert_flat: bool = False,
     overwrite: bool = False,
+    progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Ranking]:
-    """The rankings of ``data``, by name in ``sort_methods``: read from ``folder``, or computed and written there.
+    """The rankings of ``source``, by name in ``sort_methods``: read from ``folder``, or computed and written there.
 
     Our form is looked for first, then the published one; a ranking that is found is checked against this data set.
     Those that are not there share one training. What is computed is written in our form, and in the published one too
@@ -98,87 +84,62 @@ def obtain_rankings(
     from which an interrupted run goes on.
 
     Args:
-        images, labels: preprocessed training images ``[N, C, H, W]`` float32 and labels ``[N]``, on the device to use.
         sort_methods: see :func:`ranking_file`.
-        scoring, seed: how to compute them.
-        asked: names of the settings in ``scoring`` that somebody asked for. A ranking that is there and was made with
-            others of these is refused; one that differs in what was not asked for is used, with a warning.
-        preprocessing: identity of what made ``images``, for the record.
-        progress: called as ``progress(repeat, epoch)`` after each epoch of each scoring network.
-        convert_flat: see :func:`read_published`.
+        asked: names of the settings in ``source.scoring`` that somebody asked for. A ranking that is there and was made
+            with others of these is refused; one that differs in what was not asked for is used, with a warning.
+        convert_flat: see :func:`pad.difficulty.ranking.read_published`.
         overwrite: compute also those that are there.
+        progress: called as ``progress(repeat, epoch)`` after each epoch of each scoring network.
         ranks: share the work; rank 0 reads and writes the rankings.
 
     Raises InputError for an unknown method, and for a file that is damaged, ranks other data or was made otherwise,
     before any work.
     """
-    folder, name = Path(folder), _file_name(data.name)
+    folder = Path(folder)
+    dataset = source.data.name
+    stems = ranks.on_main(lambda: {wanted: ranking_file(folder, dataset, wanted) for wanted in sort_methods})
+    keep = folder / f"{file_name(dataset)}.partial"
+    lock = folder / f".{file_name(dataset)}.lock"
 
-    def there() -> tuple[dict[str, Ranking], dict[str, str]]:
-        """Rankings that need not be computed, and the methods of the others."""
-        found, missing = {}, {}
-        for wanted in sort_methods:
-            stem = ranking_file(folder, data.name, wanted)
-            method = ranking_method(data.name, stem)
-            ours, published = _files(stem)
-            if ours.is_file() and not overwrite:
-                settings = recorded_settings(method, scoring, seed, preprocessing)
-                found[wanted] = _reuse(ours, data, method, settings, asked)
-            elif published.is_file() and not overwrite:
-                found[wanted] = read_published(published, data.train_labels, data.num_classes, convert_flat)
-                log.info("difficulty ranking: using %s", published)
-            else:
-                missing[wanted] = method
-        if missing:
-            _check_writable(folder)
-        return found, missing
+    def look() -> dict[str, Ranking]:
+        """Rankings that need not be computed."""
+        found = {}
+        for wanted, stem in stems.items() if not overwrite else ():
+            if ranking := _read(stem, source, asked, convert_flat):
+                found[wanted] = ranking
+        if len(found) < len(stems):
+            refuse_unwritable(folder)
+        return found
 
-    keep, lock = folder / f"{name}.partial", folder / f".{name}.lock"
-    rankings, missing = ranks.on_main(there)
-    if not missing:
+    rankings = ranks.on_main(look)
+    if len(rankings) == len(stems):
         if ranks.is_main:
-            _clean_up(
-                lock, keep, [(ranking, ranking_file(folder, data.name, wanted)) for wanted, ranking in rankings.items()]
-            )
+            _clean_up(lock, keep, {stems[wanted]: ranking for wanted, ranking in rankings.items()})
         return rankings
-    turn = in_turn(lock, f"rankings of {data.name}")
-    with turn if ranks.is_main else contextlib.nullcontext():
-        rankings, missing = ranks.on_main(there)  # of the process that was waited for, if there was one
-        computed = (
-            compute_rankings(
-                list(dict.fromkeys(missing.values())),
-                data,
-                images,
-                labels,
-                scoring,
-                seed=seed,
-                preprocessing=preprocessing,
-                progress=progress,
-                ranks=ranks,
-                keep=keep,
-            )
-            if missing
-            else {}
-        )
-        if ranks.is_main:
-            for method, ranking in computed.items():
-                _write(ranking, folder / f"{name}_{method}")
+    with in_turn(lock, f"rankings of {dataset}") if ranks.is_main else contextlib.nullcontext():
+        rankings = ranks.on_main(look)  # of the process that was waited for, if there was one
+        missing = {wanted: ranking_method(dataset, stem) for wanted, stem in stems.items() if wanted not in rankings}
+        if missing:
+            methods = list(dict.fromkeys(missing.values()))
+            computed = compute_rankings(methods, source, progress=progress, ranks=ranks, keep=keep)
+            for method, ranking in computed.items() if ranks.is_main else ():
+                _write(ranking, folder / f"{file_name(dataset)}_{method}")
+            rankings |= {wanted: computed[method] for wanted, method in missing.items()}
         ranks.barrier()
         shutil.rmtree(keep, ignore_errors=True)  # by each rank: machines may have folders of their own
         ranks.barrier()  # before another process may write there
-    rankings |= {wanted: computed[method] for wanted, method in missing.items()}
     return {wanted: rankings[wanted] for wanted in sort_methods}
 
 
-def _clean_up(lock: Path, keep: Path, found: list[tuple[Ranking, Path]]) -> None:
+def _clean_up(lock: Path, keep: Path, found: dict[Path, Ranking]) -> None:
     """Finish what a command left that was killed when all was computed, unless another is at work."""
     remove_leftovers(lock.parent)
     if keep.exists():
         with contextlib.suppress(OSError), claim(lock) as mine:
             if mine:
-                for ranking, stem in found:
+                for stem, ranking in found.items():
                     ours, published = _files(stem)
-                    if ours.is_file() and not published.is_file() and len({len(row) for row in ranking.rows}) == 1:
+                    if ours.is_file() and not published.is_file() and ranking.has_equal_classes:
                         ranking.write_published(published)
                 shutil.rmtree(keep, ignore_errors=True)
 
@@ -186,58 +147,63 @@ def _clean_up(lock: Path, keep: Path, found: list[tuple[Ranking, Path]]) -> None
 def _write(ranking: Ranking, stem: Path) -> None:
     """Both forms, or ours alone for classes of unequal size."""
     ours, published = _files(stem)
-    written = [ours]
+    written = str(ours)
     ranking.save(ours)
-    if len({len(row) for row in ranking.rows}) == 1:
+    if ranking.has_equal_classes:
         ranking.write_published(published)
-        written.append(published)
-    files = " and ".join(map(str, written))
-    log.info("difficulty ranking: computed %s and wrote %s", ranking.metadata["method"], files)
+        written = f"{ours} and {published}"
+    log.info("difficulty ranking: computed %s and wrote %s", ranking.metadata["method"], written)
 
 
-def _reuse(path: Path, data: ImageData, method: str, settings: dict, asked: Collection[str]) -> Ranking:
-    """Read a ranking in our form; refuse one that was made otherwise than asked, warn in one line of other differences."""
-    ranking = Ranking.load(path)
-    made_for = ranking.metadata.get("data")
-    if isinstance(made_for, dict) and made_for.get("fingerprint") != data.fingerprint:
-        theirs, these = (
-            f"{about.get('dataset')} at {' x '.join(map(str, about.get('size', '?')))} pixels, "
-            f"fingerprint {about.get('fingerprint')}"
-            for about in (made_for, data.identity)
+def _read(stem: Path, source: RankingSource, asked: Collection[str], convert_flat: bool) -> Ranking | None:
+    """The ranking that is there, if one is.
+
+    Refuses one that was made otherwise than asked, and warns in one line of other differences.
+    """
+    ours, published = _files(stem)
+    data = source.data
+    if not ours.is_file():
+        if not published.is_file():
+            return None
+        ranking = read_published(published, data.train_labels, data.num_classes, convert_flat)
+        log.info("difficulty ranking: using %s", published)
+        return ranking
+
+    ranking = Ranking.load(ours)
+    made_of = ranking.metadata.get("data")
+    if isinstance(made_of, dict) and made_of.get("fingerprint") != data.fingerprint:
+        refuse_difference(
+            f"{ours} ranks other images",
+            made_of,
+            data.identity,
+            there_is="the ranking",
+            here_is="the data set",
+            remedy="move it away to have a ranking computed, or name another folder",
+            whole=True,
+            every=True,
         )
-        raise InputError(
-            f"{path} ranks other images: {theirs}, where these are {these}; "
-            "move it away to have a ranking computed, or name another folder"
-        )
-    ranking.validate(data.train_labels, data.num_classes, str(path))
+    ranking.validate(data.train_labels, data.num_classes, str(ours))
+
+    method = ranking_method(data.name, stem)
+    settings = source.recorded_settings(method)
     made_with = ranking.metadata.get("settings")
-    made_with = {
-        "method": ranking.metadata.get("method", method),
-        **(made_with if isinstance(made_with, dict) else settings),
-    }
-    wanted = {"method": method, **settings}
-    for name in wanted:
-        if name in ("method", *asked) and made_with.get(name) != wanted[name]:
-            raise InputError(
-                f"{path}: {name}: {made_with.get(name)} in the ranking, {wanted[name]} in the settings; "
-                "move it away to have one computed, or ask for no other"
-            )
-    differences = [
-        f"{name} {made_with.get(name)} (now {value})" for name, value in wanted.items() if made_with.get(name) != value
-    ]
-    if differences:
-        what = ", ".join(differences)
-        log.warning("difficulty ranking: using %s, computed with %s; remove the file to compute it anew", path, what)
+    made_with = made_with if isinstance(made_with, dict) else settings
+    there = {name: made_with.get(name) for name in settings}
+    refuse_difference(
+        ours,
+        {
+            "method": ranking.metadata.get("method", method),
+            **{name: value for name, value in there.items() if name in asked},
+        },
+        {"method": method, **settings},
+        there_is="the ranking",
+        here_is="the settings",
+        remedy="move it away to have one computed, or ask for no other",
+    )
+    others = [f"{name} {theirs} (now {now})" for name, theirs, now in differences(there, settings)]
+    if others:
+        what = ", ".join(others)
+        log.warning("difficulty ranking: using %s, computed with %s; remove the file to compute it anew", ours, what)
     else:
-        log.info("difficulty ranking: using %s", path)
+        log.info("difficulty ranking: using %s", ours)
     return ranking
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before hours of training that the result can be kept."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder for rankings, {folder}, cannot be made ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"the folder for rankings, {folder}, cannot be written to")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Ranking:
 
         Raises InputError when a score is not finite, the counts differ, or a class has no image.
         """
-        scores, labels = scores.detach().double().cpu(), labels.cpu()
+        scores = scores.detach().double().cpu()
+        labels = labels.cpu()
         if len(scores) != len(labels):
             raise InputError(f"{len(scores)} difficulty scores were given for {len(labels)} images")
         if not scores.isfinite().all():
@@ -50,9 +52,16 @@ class Ranking:
             raise InputError(f"the difficulty score of image {bad} is {scores[bad].item()}, not a finite number")
         return cls(by_class(scores.argsort(stable=True), labels, num_classes), scores, metadata)
 
+    @property
+    def digest(self) -> str:
+        """Which image comes where in which class, as 16 hexadecimal digits."""
+        text = ";".join(",".join(map(str, row.tolist())) for row in self.rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def validate(self, labels: Tensor, num_classes: int, source: str) -> None:
         """Raise InputError, naming ``source``, unless row c holds the images of class c of this data set, each once."""
-        indices, labels = torch.cat(self.rows), labels.cpu()
+        indices = torch.cat(self.rows)
+        labels = labels.cpu()
         count = len(labels)
         if (len(indices), len(self.rows)) != (count, num_classes):
             raise InputError(
@@ -70,11 +79,17 @@ class Ranking:
         rows = torch.arange(num_classes).repeat_interleave(torch.tensor([len(row) for row in self.rows]))
         wrong = (labels[indices] != rows).nonzero()
         if len(wrong):
-            row, image = int(rows[wrong[0]]), int(indices[wrong[0]])
+            row = int(rows[wrong[0]])
+            image = int(indices[wrong[0]])
             raise InputError(
                 f"row {row} of {source} holds images of class {int(labels[image])} (such as image {image}): "
                 "it is a ranking of other data, or of the same in another order"
             )
+
+    @property
+    def has_equal_classes(self) -> bool:
+        """Whether all classes are of one size, as the published form needs."""
+        return len({len(row) for row in self.rows}) == 1
 
     def save(self, path: Path | str) -> None:
         """Write our form, one safetensors file, atomically; equal rankings give equal bytes."""
@@ -86,29 +101,35 @@ class Ranking:
     @classmethod
     def load(cls, path: Path | str) -> Ranking:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged or something else."""
-        tensors, metadata = load_tensors(path)
-        if not isinstance(metadata, dict) or metadata.get("kind") != KIND:
-            raise InputError(f"{path} is not a difficulty ranking")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
-        indices, lengths, scores = (tensors.get(name) for name in ("indices", "lengths", "scores"))
-        whole = all(part is not None and part.dtype == torch.int64 and part.ndim == 1 for part in (indices, lengths))
-        whole = whole and bool(((lengths >= 0) & (lengths <= len(indices))).all())  # before a sum that could overflow
-        whole = whole and 0 < int(lengths.sum()) == len(indices)
-        whole = whole and (scores is None or (scores.shape == indices.shape and bool(scores.isfinite().all())))
-        if not whole:
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
+        if not _are_a_ranking(tensors):
             raise InputError(f"{path} is damaged: its tensors are not those of a difficulty ranking")
-        return cls(list(indices.split(lengths.tolist())), scores, metadata)
+        rows = tensors["indices"].split(tensors["lengths"].tolist())
+        return cls(list(rows), tensors.get("scores"), metadata)
 
     def write_published(self, path: Path | str) -> None:
         """Write the published form, atomically. Raises InputError when the classes are not of one size."""
-        sizes = sorted({len(row) for row in self.rows})
-        if len(sizes) != 1:
+        if not self.has_equal_classes:
+            sizes = [len(row) for row in self.rows]
             raise InputError(
-                f"{path} cannot be written: the published form needs classes of one size, these have {sizes[0]} to "
-                f"{sizes[-1]} images"
+                f"{path} cannot be written: the published form needs classes of one size, these have {min(sizes)} to "
+                f"{max(sizes)} images"
             )
         save_pt(path, torch.stack(self.rows))
+
+
+def _are_a_ranking(tensors: dict[str, Tensor]) -> bool:
+    """Whether a file's tensors fit together: row lengths that add up to the indices, and finite scores, if any."""
+    if not {"indices", "lengths"} <= tensors.keys():
+        return False
+    indices = tensors["indices"]
+    lengths = tensors["lengths"]
+    scores = tensors.get("scores", torch.zeros(indices.shape))
+    if not all(part.dtype == torch.int64 and part.ndim == 1 for part in (indices, lengths)):
+        return False
+    if ((lengths < 0) | (lengths > len(indices))).any():  # before a sum that could overflow
+        return False
+    return 0 < int(lengths.sum()) == len(indices) and scores.shape == indices.shape and bool(scores.isfinite().all())
 
 
 def by_class(order: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
@@ -156,10 +177,11 @@ def read_published(path: Path | str, labels: Tensor, num_classes: int, convert_f
 
 
 def first_of_each_class(rows: Sequence[Tensor], ipc: int, end: str = "easiest") -> Tensor:
-    """Data-set indices ``[K * ipc]`` int64, class by class: the first ``ipc`` of each row of a ranking.
+    """The coreset of ``ipc`` images per class: data-set indices ``[K * ipc]`` int64, class by class.
 
-    ``rows``: of a :class:`pad.difficulty.ranking.Ranking`. ``end``: "easiest", the first of a row, or "hardest", the
-    last of it, hardest first. Raises InputError when a class has fewer images.
+    Coresets are real images that a ranking chooses, as training sets of a synthetic set's size (arXiv 2204.08499).
+    rows: of the K classes, as :attr:`Ranking.rows` has them. end: "easiest", the first of each row, or "hardest", the
+    last of each, hardest first. Raises InputError when a class has fewer images.
     """
     for c, row in enumerate(rows):
         if len(row) < ipc:

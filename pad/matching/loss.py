@@ -7,7 +7,7 @@ from pad.shares import exact_share
 
 
 def shallow(depth_ratio: float, count: int) -> int:
-    """How many of ``count`` flat coordinates, from the shallow end on, PAD's filter leaves out: floor(depth_ratio count)."""
+    """How many of ``count`` flat coordinates, from the shallow end on, are left out: floor(depth_ratio count)."""
     return int(exact_share(depth_ratio) * count)
 
 
@@ -19,11 +19,11 @@ def matching_loss(
 
     K, the coordinates that count, is all of them but
 
-    - the first floor(depth_ratio P), shallow to deep: PAD's filter (a cut may fall inside a tensor);
-    - the floor(loss_ratio P) with the smallest (theta - target)^2 (ties: the shallower first). Which these are depends
-      on theta, but is constant around almost every theta, so the gradient takes K as given.
+    - the first floor(depth_ratio P), shallow to deep: PAD's filter. A cut may fall inside a tensor;
+    - the floor(loss_ratio P) with the smallest (theta - target)^2, of ties the shallower. The gradient takes K as
+      given, since it is constant around almost every theta.
 
-    Each share counts over all P; with both, K is the intersection. Both ratios lie in [0, 1).
+    Both ratios lie in [0, 1) and count over all P.
     """
     difference = theta - target
     weight = torch.ones_like(theta)

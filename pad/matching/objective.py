@@ -1,4 +1,4 @@
-"""What everything that is matched has in common: it gives gradients of a synthetic set."""
+"""What a way of matching is: gradients of a synthetic set, and nothing about settings, files or the loop."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gradients:
-    """The loss and its gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar)."""
+    """The loss (scalar) and its gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar).
+
+    All of them are on the device of the set, and zero where the loss does not depend on a variable.
+    """
 
     loss: Tensor
     images: Tensor
@@ -17,12 +20,25 @@ class Gradients:
 
 
 class Objective:
-    """A function of (iteration, synthetic set): what an outer iteration asks, see :class:`pad.distiller.Distiller`."""
+    """The loss that a synthetic set is to make small. A subclass defines :meth:`gradients`, or :meth:`steps`.
+
+    Both get the outer iteration ``it`` >= 0, and the set of K classes, ipc images each, N = ipc * K: ``images
+    [N, C, H, W]`` class by class, ``labels [N, K]`` (logits) and ``lr`` (scalar, > 0), which ask for no gradients.
+    A method may assume that nothing else changes them, and must not change them itself.
+
+    What it returns is a function of these arguments alone. So it draws every random number from
+    ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing from one iteration to the next: a resumed run
+    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each asks, and all
+    must get the same: work that is shared among them is added up before it is returned.
+
+    A loss or gradient that is not finite, or a loss above the threshold, is returned as it is:
+    :class:`pad.distiller.Distiller` skips that step.
+    """
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
-        """Loss and gradients of outer iteration ``it``, where that is a single step. Raises TypeError where it is not."""
+        """Loss and gradients of an iteration of one step. Raises TypeError where a subclass does not define it."""
         raise TypeError(f"{type(self).__name__} defines neither gradients nor steps")
 
     def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
-        """The gradients of each step of iteration ``it``: the set moves, in place, before the next are asked for."""
+        """Loss and gradients of each step of an iteration; the set moves, in place, before the next are asked for."""
         yield self.gradients(it, images, labels, lr)

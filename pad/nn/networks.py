@@ -2,10 +2,14 @@
 
 A network is a list of blocks followed by one linear layer. Published trajectories are bare lists of tensors, so the
 order in which layers are created below, shallow to deep, and their shapes are part of a file format.
+
+A network of one's own is one line more in ``FAMILIES``, before a command is called:
+
+    FAMILIES["MyNet"] = lambda name, channels, size: [nn.Sequential(nn.Conv2d(channels, 32, 3), nn.ReLU())]
 """
 
-import difflib
 import re
+from collections.abc import Callable, KeysView, Sequence
 from functools import partial
 
 import torch
@@ -14,6 +18,11 @@ from torch import Tensor, nn
 
 from pad.errors import InputError
 from pad.rng import seeded
+from pad.store.identity import nearest
+
+Size = tuple[int, int]  # (H, W)
+Family = Callable[[str, int, Size], Sequence[nn.Module]]
+Make = Callable[[], nn.Module]
 
 _TINY = "_Tiny"  # published suffix of the 64-pixel forms; here the image size decides, not the name
 
@@ -40,7 +49,7 @@ class InstanceNorm(nn.GroupNorm):
         return centred * scale + (self.bias[:, None, None] - rest * scale)
 
 
-_NORMS = {  # each takes the shape (C, H, W) of what it normalises
+_NORMS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {  # each takes the shape (C, H, W) of what it normalises
     "NN": lambda shape: nn.Identity(),
     "BN": lambda shape: nn.BatchNorm2d(shape[0]),
     "LN": nn.LayerNorm,
@@ -48,9 +57,9 @@ _NORMS = {  # each takes the shape (C, H, W) of what it normalises
     "GN": lambda shape: nn.GroupNorm(4, shape[0]),
 }
 
-_ACTIVATIONS = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": partial(nn.LeakyReLU, 0.01)}
+_ACTIVATIONS: dict[str, Make] = {"AS": nn.Sigmoid, "AR": nn.ReLU, "AL": partial(nn.LeakyReLU, 0.01)}
 
-_POOLINGS = {"NP": nn.Identity, "MP": partial(nn.MaxPool2d, 2), "AP": partial(nn.AvgPool2d, 2)}
+_POOLINGS: dict[str, Make] = {"NP": nn.Identity, "MP": partial(nn.MaxPool2d, 2), "AP": partial(nn.AvgPool2d, 2)}
 
 _CONVNET = re.compile(  # widths 8 and 16 are ours, for trials on a laptop; so are combinations such as ConvNetD4W32BN
     r"ConvNet(?:D(?P<depth>[1-8]))?(?:W(?P<width>8|16|32|64|128|256|512|1024))?"
@@ -61,7 +70,7 @@ _CONVNET = re.compile(  # widths 8 and 16 are ours, for trials on a laptop; so a
 class Network(nn.Module):
     """Blocks one after the other, then a linear layer: ``forward(x) = classifier(features(x))``, x ``[N, C, H, W]``."""
 
-    def __init__(self, body: list[nn.Module], num_features: int, num_classes: int):
+    def __init__(self, body: Sequence[nn.Module], num_features: int, num_classes: int):
         super().__init__()
         self.body = nn.ModuleList(body)
         self.classifier = nn.Linear(num_features, num_classes)
@@ -84,7 +93,7 @@ class Network(nn.Module):
         return self.classifier(self.features(x))
 
 
-def build(name: str, channels: int, num_classes: int, size: tuple[int, int], seed: int, *index: int | str) -> Network:
+def build(name: str, channels: int, num_classes: int, size: Size, seed: int, *index: int | str) -> Network:
     """A freshly initialised network for images ``[N, channels, H, W]``, ``size = (H, W)``, on the CPU.
 
     Layers have torch's default initialisation, as published, drawn from the stream (seed, "network", index); the global
@@ -93,11 +102,9 @@ def build(name: str, channels: int, num_classes: int, size: tuple[int, int], see
     follows from the image size. Raises InputError for a name that is not a network's and for images too small for it.
     """
     base = name.removesuffix(_TINY)
-    family = _FAMILIES.get(base) or (_convnet if base == "ConvNetKIP" or _CONVNET.fullmatch(base) else None)
+    family = FAMILIES.get(base) or (_convnet if _CONVNET.fullmatch(base) else None)
     if family is None:
-        lowered = {known.lower(): known for known in NAMES}
-        nearest = lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
-        raise InputError(f"there is no network {name!r}; the nearest name is {nearest}")
+        raise InputError(f"there is no network {name!r}; the nearest name is {nearest(name, NAMES)}")
     if base != name and tuple(size) != (64, 64):
         given = f"{size[0]} x {size[1]}"
         raise InputError(f"{name} is for images of 64 x 64 pixels and these have {given}: name {base} instead")
@@ -127,7 +134,7 @@ def evaluation_pool(mode: str, name: str) -> list[str]:
     return pools.get(mode, [name])
 
 
-def _flat_size(name: str, body: list[nn.Module], channels: int, size: tuple[int, int]) -> int:
+def _flat_size(name: str, body: Sequence[nn.Module], channels: int, size: Size) -> int:
     """Length of ``body``'s flattened output for one image, by a run on the meta device, which computes shapes only."""
     module = nn.Sequential(*body)
     state = {key: value.to("meta") for key, value in module.state_dict().items()}
@@ -135,20 +142,21 @@ def _flat_size(name: str, body: list[nn.Module], channels: int, size: tuple[int,
     try:
         with torch.no_grad():
             return torch.func.functional_call(module, state, image).numel()
-    except (RuntimeError, ValueError):  # an empty feature map; a norm over a single value, whose output is constant
+    except (RuntimeError, ValueError) as error:  # an empty feature map; a norm over one value, whose output is constant
         raise InputError(
             f"{name} does not fit images of {size[0]} x {size[1]} pixels, its feature maps shrink to nothing: "
             "take a shallower network or larger images"
-        ) from None
+        ) from error
 
 
-def _stride(size: tuple[int, int]) -> int:
+def _stride(size: Size) -> int:
     """The extra stride of the published 64-pixel forms."""
     return 2 if min(size) >= 64 else 1
 
 
-def _convnet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
-    match = _CONVNET.fullmatch("ConvNetW1024NN" if name == "ConvNetKIP" else name)
+def _convnet(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
+    match = _CONVNET.fullmatch(name)
+    assert match is not None, name
     norm, activation, pooling = match["norm"] or "IN", match["activation"] or "AR", match["pooling"] or "AP"
     width = int(match["width"] or 128)
     h, w = size
@@ -169,14 +177,14 @@ def _convnet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]
     return body
 
 
-def _mlp(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
+def _mlp(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
     return [
         nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 128), nn.ReLU()),
         nn.Sequential(nn.Linear(128, 128), nn.ReLU()),
     ]
 
 
-def _lenet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
+def _lenet(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
     padding = 2 if channels == 1 else 0
     body = [
         nn.Sequential(nn.Conv2d(channels, 6, 5, _stride(size), padding), nn.ReLU(), nn.MaxPool2d(2)),
@@ -188,7 +196,7 @@ def _lenet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
     return body
 
 
-def _alexnet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
+def _alexnet(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
     padding = 4 if channels == 1 else 2
     return [
         nn.Sequential(nn.Conv2d(channels, 128, 5, _stride(size), padding), nn.ReLU(), nn.MaxPool2d(2)),
@@ -199,15 +207,14 @@ def _alexnet(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]
     ]
 
 
-def _vgg11(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
+def _vgg11(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
     norm = _NORMS["BN" if name.endswith("BN") else "IN"]
-    body, before = [], channels
+    body: list[nn.Sequential] = []
+    before = channels
     for width, pooled in ((64, 1), (128, 1), (256, 0), (256, 1), (512, 0), (512, 1), (512, 0), (512, 1)):
         padding = 3 if before == 1 else 1
-        block = nn.Sequential(nn.Conv2d(before, width, 3, padding=padding), norm((width,)), nn.ReLU())
-        if pooled:
-            block.append(nn.MaxPool2d(2))
-        body.append(block)
+        pools = [nn.MaxPool2d(2)] if pooled else []
+        body.append(nn.Sequential(nn.Conv2d(before, width, 3, padding=padding), norm((width,)), nn.ReLU(), *pools))
         before = width
     body[-1].append(nn.AvgPool2d(1, _stride(size)))
     return body
@@ -229,18 +236,22 @@ class _Residual(nn.Module):
             nn.Conv2d(width, width, 3, padding=1, bias=False),
             norm((width,)),
         )
-        self.shortcut = nn.Identity()
+        shortcut: nn.Module = nn.Identity()
         if down:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), pool, norm((width,)))
+            shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), pool, norm((width,)))
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.main(x) + self.shortcut(x))
 
 
-def _resnet18(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
-    norm, average = _NORMS["BN" if "BN" in name else "IN"], name.endswith("_AP")
+def _resnet18(name: str, channels: int, size: Size) -> Sequence[nn.Module]:
+    norm = _NORMS["BN" if "BN" in name else "IN"]
+    average = name.endswith("_AP")
     stride = 1 if average else _stride(size)  # the _AP networks have no 64-pixel form: their feature maps just grow
-    body = [nn.Sequential(nn.Conv2d(channels, 64, 3, stride, padding=1, bias=False), norm((64,)), nn.ReLU())]
+    body: list[nn.Module] = [
+        nn.Sequential(nn.Conv2d(channels, 64, 3, stride, padding=1, bias=False), norm((64,)), nn.ReLU())
+    ]
     before = 64
     for width in (64, 64, 128, 128, 256, 256, 512, 512):
         body.append(_Residual(before, width, norm, average))
@@ -250,7 +261,16 @@ def _resnet18(name: str, channels: int, size: tuple[int, int]) -> list[nn.Module
     return body
 
 
-_FAMILIES = {
+_SUFFIXES = "D1 D2 D3 D4 D5 D6 D7 D8 W32 W64 W128 W256 W512 W1024 AS AR AL NN BN LN IN GN NP MP AP D4BN"
+
+# Name -> function(name, channels, size) -> blocks, shallow to deep. The first takes images [N, channels, H, W] with
+# size = (H, W). Each is an nn.Module without dropout and gives a tensor [N, ...]; `build` flattens the last one's and
+# adds the linear layer. The layers' constructors draw the weights, from build's seed. A name does not end in "_Tiny".
+# In mode S evaluation takes what stands before "BN" in it. ConvNets that are not here are built from their names.
+FAMILIES: dict[str, Family] = {
+    "ConvNet": _convnet,
+    **{f"ConvNet{suffix}": _convnet for suffix in _SUFFIXES.split()},
+    "ConvNetKIP": lambda name, channels, size: _convnet("ConvNetW1024NN", channels, size),
     "MLP": _mlp,
     "LeNet": _lenet,
     "AlexNet": _alexnet,
@@ -262,6 +282,4 @@ _FAMILIES = {
     "ResNet18BN_AP": _resnet18,
 }
 
-_SUFFIXES = "D1 D2 D3 D4 D5 D6 D7 D8 W32 W64 W128 W256 W512 W1024 AS AR AL NN BN LN IN GN NP MP AP D4BN KIP"
-
-NAMES: tuple[str, ...] = ("ConvNet", *(f"ConvNet{suffix}" for suffix in _SUFFIXES.split()), *_FAMILIES)
+NAMES: KeysView[str] = FAMILIES.keys()  # what is added to FAMILIES is among them

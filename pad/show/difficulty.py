@@ -14,15 +14,14 @@ from torch import Tensor
 from pad.difficulty.ranking import Ranking
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
+from pad.show.figures import BLUE, GREY, ORANGE, new_figure, save_figure
 from pad.show.pictures import image_grid
 from pad.store.files import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from pad.show.figures import BLUE, GREY, ORANGE, new_figure, save_figure
 
 PANELS = 20  # classes that have a histogram each; more are shown by their quantiles
-
 NAMES = 60  # class names that fit under one axis
 
 
@@ -42,36 +41,33 @@ def plot_all(
     Raises InputError, before anything is written, when the rankings are not of these images and classes.
     """
     for method, ranking in rankings.items():
-        _check(method, ranking, len(images), class_names)
-    folder, written = Path(folder), []
+        ranked = sum(len(row) for row in ranking.rows)
+        if (ranked, len(ranking.rows)) != (len(images), len(class_names)):
+            raise InputError(
+                f"the ranking {method} is of {ranked} images in {len(ranking.rows)} classes, but {len(images)} images "
+                f"and {len(class_names)} class names were given"
+            )
+    folder = Path(folder)
+    written = []
 
-    def save(name: str, figure: Figure) -> None:
-        written.append(folder / name)
-        save_figure(written[-1], figure)
+    def save(name: str, picture: Figure | np.ndarray) -> None:
+        path = folder / name
+        if isinstance(picture, np.ndarray):
+            save_picture(path, picture)
+        else:
+            save_figure(path, picture)
+        written.append(path)
 
     for method, ranking in rankings.items():
         if ranking.scores is not None:
             save(f"scores_{method}.png", plot_scores(ranking, class_names, method))
-        written.append(folder / f"images_{method}.png")
-        save_picture(written[-1], extremes(ranking, images, class_names, method))
+        save(f"images_{method}.png", extremes(ranking, images, class_names, method))
     if len(rankings) > 1:
         save("correlation.png", plot_correlation(rank_correlation(rankings), list(rankings)))
     if curriculum is not None and epochs:
         largest = max(len(row) for ranking in rankings.values() for row in ranking.rows)
         save("curriculum.png", plot_curriculum(curriculum, epochs, largest))
     return written
-
-
-def _check(method: str, ranking: Ranking, count: int, class_names: Sequence[str]) -> None:
-    ranked = sum(len(row) for row in ranking.rows)
-    if (ranked, len(ranking.rows)) != (count, len(class_names)):
-        raise InputError(
-            f"the ranking {method} is of {ranked} images in {len(ranking.rows)} classes, but {count} images and "
-            f"{len(class_names)} class names were given"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- scores
 
 
 def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Figure:
@@ -90,7 +86,9 @@ def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Fi
     return draw(scores, everything, scale, class_names, method)
 
 
-def _histograms(scores: list, everything: np.ndarray, scale: str, class_names: Sequence[str], method: str) -> Figure:
+def _histograms(
+    scores: list[np.ndarray], everything: np.ndarray, scale: str, class_names: Sequence[str], method: str
+) -> Figure:
     columns = min(5, len(scores))
     rows = math.ceil(len(scores) / columns)
     figure = new_figure(max(7, 2.6 * columns), 1.2 + 1.9 * rows)
@@ -119,7 +117,8 @@ def _histograms(scores: list, everything: np.ndarray, scale: str, class_names: S
 
 def _edges(everything: np.ndarray, scale: str) -> np.ndarray:
     """Borders of the bars: one bar per value of counts, else 40 equal ones on the axis."""
-    low, high = everything.min(), everything.max()
+    low = everything.min()
+    high = everything.max()
     if np.array_equal(everything, everything.round()) and high - low < 60:
         return np.arange(low, high + 2) - 0.5
     if scale == "log":
@@ -127,10 +126,13 @@ def _edges(everything: np.ndarray, scale: str) -> np.ndarray:
     return np.histogram_bin_edges(everything, 40)
 
 
-def _quantiles(scores: list, everything: np.ndarray, scale: str, class_names: Sequence[str], method: str) -> Figure:
+def _quantiles(
+    scores: list[np.ndarray], everything: np.ndarray, scale: str, class_names: Sequence[str], method: str
+) -> Figure:
     levels = np.stack([np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for values in scores])  # [classes, 5]
     order = levels[:, 2].argsort(kind="stable")
-    levels, places = levels[order], np.arange(len(order))
+    levels = levels[order]
+    places = np.arange(len(order))
     figure = new_figure(min(16, max(8, 0.16 * len(order))), 6)
     axes = figure.subplots()
     for low, high, alpha, label in ((0, 4, 0.25, "5 to 95 % of its images"), (1, 3, 0.6, "25 to 75 %")):
@@ -143,7 +145,8 @@ def _quantiles(scores: list, everything: np.ndarray, scale: str, class_names: Se
     named = places[::step]
     labels = [_short(class_names[order[place]], 16) for place in named]
     axes.set_xticks(named, labels, rotation=90, fontsize=8, parse_math=False)
-    which = "" if step == 1 else f", every {_ordinal(step)} named"
+    ordinal = {2: "2nd", 3: "3rd"}.get(step, f"{step}th")
+    which = "" if step == 1 else f", every {ordinal} named"
     axes.set_xlabel(f"{len(order)} classes, by their median{which}")
     axes.set_ylabel(_score_label(method, scale), parse_math=False)
     axes.set_title(f"{method}: scores of each class", parse_math=False)
@@ -156,45 +159,34 @@ def _score_label(method: str, scale: str) -> str:
     return f"{method} score, low = easy" + (", logarithmic" if scale == "log" else "")
 
 
-def _ordinal(number: int) -> str:
-    return {2: "2nd", 3: "3rd"}.get(number, f"{number}th")
-
-
 def _short(name: object, length: int) -> str:
     name = str(name)
     return name if len(name) <= length else name[: length - 1].rstrip(" ,") + "…"
 
 
-# ------------------------------------------------------------------------------------------------------- images
-
-
 def extremes(
     ranking: Ranking, images: Tensor, class_names: Sequence[str], method: str, count: int = 8, max_classes: int = 20
 ) -> np.ndarray:
-    """The easiest (first) ``count`` images of each class on the left and its hardest on the right, easiest first in both.
+    """The easiest (first) ``count`` images of each class on the left, its hardest on the right, easiest first in both.
 
-    images ``[N, 1 or 3, H, W]`` by data-set index, uint8 or float in [0, 1]. Of more than ``max_classes`` classes so
-    many are shown, evenly chosen, as the caption says. A class with fewer than ``2 count`` images has some on both
-    sides.
+    images ``[N, 1 or 3, H, W]`` by data-set index, uint8 or float in [0, 1]. At most ``max_classes`` classes are shown,
+    evenly chosen, as the caption says. A class with fewer than ``2 count`` images has some on both sides.
     Returns uint8 ``[height, width, 3]``. Raises InputError when there are neither 1 nor 3 channels.
     """
     total = len(ranking.rows)
     shown = torch.linspace(0, total - 1, min(max_classes, total)).round().long().tolist()
-    ends = ("easiest", "hardest") if ranking.scores is not None else ("first", "last")  # an order, or not known
-    caption = tuple(f"{method}: {end} of each class" for end in ends)
-    if total > len(shown):
-        caption = caption[0], f"{caption[1]} ({len(shown)} of {total} classes, evenly chosen)"
+    first, last = ("easiest", "hardest") if ranking.scores is not None else ("first", "last")  # an order, or not known
+    of_all = f" ({len(shown)} of {total} classes, evenly chosen)" if total > len(shown) else ""
+    sides = {f"{method}: {first} of each class": slice(None, count)}
+    sides[f"{method}: {last} of each class{of_all}"] = slice(-count, None)
     blocks = []
-    for text, end in zip(caption, (slice(None, count), slice(-count, None))):
-        rows = [ranking.rows[c][end] for c in shown]
+    for caption, side in sides.items():
+        rows = [ranking.rows[c][side] for c in shown]
         pixels = images[torch.cat(rows).to(images.device)]
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         classes = torch.tensor(shown).repeat_interleave(torch.tensor([len(row) for row in rows]))
-        blocks.append(image_grid(pixels, classes, class_names, caption=text, max_per_class=count))
+        blocks.append(image_grid(pixels, classes, class_names, caption=caption, max_per_class=count))
     return np.concatenate(blocks, axis=1)
-
-
-# -------------------------------------------------------------------------------------------------- correlation
 
 
 def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
@@ -204,7 +196,8 @@ def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
     have no order, do not count (NaN when no class has two). Raises InputError when the rankings are not of the same
     images.
     """
-    total, classes = torch.zeros(len(rankings), len(rankings), dtype=torch.float64), 0
+    total = torch.zeros(len(rankings), len(rankings), dtype=torch.float64)
+    classes = 0
     first, *others = rankings
     for method in others:
         same = len(rankings[method].rows) == len(rankings[first].rows) and all(
@@ -225,7 +218,8 @@ def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
 def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     """A matrix of rank correlations (:func:`rank_correlation`) ``[m, m]`` with the numbers in its cells."""
     count = len(names)
-    side, margin = max(3.5, 0.55 * count), 0.085 * max(map(len, names))  # inches
+    side = max(3.5, 0.55 * count)  # inches
+    margin = 0.085 * max(map(len, names))
     figure = new_figure(side + margin + 1.3, side + margin + 0.6)
     axes = figure.subplots()
     picture = axes.imshow(correlation.numpy(), cmap="PuOr", vmin=-1, vmax=1)
@@ -239,9 +233,6 @@ def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     axes.set_title("Rank correlation within classes", fontsize=11)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="Spearman's correlation, mean over classes")
     return figure
-
-
-# --------------------------------------------------------------------------------------------------- curriculum
 
 
 def plot_curriculum(curriculum: Curriculum, epochs: int, n: int) -> Figure:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that do not depend on telling red from green (Okabe and Ito)
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8C8C8C"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREY = "#8C8C8C"
 
 
 def save_figure(path: Path | str, figure: Figure) -> None:

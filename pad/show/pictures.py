@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from pad.errors import InputError
 from pad.store.files import save_picture
 
-# Pictures
-
-MARGIN, GAP, BLOCK_GAP = 16, 2, 28  # in pixels: around the picture, between tiles, between columns of classes
-
-ROWS, MAX_TILES = 25, 500  # class rows per column; tiles per picture: some 2000 x 1700 pixels at 64 per tile
-
+MARGIN = 16  # pixels around the picture
+GAP = 2  # between tiles
+BLOCK_GAP = 28  # between columns of classes
+LABEL_GAP = 8  # between a class's name and its tiles
+ROWS = 25  # of classes in a column
+MAX_TILES = 500  # in a picture: some 2000 x 1700 pixels at 64 per tile
 INK = (32, 32, 32)
 
 
@@ -39,7 +40,7 @@ def image_grid(
     when that leaves some out. More than 25 classes stand in several columns. ``scale``: whole-number enlargement,
     without smoothing; None: to tiles of 64 pixels or more. Raises InputError when there are neither 1 nor 3 channels.
     """
-    count, channels, height, width = pixels.shape
+    channels, height, width = pixels.shape[1:]
     if channels not in (1, 3):
         raise InputError(f"a picture needs images of 1 or 3 channels; these have {channels}")
     scale = scale or math.ceil(64 / max(height, width))
@@ -53,7 +54,8 @@ def image_grid(
     if len(shown) < len(present):
         notes.append(f"first {len(shown)} of {len(present)} classes")
 
-    tile_height, tile_width = height * scale, width * scale
+    tile_height = height * scale
+    tile_width = width * scale
     font = ImageFont.load_default(size=min(16, max(11, tile_height // 4)))
     names = [_shorten(str(class_names[c]), font, 150) for c in shown]
     label_width = math.ceil(max(font.getlength(name) for name in names))
@@ -62,12 +64,11 @@ def image_grid(
     caption_font = ImageFont.load_default(size=16)
     text = ", ".join(notes)
     top = MARGIN + (28 if text else 0)
-    block_width = label_width + 8 + columns * (tile_width + GAP) - GAP
-    total_width = max(
-        2 * MARGIN + blocks * block_width + (blocks - 1) * BLOCK_GAP,
-        2 * MARGIN + math.ceil(caption_font.getlength(text)),
-    )
-    canvas = np.full((top + rows * (tile_height + GAP) - GAP + MARGIN, total_width, 3), 255, dtype=np.uint8)
+    block_width = label_width + LABEL_GAP + columns * (tile_width + GAP) - GAP
+    all_blocks = blocks * block_width + (blocks - 1) * BLOCK_GAP
+    total_width = 2 * MARGIN + max(all_blocks, math.ceil(caption_font.getlength(text)))
+    total_height = top + rows * (tile_height + GAP) - GAP + MARGIN
+    canvas = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
 
     def corner(index: int) -> tuple[int, int]:
         """Upper left corner of a class's row: y, x."""
@@ -77,7 +78,7 @@ def image_grid(
     classes = classes.to(pixels.device)
     for index, c in enumerate(shown):
         y, x = corner(index)
-        x += label_width + 8
+        x += label_width + LABEL_GAP
         images = pixels[classes == c][:columns].detach().float().nan_to_num().clamp(0, 1).mul(255).round()
         tiles = images.to(torch.uint8).cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
         for tile in tiles.repeat(scale, axis=1).repeat(scale, axis=2):
@@ -94,7 +95,7 @@ def image_grid(
     return np.asarray(picture)
 
 
-def _shorten(name: str, font, width: int) -> str:
+def _shorten(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """``name``, cut off with "..." where it would be wider than ``width`` pixels."""
     if font.getlength(name) <= width:
         return name
@@ -104,29 +105,14 @@ def _shorten(name: str, font, width: int) -> str:
 
 
 def before_after(
-    before: Tensor, after: Tensor, classes: Tensor, class_names: Sequence[str], iteration: int, **options
+    before: Tensor, after: Tensor, classes: Tensor, class_names: Sequence[str], iteration: int, **options: Any
 ) -> np.ndarray:
     """The images at iteration 0 and at ``iteration`` side by side: two of :func:`image_grid`, with its options."""
-    pair = [
-        image_grid(pixels, classes, class_names, caption=f"iteration {it}", **options)
-        for pixels, it in ((before, 0), (after, iteration))
-    ]
-    return np.concatenate(pair, axis=1)
+    left = image_grid(before, classes, class_names, caption="iteration 0", **options)
+    right = image_grid(after, classes, class_names, caption=f"iteration {iteration}", **options)
+    return np.concatenate([left, right], axis=1)
 
 
-def save_grid(path: Path | str, pixels: Tensor, classes: Tensor, class_names: Sequence[str], **options) -> None:
+def save_grid(path: Path | str, pixels: Tensor, classes: Tensor, class_names: Sequence[str], **options: Any) -> None:
     """Write :func:`image_grid` as a PNG file."""
     save_picture(path, image_grid(pixels, classes, class_names, **options))
-
-
-def save_before_after(
-    path: Path | str,
-    before: Tensor,
-    after: Tensor,
-    classes: Tensor,
-    class_names: Sequence[str],
-    iteration: int,
-    **options,
-) -> None:
-    """Write :func:`before_after` as a PNG file."""
-    save_picture(path, before_after(before, after, classes, class_names, iteration, **options))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Tables
-
 
 def result_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
     """Rows (column -> value) as an aligned plain-text table without a final newline.
@@ -13,15 +11,14 @@ def result_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
     Numbers stand to the right, floats with 4 significant digits; None and what a row lacks become "-".
     """
 
-    def cell(value) -> str:
+    def cell(value: object) -> str:
         if value is None:
             return "-"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     values = [[row.get(column) for column in columns] for row in rows]
-    numeric = [
-        all(value is None or isinstance(value, (int, float)) for value in column) for column in zip(*values)
-    ] or [False] * len(columns)
+    numeric = [all(value is None or isinstance(value, (int, float)) for value in column) for column in zip(*values)]
+    numeric = numeric or [False] * len(columns)
     cells = [list(map(str, columns)), *([cell(value) for value in line] for line in values)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])

@@ -1,7 +1,6 @@
 """Files that are whole or absent."""
 
 import contextlib
-import fcntl
 import io
 import os
 import re
@@ -13,12 +12,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pad.errors import InputError
+from pad.store.locks import lock_descriptor
+
 TEMPORARY_SUFFIX = ".partial"
 
 _TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))  # <name>.<process>-<random>.partial
 
 
-# ---- whole or absent
+def refuse_unwritable(folder: Path | str) -> None:
+    """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
 
 
 @contextlib.contextmanager
@@ -71,9 +79,11 @@ def put_in_place(source: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def _claim(path: Path, folder: bool = False) -> tuple[int, Path]:
-    """Make a temporary file or folder next to ``path`` and lock it: a lock, unlike a process's number, ends with its
-    process and is known to all machines. Without locks, which some network disks lack, nothing is taken for a leftover.
+def _claim(path: Path, *, folder: bool = False) -> tuple[int, Path]:
+    """Make a temporary file or folder next to ``path`` and lock it; return it open, and its name.
+
+    A lock, unlike a process's number, ends with its process and is known to all machines. Without locks, which some
+    network disks lack, nothing is taken for a leftover.
     """
     _remove_leftovers(path.parent)
     while True:
@@ -87,7 +97,7 @@ def _claim(path: Path, folder: bool = False) -> tuple[int, Path]:
                 continue  # another process took it for a leftover before it was locked
             raise
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor, wait=True)
         if temporary.exists():
             return descriptor, temporary
         os.close(descriptor)  # the same
@@ -103,8 +113,8 @@ def _remove_leftovers(folder: Path) -> None:
             access = os.O_RDONLY if os.path.isdir(leftover) else os.O_RDWR  # which locks over NFS need
             descriptor = os.open(leftover, access | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(leftover) if os.path.isdir(leftover) else os.unlink(leftover)
+                if lock_descriptor(descriptor):
+                    shutil.rmtree(leftover) if os.path.isdir(leftover) else os.unlink(leftover)
             finally:
                 os.close(descriptor)
 

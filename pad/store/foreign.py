@@ -1,6 +1,7 @@
 """``.pt`` files, which others write and read: only ever data."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from pad.errors import InputError
 from pad.store.files import atomic_file
 
 # ---- files from elsewhere
+
+# What torch.load says of files that others wrote: a tensor's indices are checked; an old file was pickled otherwise.
+_OF_NO_ACCOUNT = ("Validating sparse tensor invariants", "Detected pickle protocol")
 
 
 def load_pt(path: Path | str):
@@ -27,8 +31,11 @@ def load_pt(path: Path | str):
             zipped = handle.read(4) == b"PK\x03\x04"
         if zipped:
             _check_archive(path)
-        # mapped, so that no claim about a tensor's size can reach beyond the file
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            for message in _OF_NO_ACCOUNT:
+                warnings.filterwarnings("ignore", message, category=UserWarning)
+            # mapped, so that no claim about a tensor's size can reach beyond the file
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         reason = "holds more than tensors (it would run code when loaded) or is damaged"
         raise InputError(f"{path} {reason}; it was not loaded") from None

@@ -13,11 +13,12 @@ from pad.errors import InputError
 
 
 def differences(there: Mapping, here: Mapping, *, whole: bool = False) -> Iterator[tuple[str, object, object]]:
-    """Where two descriptions differ, in their order: the name, with a space between its levels, theirs and ours.
+    """Where two descriptions differ: the name, with a space between its levels, theirs and ours.
 
-    What ``there`` does not name is not compared, unless ``whole`` is set. What one side lacks is called "nothing".
+    What ``there`` does not name is not compared, unless ``whole`` is set: then the order is that of ``here``, and what
+    only ``there`` names comes last. What one side lacks is called "nothing".
     """
-    for name in [*there, *(name for name in here if whole and name not in there)]:
+    for name in [*here, *(name for name in there if name not in here)] if whole else there:
         theirs = there.get(name, "nothing")
         ours = here.get(name, "nothing")
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
@@ -25,11 +26,6 @@ def differences(there: Mapping, here: Mapping, *, whole: bool = False) -> Iterat
                 yield f"{name} {inner}", a, b
         elif theirs != ours:
             yield name, theirs, ours
-
-
-def first_difference(there: Mapping, here: Mapping, *, whole: bool = False) -> tuple[str, object, object] | None:
-    """The first of :func:`differences`; None where there is none."""
-    return next(differences(there, here, whole=whole), None)
 
 
 def refuse_difference(

@@ -1,9 +1,11 @@
 """One writer at a time: locks between processes, on files that exist only while they are held.
 
 They are flock(2) locks: the kernel lets go of one when its process ends, however it ends, so a kill leaves none behind
-(at most its file, which means nothing); on NFS Linux takes them on the server, for all machines. (filelock, the
-library, keeps its files for good and does not say who holds one.) Where a file system knows no locks a line says so,
-and nothing is guarded.
+(at most its file, which means nothing); on NFS Linux takes them on the server, for all machines. Where a file system
+knows no locks a line says so, and nothing is guarded.
+
+The library filelock does not serve: its version 3, the last for Python 3.10, empties the file at every attempt, and so
+loses who holds the lock; older ones of it let two processes hold a lock whose file comes and goes.
 """
 
 import contextlib
@@ -13,8 +15,9 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pad.errors import InputError
 
@@ -26,15 +29,32 @@ _OURS = re.compile(r"(\d+ \S+\n?)?")  # what a lock's file holds: its process an
 
 _without: set[Path] = set()  # folders that were found to know no locks, and of which this was said
 
+Item = TypeVar("Item")
+
 
 @contextlib.contextmanager
-def claim(path: Path | str) -> Iterator[bool]:
-    """Whether this process got the lock at ``path``, which it then holds in the ``with`` block; never waits.
+def claim(path: Path | str, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process got the lock at ``path``, which it then holds in the ``with`` block.
 
-    A lock is not for this process to take twice: it counts as another's.
+    ``wait``: until it does. A lock is not for this process to take twice: it counts as another's. The lock's folder is
+    made, and removed in the end if nothing else came to be in it.
     """
-    with _folder_of(Path(path)), _holding(Path(path), wait=False) as held:
-        yield held
+    path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        descriptor = _take(path, wait)
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            # Removed before it is released: who waits for it sees that its file has no name any more, and begins again.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -43,13 +63,11 @@ def in_turn(path: Path | str, what: str) -> Iterator[None]:
 
     Where no lock can be made, as in a folder that may not be written to, nothing is guarded.
     """
-    path = Path(path)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_folder_of(path))
-            if not stack.enter_context(_holding(path, wait=False)):
+            if not stack.enter_context(claim(path)):
                 log.info("waiting for %s, at work on %s", holder(path), what)
-                stack.enter_context(_holding(path, wait=True))
+                stack.enter_context(claim(path, wait=True))
         except OSError as error:
             log.debug("no lock %s (%s)", path, error)  # who cannot write here will say so
         yield
@@ -62,6 +80,26 @@ def only_writer(path: Path | str, what: str) -> Iterator[None]:
         if not held:
             raise InputError(f"{what} is being written by {holder(path)}; wait for it to end, or stop it")
         yield
+
+
+def each_once(
+    items: Iterable[Item], lock_of: Callable[[Item], Path], work: Callable[[Item], None], what: Callable[[Item], str]
+) -> None:
+    """Do ``work`` on each of the items that several processes share: first on those that no other has begun.
+
+    Then it waits for each of the others, saying for ``what``, and does ``work`` on them, too, for their processes may
+    have ended before they were done. So ``work`` leaves an item that is done as it is. It holds the lock of its item.
+    """
+    others = []
+    for item in items:
+        with claim(lock_of(item)) as mine:
+            if mine:
+                work(item)
+            else:
+                others.append(item)
+    for item in others:
+        with in_turn(lock_of(item), what(item)):
+            work(item)
 
 
 def remove_leftovers(folder: Path | str) -> None:
@@ -82,73 +120,53 @@ def holder(path: Path | str) -> str:
     return "another process"
 
 
-@contextlib.contextmanager
-def _holding(path: Path, wait: bool) -> Iterator[bool]:
-    if (handle := _take(path, wait)) is None:
-        yield False
-        return
+def lock_descriptor(descriptor: int, *, wait: bool = False) -> bool:
+    """Whether this process got the lock of an open file, which it holds until that is closed.
+
+    Raises OSError where there are no locks.
+    """
     try:
-        yield True
-    finally:
-        # Removed before it is released: who waits for it sees that its file has no name any more, and begins again.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(handle)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _take(path: Path, wait: bool) -> int | None:
     """The open lock file, locked; None where another process holds it and one is not to wait."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the folder, made by this process and another, was removed by that one
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
-        try:
-            if not _lock(handle, path, wait):
-                os.close(handle)
+        with contextlib.ExitStack() as closing:
+            closing.callback(os.close, descriptor)
+            if not _lock(descriptor, path, wait):
                 return None
-            if _is_at(handle, path):
+            if _is_at(descriptor, path):
                 with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                closing.pop_all()
+                return descriptor
 
 
-def _lock(handle: int, path: Path, wait: bool) -> bool:
+def _lock(descriptor: int, path: Path, wait: bool) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
+        return lock_descriptor(descriptor, wait=wait)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         if path.parent not in _without:
             _without.add(path.parent)
             log.warning("%s is on a file system without locks: start no second process that writes there", path.parent)
-    return True
+        return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is the one that has the name ``path`` now."""
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-@contextlib.contextmanager
-def _folder_of(path: Path) -> Iterator[None]:
-    """Make the folder of ``path``; in the end remove what was made and is empty still: a refusal leaves nothing."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()

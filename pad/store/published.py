@@ -1,6 +1,8 @@
 """``replay_buffer_<k>.pt`` files, as published with MTT, DATM and PAD: imported and exported."""
 
+import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import torch
 
 from pad.errors import InputError
 from pad.store.foreign import load_pt, save_pt
-from pad.store.trajectories import TrajectoryStore, _published_files, expert_path, log, recorded, write_expert
+from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
+
+log = logging.getLogger("pad")
 
 
 def importable_files(source: Path | str, folder: Path | str) -> list[Path]:
@@ -58,7 +62,12 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
     return len(written)
 
 
-def _flat_snapshots(snapshots: list, where: str, description: dict) -> Iterator[torch.Tensor]:
+def _published_files(folder: Path | str) -> list[Path]:
+    matches = (re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name) for path in Path(folder).glob("replay_buffer_*"))
+    return [Path(folder) / match[0] for match in sorted((m for m in matches if m), key=lambda match: int(match[1]))]
+
+
+def _flat_snapshots(snapshots: list | tuple, where: str, description: dict) -> Iterator[torch.Tensor]:
     """Each epoch of a published expert as ``[P]``, checked against the network's parameters."""
     model, parameters = description["model"], description["parameters"]
     first, moved = None, False
@@ -99,7 +108,7 @@ def export_published(store: TrajectoryStore, folder: Path | str, save_interval: 
         raise InputError(f"{folder} already holds {existing[0].name}; choose another folder or move it away")
     shapes = [shape for _, shape in store.metadata["parameters"]]
     sizes = [math.prod(shape) for shape in shapes]
-    paths = []
+    paths: list[Path] = []
     for start in range(0, len(store), save_interval):
         experts = []
         for expert in store.experts[start : start + save_interval]:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from pad.errors import InputError
 from pad.store.files import save_picture, write_text
-from pad.store.trackers import _check_tracker, _NoSink, _open_sink
-
-# The run folder
+from pad.store.identity import refuse_difference
+from pad.store.trackers import Tracker, open_tracker, refuse_tracker
 
 
 def run_folder(log_dir: Path | str, dataset: str, ipc: int, model: str, name: str) -> Path:
@@ -61,6 +61,56 @@ def finished_iterations(folder: Path | str) -> int:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run is to be, and what becomes of one that is there.
+
+    resume: go on with the run, if there is one; a finished run is thereby unfinished again. overwrite: remove whatever
+    run is there, finished or not, with all files of its folder. tracker: one of :data:`pad.store.trackers.TRACKERS`.
+    may_differ: names of settings that a resumed run may change (a device, for example). defaults: what holds of
+    settings that a run does not name because it is older than they are.
+    """
+
+    folder: Path
+    resume: bool = False
+    overwrite: bool = False
+    tracker: str = "none"
+    may_differ: Collection[str] = ()
+    defaults: Mapping = field(default_factory=dict)
+
+    def refuse(self, settings: Mapping) -> None:
+        """Raise InputError when no run of ``settings`` can begin here, having changed nothing.
+
+        A run is in the way and neither resumed nor overwritten, the settings of a resumed run differ (each that does is
+        named), or the tracker is unknown or not installed.
+        """
+        folder = self.folder
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite contradict each other; choose one")
+        if any(path.is_file() for path in (folder, *folder.parents)):
+            raise InputError(f"the run folder {folder} cannot be made: there is a file in its place")
+        refuse_tracker(self.tracker)
+        state = run_state(folder)
+        if state == "absent" or self.overwrite:
+            return
+        if not self.resume:
+            choice = "--resume to go on with it, or " if state == "unfinished" else "choose another --name, or "
+            article = "an" if state == "unfinished" else "a"
+            raise InputError(f"{folder} holds {article} {state} run; {choice}--overwrite to replace it")
+        here = _plain(settings)
+        there = {name: value for name, value in _plain(self.defaults).items() if name in here}
+        there |= recorded_settings(folder)
+        compared = sorted((there.keys() | here.keys()) - set(self.may_differ))
+        refuse_difference(
+            folder,
+            {name: there.get(name) for name in compared},
+            {name: here.get(name) for name in compared},
+            there_is="the run",
+            remedy="resume with the same settings, or choose another run name",
+            every=True,
+        )
+
+
 class Run:
     """One run's folder; make one with :meth:`start`, use it in a ``with`` block or call :meth:`close`.
 
@@ -69,45 +119,23 @@ class Run:
     pictures/: PNG. finished.json: the summary, there once the run is done.
     """
 
-    def __init__(self, folder: Path, settings: Mapping, tracker: str):
+    def __init__(self, folder: Path, tracker: Tracker):
         self.folder = folder
         self.artifacts = folder / "Normal"
-        self.pictures = folder / "pictures"
-        self._sink = _open_sink(tracker, folder, settings)
+        self._tracker = tracker
 
     @classmethod
-    def start(
-        cls,
-        folder: Path | str,
-        settings: Mapping,
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        tracker: str = "none",
-        may_differ: Collection[str] = (),
-        defaults: Mapping = {},
-    ) -> Run:
-        """Begin a run in ``folder``, or go on with the one there.
+    def start(cls, place: Place, settings: Mapping) -> Run:
+        """Begin a run at ``place``, or go on with the one there. Raises InputError as :meth:`Place.refuse`.
 
-        resume: go on with the run, if there is one; what was recorded after the last checkpoint is then to be dropped
-        with :meth:`truncate_metrics`. A finished run is thereby unfinished again. may_differ: settings, by dotted name,
-        which a resumed run may change (a device, for example). defaults: what holds of settings that a run does not
-        name because it is older than they are. overwrite: remove whatever run is there, finished or not, with all files
-        of its folder. Raises InputError as :meth:`check`, having changed nothing.
+        What a resumed run recorded after its last checkpoint is then to be dropped with :meth:`truncate_metrics`.
         """
-        folder, settings = Path(folder), _plain(settings)
-        cls.check(
-            folder,
-            settings,
-            resume=resume,
-            overwrite=overwrite,
-            tracker=tracker,
-            may_differ=may_differ,
-            defaults=defaults,
-        )
+        place.refuse(settings)
+        folder = place.folder
+        settings = _plain(settings)
         state = run_state(folder)
         config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        if state != "absent" and overwrite:
+        if state != "absent" and place.overwrite:
             # Out of the way in one step first: a half-removed run must not pass for a run.
             trash = folder.with_name(f".{folder.name}.removed")
             shutil.rmtree(trash, ignore_errors=True)
@@ -115,38 +143,10 @@ class Run:
             shutil.rmtree(trash)
         write_text(folder / "config.yaml", config)
         (folder / "finished.json").unlink(missing_ok=True)
-        run = cls(folder, settings, tracker)
-        if state != "absent" and resume:
+        run = cls(folder, open_tracker(place.tracker, folder, settings))
+        if state != "absent" and place.resume:
             run._write_lines(run._lines())  # without a last line torn by a kill, which the next event would run into
         return run
-
-    @staticmethod
-    def check(
-        folder: Path | str,
-        settings: Mapping,
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        tracker: str = "none",
-        may_differ: Collection[str] = (),
-        defaults: Mapping = {},
-    ) -> None:
-        """Raise InputError when :meth:`start` could not begin: a run is in the way and neither resumed nor overwritten,
-        the settings of a resumed run differ, or the tracker is unknown or not installed."""
-        folder = Path(folder)
-        if resume and overwrite:
-            raise InputError("resume and overwrite contradict each other; choose one")
-        if any(path.is_file() for path in (folder, *folder.parents)):
-            raise InputError(f"the run folder {folder} cannot be made: there is a file in its place")
-        _check_tracker(tracker)
-        state = run_state(folder)
-        if state == "absent" or overwrite:
-            return
-        if not resume:
-            choice = "--resume to go on with it, or " if state == "unfinished" else "choose another --name, or "
-            article = "an" if state == "unfinished" else "a"
-            raise InputError(f"{folder} holds {article} {state} run; {choice}--overwrite to replace it")
-        _check_same_settings(folder, _plain(settings), may_differ, _plain(defaults))
 
     def record(self, event: str, iteration: int, **values) -> None:
         """Append one event to metrics.jsonl, and its numbers to the tracker as ``<event>/<name>``.
@@ -162,7 +162,7 @@ class Run:
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         if numbers:
-            self._sink.numbers(numbers, iteration)
+            self._tracker.numbers(numbers, iteration)
 
     def record_time(self, event: str, iteration: int, seconds: float) -> None:
         """Append how long something took to timing.jsonl."""
@@ -171,17 +171,13 @@ class Run:
     def _append(self, name: str, entry: dict) -> None:
         append_line(self.folder / name, json.dumps(entry, sort_keys=True, allow_nan=False) + "\n")
 
-    def events(self) -> list[dict]:
-        """Everything in metrics.jsonl, in order. Raises InputError naming a damaged line."""
-        return [entry for _, entry in self._lines()]
-
     def truncate_metrics(self, iteration: int) -> None:
         """Drop the events after ``iteration``; -1 drops all.
 
         Called when resuming, with the checkpoint's iteration, it makes the metrics those of an uninterrupted run.
         """
         self._write_lines([(line, entry) for line, entry in self._lines() if entry["iteration"] <= iteration])
-        self._sink.rewind(iteration)
+        self._tracker.rewind(iteration)
 
     def _write_lines(self, lines: list[tuple[str, dict]]) -> None:
         write_text(self.folder / "metrics.jsonl", "".join(line for line, _ in lines))
@@ -203,12 +199,10 @@ class Run:
             pairs.append((line.decode(), entry))
         return pairs
 
-    def save_picture(self, name: str, picture: np.ndarray, iteration: int) -> Path:
-        """Write uint8 [H, W, 3] as ``pictures/<name>_<iteration>.png`` and to the tracker. Returns the path."""
-        path = self.pictures / f"{name}_{iteration:06d}.png"
-        save_picture(path, picture)
-        self._sink.picture(name, picture, iteration)
-        return path
+    def save_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """Write uint8 [H, W, 3] as ``pictures/<name>_<iteration>.png`` and to the tracker."""
+        save_picture(self.folder / "pictures" / f"{name}_{iteration:06d}.png", picture)
+        self._tracker.picture(name, picture, iteration)
 
     def finish(self, **summary) -> None:
         """Mark the run as done, with a summary in finished.json."""
@@ -220,8 +214,8 @@ class Run:
 
     def close(self) -> None:
         """Let go of the tracker; the files are complete at any time."""
-        self._sink.close()
-        self._sink = _NoSink()
+        self._tracker.close()
+        self._tracker = Tracker()
 
     def __enter__(self) -> Run:
         return self
@@ -248,7 +242,7 @@ class Follower(Run):
     """A run as seen by a process that leaves its files to another: takes everything, writes nothing."""
 
     def __init__(self, folder: Path):
-        self.folder, self._sink = folder, _NoSink()
+        super().__init__(folder, Tracker())
 
     def _nothing(self, *_, **__) -> None: ...
 
@@ -268,28 +262,3 @@ def _plain(value, finite: bool = False):
     if finite and isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _flat(settings: Mapping, prefix: str = "") -> dict:
-    """Nested settings as one dictionary of dotted names."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _check_same_settings(folder: Path, settings: Mapping, may_differ: Collection[str], defaults: Mapping) -> None:
-    """Raise InputError naming every setting that differs from those the run in ``folder`` was started with."""
-    after = _flat(settings)
-    before = {name: value for name, value in _flat(defaults).items() if name in after}
-    before |= _flat(recorded_settings(folder))
-    differing = [
-        f"{name}: {before.get(name)} in the run, {after.get(name)} in the config"
-        for name in sorted(before.keys() | after.keys())
-        if name not in may_differ and before.get(name) != after.get(name)
-    ]
-    if differing:
-        raise InputError(
-            f"{folder} was started with other settings: {'; '.join(differing)}. "
-            "Resume with the same ones, or choose another run name"
-        )

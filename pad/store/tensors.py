@@ -1,4 +1,10 @@
-"""Safetensors files that know their own damage: every block of numbers has a checksum."""
+"""Safetensors files that know their own damage: every block of numbers has a checksum.
+
+A file of ours begins with a tensor "checksums", int64: the CRC-32 of the description (the metadata, and name, type and
+shape of every other tensor), then that of each block of the other tensors, by name. A block is an entry along the first
+dimension of a tensor of two or more, such as one epoch's parameters, so that reading one row checks one row; any other
+tensor is one block. A CRC of a gigabyte takes about a second or less, an SHA-256 several.
+"""
 
 import contextlib
 import json
@@ -13,13 +19,6 @@ from torch import Tensor
 
 from pad.errors import InputError
 from pad.store.files import atomic_file
-
-# ---- tensors with checksums
-#
-# A safetensors file of ours begins with a tensor "checksums", int64: the CRC-32 of the description (the metadata, and
-# name, type and shape of every other tensor), then that of each block of the other tensors, by name. A block is an
-# entry along the first dimension of a tensor of two or more, such as one epoch's parameters, so that reading one row
-# checks one row; any other tensor is one block. A CRC of a gigabyte takes about a second or less, an SHA-256 several.
 
 _CHECKSUMS = "checksums"
 
@@ -47,11 +46,8 @@ def tensor_writer(path: Path | str, layout: Layout, metadata: dict) -> Iterator[
     ``tensor[i]`` of a tensor of two or more dimensions, any other tensor whole.
     """
     described = json.dumps(metadata, sort_keys=True)
-    blocks = {name: _blocks(shape) for name, (_, shape) in layout.items()}
-    starts, total = {}, 1
-    for name in sorted(blocks):
-        starts[name], total = total, total + blocks[name]
-    order = iter([starts[name] + i for name in layout for i in range(blocks[name])])
+    starts, total = _block_starts(layout)
+    order = iter([starts[name] + i for name, (_, shape) in layout.items() for i in range(_blocks(shape))])
     checksums = torch.zeros(total, dtype=torch.int64)
     checksums[0] = _description_checksum(described, layout)
     header = _header({_CHECKSUMS: (torch.int64, (total,)), **layout}, described)
@@ -76,7 +72,8 @@ def tensor_writer(path: Path | str, layout: Layout, metadata: dict) -> Iterator[
 
 def _header(layout: Layout, described: str) -> bytes:
     """Everything of a safetensors file before its data: an 8-byte length, then JSON padded to a multiple of 8 bytes."""
-    entries, start = {"__metadata__": {"pad": described}}, 0
+    entries: dict[str, dict] = {"__metadata__": {"pad": described}}
+    start = 0
     for name, (dtype, shape) in layout.items():
         end = start + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -90,8 +87,18 @@ def _blocks(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
+def _block_starts(layout: Layout) -> tuple[dict[str, int], int]:
+    """Where among the checksums those of each tensor begin, after that of the description; and how many there are."""
+    starts = {}
+    total = 1
+    for name in sorted(layout):
+        starts[name] = total
+        total += _blocks(layout[name][1])
+    return starts, total
+
+
 def _bytes(block: Tensor) -> memoryview:
-    return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _description_checksum(described: str, layout: Layout) -> int:
@@ -123,24 +130,24 @@ class TensorFile:
         self._path, self._handle, self._remedy = path, handle, remedy
         try:
             described = handle.metadata()["pad"]
-            self.metadata: dict = json.loads(described)
+            metadata = json.loads(described)
         except (KeyError, TypeError, ValueError, RecursionError):
-            self.metadata = None
-        if not isinstance(self.metadata, dict):
+            metadata = None
+        if not isinstance(metadata, dict):
             raise InputError(f"{path} carries no description of this toolkit's; it was written by something else")
         dtypes = {name: dtype for dtype, name in _NAMES.items()}
         parts = {name: handle.get_slice(name) for name in handle.keys()}
-        self.layout: Layout = {
-            name: (dtypes.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()
-        }
-        found = self.layout.pop(_CHECKSUMS, None)
-        if found is None:
+        if _CHECKSUMS not in parts:
             raise InputError(f"{path} carries no checksums; it was written by something else, or by an earlier version")
-        self._starts, total = {}, 1
-        for name in sorted(self.layout):
-            self._starts[name], total = total, total + _blocks(self.layout[name][1])
-        usable = found == (torch.int64, (total,)) and all(dtype for dtype, _ in self.layout.values())
-        if not usable:
+        if not all(part.get_dtype() in dtypes for part in parts.values()):
+            raise self._damaged("its header")
+        self.metadata: dict = metadata
+        self.layout: Layout = {
+            name: (dtypes[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()
+        }
+        found = self.layout.pop(_CHECKSUMS)
+        self._starts, total = _block_starts(self.layout)
+        if found != (torch.int64, (total,)):
             raise self._damaged("its header")
         self._checksums = handle.get_tensor(_CHECKSUMS).tolist()
         if self._checksums[0] != _description_checksum(described, self.layout):
@@ -171,12 +178,18 @@ class TensorFile:
         return InputError(f"{self._path} is damaged ({what} does not match its checksum); {self._remedy}")
 
 
+REMEDY = "it has to be made again"
+
+
 @contextlib.contextmanager
-def open_tensors(path: Path | str, remedy: str = "it has to be made again") -> Iterator[tuple[TensorFile, dict]]:
+def open_tensors(
+    path: Path | str, *, kind: str | None = None, format: int | None = None, remedy: str = REMEDY
+) -> Iterator[tuple[TensorFile, dict]]:
     """Open a safetensors file of ours lazily: yields it and its metadata.
 
-    ``remedy`` says what to do about a damaged one. Raises InputError when the file is missing, damaged, or was not
-    written by this toolkit. That the file is as long as its header says is checked before anything is read.
+    ``kind`` and ``format`` are what the metadata must say under these names, where they are given; ``remedy`` says what
+    to do about a damaged file. Raises InputError when the file is missing, damaged, of another kind or format, or was
+    not written by this toolkit. That the file is as long as its header says is checked before anything is read.
     """
     try:
         handle = safe_open(str(path), framework="pt")
@@ -187,10 +200,16 @@ def open_tensors(path: Path | str, remedy: str = "it has to be made again") -> I
         raise InputError(f"{path} is not a whole safetensors file ({reason}); {remedy}") from None
     with handle:
         file = TensorFile(path, handle, remedy)
+        if kind is not None and file.metadata.get("kind") != kind:
+            raise InputError(f"{path} is not a {kind}")
+        if format is not None and file.metadata.get("format") != format:
+            raise InputError(f"{path} has format {file.metadata.get('format')!r}; this version reads format {format}")
         yield file, file.metadata
 
 
-def load_tensors(path: Path | str, remedy: str = "it has to be made again") -> tuple[dict[str, Tensor], dict]:
-    """All tensors of a safetensors file of ours, and its metadata. Raises InputError as :func:`open_tensors`."""
-    with open_tensors(path, remedy) as (file, metadata):
+def load_tensors(
+    path: Path | str, *, kind: str | None = None, format: int | None = None, remedy: str = REMEDY
+) -> tuple[dict[str, Tensor], dict]:
+    """All tensors of a safetensors file of ours, and its metadata. Arguments and errors as of :func:`open_tensors`."""
+    with open_tensors(path, kind=kind, format=format, remedy=remedy) as (file, metadata):
         return {name: file.tensor(name) for name in file.keys()}, metadata

@@ -12,10 +12,9 @@ from pad.errors import InputError
 TRACKERS = ("none", "tensorboard", "wandb")
 
 
-# Optional trackers
+class Tracker:
+    """Takes everything and does nothing with it; the trackers proper override what they know."""
 
-
-class _NoSink:
     def numbers(self, values: dict[str, float], iteration: int) -> None: ...
 
     def picture(self, name: str, picture: np.ndarray, iteration: int) -> None: ...
@@ -25,7 +24,7 @@ class _NoSink:
     def close(self) -> None: ...
 
 
-class _TensorBoard(_NoSink):
+class _TensorBoard(Tracker):
     def __init__(self, folder: Path):
         self._folder = str(folder / "tensorboard")
         self._open(None)
@@ -50,7 +49,7 @@ class _TensorBoard(_NoSink):
         self._writer.close()
 
 
-class _WandB(_NoSink):
+class _WandB(Tracker):
     """Each start or resumption is a W&B run of its own, in the group of its folder: W&B's steps cannot go back."""
 
     def __init__(self, folder: Path, settings: Mapping):
@@ -75,7 +74,8 @@ class _WandB(_NoSink):
         self._run.finish()
 
 
-def _check_tracker(tracker: str) -> None:
+def refuse_tracker(tracker: str) -> None:
+    """Raise InputError for a tracker that is unknown or not installed."""
     if tracker not in TRACKERS:
         raise InputError(f"the tracker {tracker!r} is not one of {', '.join(TRACKERS)}")
     try:
@@ -87,7 +87,8 @@ def _check_tracker(tracker: str) -> None:
         raise InputError(f"tracker {tracker} is not installed; pip install -e '.[tracking]'") from None
 
 
-def _open_sink(tracker: str, folder: Path, settings: Mapping) -> _NoSink:
+def open_tracker(tracker: str, folder: Path, settings: Mapping) -> Tracker:
+    """The tracker of that name, for the run in ``folder``."""
     if tracker == "tensorboard":
         return _TensorBoard(folder)
-    return _WandB(folder, settings) if tracker == "wandb" else _NoSink()
+    return _WandB(folder, settings) if tracker == "wandb" else Tracker()

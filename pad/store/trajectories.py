@@ -8,7 +8,6 @@ exported.
 
 import contextlib
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +16,10 @@ from pathlib import Path
 import torch
 
 from pad.errors import InputError
-from pad.store.tensors import TensorFile, open_tensors, tensor_writer
+from pad.store.identity import refuse_difference
+from pad.store.tensors import Layout, TensorFile, open_tensors, tensor_writer
 
-log = logging.getLogger("pad")
-
+KIND = "trajectory"
 FORMAT = 1
 
 COMMON = ("data", "model", "preprocessing", "parameters")  # what all experts of a store share and its user must match
@@ -84,11 +83,11 @@ def write_expert(
     existing one is replaced. ``record`` raises InputError when parameters are not finite.
     """
     path = expert_path(folder, expert)
-    num_parameters = _count(description["parameters"])
+    width = num_parameters(description["parameters"])
     measured = {name: torch.full((epochs + 1,), math.nan, dtype=torch.float32) for name in sorted(figures)}
-    metadata = {key: description[key] for key in COMMON} | {"kind": "trajectory", "format": FORMAT}
+    metadata = {key: description[key] for key in COMMON} | {"kind": KIND, "format": FORMAT}
     metadata |= {"expert": expert, "seed": seed, "settings": settings}
-    layout = {"params": (torch.float32, (epochs + 1, num_parameters))}
+    layout: Layout = {"params": (torch.float32, (epochs + 1, width))}
     layout |= {name: (torch.float32, (epochs + 1,)) for name in measured}
     # The size is known before training and rows come in order, so rows are appended. A full disk is then an OSError
     # here and now; through a memory map it would kill the process.
@@ -97,10 +96,10 @@ def write_expert(
 
         def record(theta: torch.Tensor, **values: float) -> None:
             nonlocal count
-            if tuple(theta.shape) != (num_parameters,) or count > epochs:
+            if tuple(theta.shape) != (width,) or count > epochs:
                 raise ValueError(
                     f"snapshot {count} of expert {expert} has shape {list(theta.shape)}; "
-                    f"expected snapshots 0 to {epochs} of shape [{num_parameters}]"
+                    f"expected snapshots 0 to {epochs} of shape [{width}]"
                 )
             row = theta.detach().to("cpu", torch.float32)
             if not row.isfinite().all():
@@ -120,7 +119,8 @@ def write_expert(
             write(values)
 
 
-def _count(parameters: list) -> int:
+def num_parameters(parameters: list) -> int:
+    """P of ``[name, shape]`` of each parameter."""
     return sum(math.prod(shape) for _, shape in parameters)
 
 
@@ -137,21 +137,24 @@ class TrajectoryStore:
         folder = Path(folder)
         experts = recorded(folder)
         if not experts:
-            published = _published_files(folder)
+            published = any(folder.glob("replay_buffer_[0-9]*.pt"))
             hint = "; the replay_buffer_*.pt there can be imported with scripts/import_buffer.py" if published else ""
             raise InputError(f"no expert trajectories in {folder}: record them with buffer/buffer_CL.py{hint}")
         headers = {}
         for expert in experts:
-            with open_tensors(expert_path(folder, expert), _REMEDY) as (file, metadata):
-                headers[expert] = _header(file, metadata, expert_path(folder, expert))
+            with _opened(expert_path(folder, expert)) as (_, found):
+                headers[expert] = found
         first = headers[experts[0]][0]
         for expert, (header, _) in headers.items():
-            if difference := _first_difference(header, first):
-                where, here, there = difference
-                raise InputError(
-                    f"{expert_path(folder, expert)} does not belong with {expert_path('', experts[0])}: "
-                    f"{where}: {here} in the former, {there} in the latter"
-                )
+            refuse_difference(
+                expert_path(folder, expert),
+                _comparable(header, first),
+                _comparable(first, first),
+                there_is="this expert",
+                here_is=expert_path("", experts[0]).name,
+                remedy="they do not belong together, move one of them away",
+                whole=True,
+            )
         return cls(folder, headers)
 
     def __len__(self) -> int:
@@ -170,7 +173,7 @@ class TrajectoryStore:
     @property
     def num_parameters(self) -> int:
         """P, the length of a row."""
-        return _count(self.metadata["parameters"])
+        return num_parameters(self.metadata["parameters"])
 
     def header(self, expert: int) -> dict:
         """One expert's whole description: also its ``settings``, ``seed`` and ``expert`` index when it was trained."""
@@ -213,28 +216,35 @@ class TrajectoryStore:
     @contextlib.contextmanager
     def _open(self, expert: int) -> Iterator[TensorFile]:
         path = expert_path(self.folder, expert)
-        with open_tensors(path, _REMEDY) as (file, metadata):
-            if _header(file, metadata, path) != self._headers[expert]:
+        with _opened(path) as (file, header):
+            if header != self._headers[expert]:
                 raise InputError(f"{path} is not the file any more that it was when this run began; start again")
             yield file
 
-    def check(self, expected: dict) -> None:
+    def refuse_other(self, expected: dict) -> None:
         """Raise InputError naming the first entry in which ``expected`` (from :func:`describe`) is another."""
-        if difference := _first_difference(self.metadata, expected):
-            where, ours, theirs = difference
-            raise InputError(f"{self.folder}: {where}: {ours} in the buffer, {theirs} in the config")
+        refuse_difference(
+            self.folder,
+            _comparable(self.metadata, expected),
+            _comparable(expected, expected),
+            there_is="the buffer",
+            remedy="give another --buffer_path, or the settings it was made with",
+            whole=True,
+        )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[TensorFile, tuple[dict, int]]]:
+    """An expert's file, and its (metadata, T). Raises InputError when it is none."""
+    with open_tensors(path, kind=KIND, format=FORMAT, remedy=_REMEDY) as (file, metadata):
+        yield file, _header(file, metadata, path)
 
 
 def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
-    """(metadata, T) of an expert file. Raises InputError when it is none."""
-    if metadata.get("kind") != "trajectory":
-        raise InputError(f"{path} is not an expert trajectory")
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} has format {metadata.get('format')}; this version reads format {FORMAT}")
     try:
         rows, width = file.layout["params"][1]
-        expected = {name: (torch.float32, (rows,)) for name in file.layout}
-        expected["params"] = (torch.float32, (rows, _count(metadata["parameters"])))
+        expected: Layout = {name: (torch.float32, (rows,)) for name in file.layout}
+        expected["params"] = (torch.float32, (rows, num_parameters(metadata["parameters"])))
         complete = {*COMMON, "expert", "seed", "settings"} <= metadata.keys() and isinstance(metadata["settings"], dict)
     except (KeyError, TypeError, ValueError):
         complete = False
@@ -243,28 +253,12 @@ def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
     return metadata, rows - 1
 
 
-def _first_difference(left: dict, right: dict) -> tuple[str, str, str] | None:
-    """Where two descriptions first differ, and what each has there, in words; None when they are equal.
+def _comparable(description: dict, like: dict) -> dict:
+    """What of a description must agree with that of ``like``.
 
-    Of parameters the shapes must agree, in order; what a layer is called is not part of a trajectory.
+    The shapes of parameters must, in order; what a layer is called is not part of a trajectory, so ``like`` names them.
     """
-    for where in COMMON:
-        ours, theirs = left[where], right[where]
-        if where == "parameters":
-            if len(ours) != len(theirs):
-                return where, f"{len(ours)} tensors", f"{len(theirs)} tensors"
-            for (_, ours), (name, theirs) in zip(ours, theirs):
-                if ours != theirs:
-                    return f"shape of parameter {name}", str(ours), str(theirs)
-        elif ours != theirs:
-            while isinstance(ours, dict) and isinstance(theirs, dict):
-                pairs = {key: (ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in [*theirs, *ours]}
-                key, (ours, theirs) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
-                where = f"{where} {key}"
-            return where, str(ours), str(theirs)
-    return None
-
-
-def _published_files(folder: Path | str) -> list[Path]:
-    matches = (re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name) for path in Path(folder).glob("replay_buffer_*"))
-    return [Path(folder) / match[0] for match in sorted((m for m in matches if m), key=lambda match: int(match[1]))]
+    parameters = description["parameters"]
+    shapes = {name: shape for (name, _), (_, shape) in zip(like["parameters"], parameters)}
+    common = {key: description[key] for key in COMMON}
+    return common | {"parameters": f"{len(parameters)} tensors", "shape of parameter": shapes}

@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pad.show.figures import BLUE, GREY, new_figure, save_figure
@@ -21,16 +21,17 @@ class Outcome:
     seed: int
     accuracies: list[float] | None
     failed: str | None = None
+    _: KW_ONLY
     seconds: float | None = None
     made: str | None = None  # the set's file, relative to the study's folder
 
     @property
     def percent(self) -> float:
         """Mean accuracy of its networks in %."""
-        return 100 * statistics.mean(self.accuracies)
+        return 100 * statistics.mean(self.accuracies or [])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One method at one size: mean over the seeds, in %, and its standard error, that of independent seeds.
 
@@ -63,7 +64,7 @@ def standard_error(values: Sequence[float]) -> float:
 def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list[Row]:
     """One row per method and size, by size and in the order of the outcomes."""
 
-    def values(method: str, ipc: int) -> dict[int, float]:
+    def values(method: str | None, ipc: int) -> dict[int, float]:
         return {o.seed: o.percent for o in outcomes if (o.method, o.ipc) == (method, ipc) and o.accuracies}
 
     rows = []
@@ -74,12 +75,23 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
         difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != reference else None
         networks = max((len(o.accuracies) for o in own if o.accuracies), default=0)
         failed = [f"seed {o.seed}: {o.failed}" for o in own if o.failed]
-        rows.append(Row(method, ipc, found, len(own), networks, sum(o.seconds or 0 for o in own), failed, difference))
+        rows.append(
+            Row(
+                method=method,
+                ipc=ipc,
+                values=found,
+                seeds=len(own),
+                networks=networks,
+                seconds=sum(o.seconds or 0 for o in own),
+                failed=failed,
+                difference=difference,
+            )
+        )
     return rows
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
-    """Write ``results.md``, ``results.csv`` and ``results.png``. ``reference``: a method that others are compared with."""
+    """Write ``results.md``, ``results.csv``, ``results.png``. ``reference``: a method that others are compared with."""
     rows = summarise(outcomes, reference)
     write_text(folder / "results.md", markdown(rows, reference))
     write_text(folder / "results.csv", comma_separated(rows))

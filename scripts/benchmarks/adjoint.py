@@ -43,7 +43,13 @@ def errors(name: str, side: int, count: int, compile: str) -> list[float]:
     lr = torch.tensor(0.02, dtype=torch.float64)
     steps = inner_steps(10, 4, count, DSA(), rng)
     ours = unrolled_gradients(
-        model, theta, images, labels, lr, steps, lambda end: matching_loss(end, theta, target, DEPTH_RATIO, LOSS_RATIO)
+        model,
+        theta,
+        images,
+        labels,
+        lr,
+        steps,
+        objective=lambda end: matching_loss(end, theta, target, DEPTH_RATIO, LOSS_RATIO),
     )
     variables = [tensor.clone().requires_grad_() for tensor in (images, labels, lr)]
     x, y, rate = variables

@@ -149,7 +149,8 @@ def main(command_line: list[str] | None = None) -> None:
             row |= {"PAD's": with_error([run[what] for run in with_it]), "difference": with_error(pairs)}
         rows.append(row)
     print(
-        f"\n{len(args.seeds)} seeds, {args.experts} experts of {args.train_epochs} epochs, {args.networks} networks each"
+        f"\n{len(args.seeds)} seeds, {args.experts} experts of {args.train_epochs} epochs, "
+        f"{args.networks} networks each"
     )
     print(result_table(rows, ["accuracy %", "no curriculum", "PAD's", "difference"]))
 

@@ -40,8 +40,8 @@ def work(case: dict, rounds: int, out: str) -> None:
                 problem.labels,
                 problem.lr,
                 problem.steps,
-                lambda end: matching_loss(end, problem.start, problem.target),
-                ranks,
+                objective=lambda end: matching_loss(end, problem.start, problem.target),
+                ranks=ranks,
             )
             return [result.loss, result.images, result.labels, result.lr]
 

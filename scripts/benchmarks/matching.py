@@ -51,11 +51,12 @@ def functional(net: nn.Module, theta: Tensor, x: Tensor) -> Tensor:
     return torch.func.functional_call(net, {name: part.view_as(p) for (name, p), part in zip(named, parts)}, (x,))
 
 
-def unrolled(
-    net: nn.Module, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step]
-):
+Synthetic = tuple[Tensor, Tensor, Tensor]  # images, labels, lr
+
+
+def unrolled(net: nn.Module, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step]):
     """Loss and gradients (images, labels, lr) by differentiating the whole loop, every step's graph kept."""
-    x, y, rate = (tensor.clone().requires_grad_() for tensor in (images, labels, lr))
+    x, y, rate = (tensor.clone().requires_grad_() for tensor in data)
     path = [start.clone().requires_grad_()]
     for step in steps:
         logits = functional(net, path[-1], augment(x[step.indices], step.draw))
@@ -66,13 +67,11 @@ def unrolled(
     return loss.detach(), *torch.autograd.grad(loss, (x, y, rate))
 
 
-def truncated(
-    net: nn.Module, model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps
-):
+def truncated(net: nn.Module, model: FlatModel, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step]):
     """Loss and TESLA's gradients: those of sum_i -lr <g_i, lam> with lam = dL/dtheta_N, every theta_i held constant."""
-    path = unroll(model, start, images, labels, lr, steps)
+    path = unroll(model, start, *data, steps)
     loss, lam = matching_loss(path[-1], start, target)
-    x, y, rate = (tensor.clone().requires_grad_() for tensor in (images, labels, lr))
+    x, y, rate = (tensor.clone().requires_grad_() for tensor in data)
     total = [torch.zeros_like(tensor) for tensor in (x, y, rate)]
     for at, step in zip(path, steps):
         at = at.clone().requires_grad_()
@@ -84,26 +83,21 @@ def truncated(
 
 
 def adjoint(
-    model: FlatModel,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    steps: list[Step],
-    truncated: bool = False,
+    model: FlatModel, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step], truncated: bool = False
 ):
     """Loss and gradients (images, labels, lr), ours: exact, or TESLA's."""
     result = unrolled_gradients(
-        model, start, images, labels, lr, steps, lambda end: matching_loss(end, start, target), truncated=truncated
+        model, start, *data, steps, objective=lambda end: matching_loss(end, start, target), truncated=truncated
     )
     return result.loss, result.images, result.labels, result.lr
 
 
 def times(args: argparse.Namespace) -> None:
     """The table of times."""
-    problem = Matching(args.depth, args.width, args.images, args.images, args.steps, args.side)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    problem = Matching(
+        depth=args.depth, width=args.width, n=args.images, batch=args.images, count=args.steps, side=args.side
+    )
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     fused = FlatModel(problem.network, "fused")
     competitors = [
         Competitor("unrolled, C library's default memory", lambda: unrolled(problem.plain, *rest), ours=False),
@@ -142,13 +136,13 @@ def expert(args: argparse.Namespace) -> tuple[FlatModel, list[Tensor], Tensor, T
     net = build(f"ConvNetD{args.depth}W{args.cosine_width}", 1, CLASSES, data.size, 0)
     model = FlatModel(net, "fused")
     task = ExpertTask(
-        model,
-        images,
-        data.train_labels,
-        CLASSES,
-        lambda epoch: torch.arange(len(images)),
-        GSAM(lr=0.01, rho=0.01, alpha=0.3),
-        DSA(),
+        model=model,
+        images=images,
+        labels=data.train_labels,
+        num_classes=CLASSES,
+        epoch_indices=lambda epoch: torch.arange(len(images)),
+        optimiser=GSAM(lr=0.01, rho=0.01, alpha=0.3),
+        augmentation=DSA(),
         batch_size=256,
         epochs=4,
         seed=0,
@@ -164,7 +158,7 @@ def cosines(args: argparse.Namespace) -> None:
     lr, rows = torch.tensor(0.01), []
     for count in args.cosine_steps:
         steps = inner_steps(len(images), len(images), count, DSA(), generator(0, "benchmark", "cosine"))
-        rest = (path[1], path[3], images, labels, lr, steps)
+        rest = (path[1], path[3], (images, labels, lr), steps)
         exact, tesla = adjoint(model, *rest), adjoint(model, *rest, truncated=True)
         cosine = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(tesla[1:3], exact[1:3])]
         ratio = (tesla[1].norm() / exact[1].norm()).item()

@@ -4,12 +4,12 @@
     .venv/bin/python scripts/benchmarks/memory.py               # ConvNet width 128; some minutes on two cores
     .venv/bin/python scripts/benchmarks/memory.py --width 32
 
-The iteration of matching.py, the adjoint by the CPU kernels. Every figure is from a process of its own: the most that was resident during an
-iteration, less what is resident when the process waits for one (after a first, short iteration). Freed memory returns
-to the kernel at once, so a peak is what the iteration needs; "kept" is the adjoint as our programs run it, which keep
-what is freed for the next tensor; "micro" is it in micro-batches of a quarter of the images. A figure with ~ did not
-fit and goes on from the two before it in a straight line. Expect the unrolled loop to grow by the same amount with
-every step, and the adjoint by one parameter vector (what these take is in the last column).
+The iteration of matching.py, the adjoint by the CPU kernels. Every figure is from a process of its own: the most that
+was resident during an iteration, less what is resident when the process waits for one (after a first, short iteration).
+Freed memory returns to the kernel at once, so a peak is what the iteration needs; "kept" is the adjoint as our programs
+run it, which keep what is freed for the next tensor; "micro" is it in micro-batches of a quarter of the images. A
+figure with ~ did not fit and goes on from the two before it in a straight line. Expect the unrolled loop to grow by the
+same amount with every step, and the adjoint by one parameter vector (what these take is in the last column).
 """
 
 import argparse
@@ -37,7 +37,7 @@ def measure(case: dict) -> int:
     model = FlatModel(problem.network, "fused", quarter if kind == "micro" else None)
 
     def iterate(count: int) -> None:
-        rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps[:count])
+        rest = (problem.start, problem.target, problem.data, problem.steps[:count])
         unrolled(problem.plain, *rest) if kind == "unrolled" else adjoint(model, *rest)
 
     iterate(1)

@@ -31,7 +31,7 @@ def iteration(case: dict, compile: str) -> Competitor:
     """One case of :class:`common.Matching`, to be timed."""
     problem = Matching(**case)
     model = flat_model(*(case[key] for key in ("depth", "width", "side", "batch")), compile)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     return Competitor("", lambda: adjoint(model, *rest))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_front_doors import CHECKOUT, contents
+from helpers import CHECKOUT, contents, slow
 
 from pad import cli
 from pad.errors import InputError, Stopped
@@ -21,15 +21,18 @@ STUDY = """
 seeds: [0, 1]
 ipc: [1]
 reference: DATM
-common: {dataset: FashionMNISTMini, train_per_class: 20, model: ConvNetD1W8, zca: False, score_repeats: 1, score_epochs: 1}
+common:
+  {dataset: FashionMNISTMini, train_per_class: 20, model: ConvNetD1W8, zca: False, score_repeats: 1, score_epochs: 1}
 buffers:
   SGD: &experts
-    {num_experts: 1, train_epochs: 3, batch_train: 50, lr_teacher: 0.05, rho_max: 0, rho_min: 0, add_end_epoch: 0, eval_every: 3}
+    {num_experts: 1, train_epochs: 3, batch_train: 50, lr_teacher: 0.05, rho_max: 0, rho_min: 0, add_end_epoch: 0,
+     eval_every: 3}
   curriculum: {<<: *experts, init_ratio: 0.5, add_end_epoch: 2}
 templates:
   matching: &matching {skip_first_eva: True, eval_it: 1000, num_eval: 1, epoch_eval_train: 1, Iteration: 1}
   following: &following
-    {<<: *matching, by: PAD, syn_steps: 2, expert_epochs: 1, max_start_epoch: 2, Sequential_Generation: False, pix_init: real}
+    {<<: *matching, by: PAD, syn_steps: 2, expert_epochs: 1, max_start_epoch: 2, Sequential_Generation: False,
+     pix_init: real}
 methods:
   random real: {by: coreset, method: Uniform, lr: 0.05}
   DM: {<<: *matching, by: DM, batch_real: 8, by_ipc: {1: {lr_img: 2}}}
@@ -159,9 +162,8 @@ def test_paths_in_the_file_and_on_the_command_line(tmp_path, monkeypatch):
     assert Grid.read(StudySettings.resolve({"study": str(study)})).common.data_path == str(tmp_path / "here")
     grid = Grid.read(StudySettings.resolve({"study": str(study), "data_path": "mine"}))
     assert (grid.common.data_path, grid.out) == (str(tmp_path / "mine"), tmp_path / "there")
-    assert (
-        Grid.read(StudySettings.resolve({"study": str(write(tmp_path))})).out == CHECKOUT / "runs" / "studies" / "study"
-    )
+    elsewhere = StudySettings.resolve({"study": str(write(tmp_path))})
+    assert Grid.read(elsewhere).out == CHECKOUT / "runs" / "studies" / "study"
 
 
 def test_other_images_are_refused(done, tmp_path, capsys):
@@ -179,7 +181,7 @@ def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
     assert "no picture of random real" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop", (Stopped("stopped", 130), KeyboardInterrupt()), ids=("signal", "at once"))
+@pytest.mark.parametrize("stop", (Stopped("stopped", 130), slow(KeyboardInterrupt())), ids=("signal", "at once"))
 def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, capsys, stop):
     evaluate, calls = studying.evaluate, []
 
@@ -200,7 +202,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "error", (InputError("no such thing"), OSError(28, "No space left"), ValueError("odd")), ids=str
+    "error", (InputError("no such thing"), slow(OSError(28, "No space left")), slow(ValueError("odd"))), ids=str
 )
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, error):
     distill = studying.distill
@@ -221,14 +223,9 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
     assert table(tmp_path / "out")["DM"]["failed"] == ""
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cells(done, tmp_path):
-    command = [
-        sys.executable,
-        str(CHECKOUT / "scripts" / "study.py"),
-        str(write(tmp_path)),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, CHECKOUT / "scripts" / "study.py", write(tmp_path), "--out", tmp_path / "out"]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ)
         for _ in "12"

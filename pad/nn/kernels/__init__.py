@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pad.allocator import compiled_folder
 from pad.store.files import put_in_place
+from pad.store.locks import in_turn
 
 log = logging.getLogger("pad")
 
@@ -48,9 +49,12 @@ def library() -> ctypes.CDLL | None:
         built = folder / f"block-{key}.so"
         with contextlib.suppress(OSError):  # not there, or damaged
             return ctypes.CDLL(str(built))
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            put_in_place(_build(compiler, Path(scratch)), built)  # whole, whoever else builds it at the same time
+        with in_turn(folder / f".{built.name}.lock", "building the CPU kernels"):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(built))  # of the process that was waited for
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                put_in_place(_build(compiler, Path(scratch)), built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip().split("\n")[0]
@@ -67,11 +71,9 @@ def _build(compiler: str, folder: Path) -> Path:
 
 def call(name: str, shape: tuple[int, ...], eps: float, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run a kernel of block.cpp for ``shape = (N, C, H, W)`` on dense CPU tensors of one type, float32 or float64."""
-    if (
-        not all(tensor.is_cpu and tensor.dtype == inputs[0].dtype for tensor in inputs)
-        or inputs[0].dtype not in _SUFFIX
-    ):
+    dtype = inputs[0].dtype
+    if dtype not in _SUFFIX or not all(tensor.is_cpu and tensor.dtype == dtype for tensor in inputs):
         raise ValueError("the kernels are for tensors on the CPU, all of them float32 or all float64")
     sizes = [ctypes.c_int64(size) for size in shape]
     pointers = [(ctypes.c_void_p * len(part))(*[t.data_ptr() for t in part]) for part in (inputs, outputs)]
-    getattr(library(), f"{name}_{_SUFFIX[inputs[0].dtype]}")(*sizes, ctypes.c_double(eps), *pointers)
+    getattr(library(), f"{name}_{_SUFFIX[dtype]}")(*sizes, ctypes.c_double(eps), *pointers)

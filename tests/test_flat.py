@@ -7,10 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from pad.errors import InputError
-from pad.nn import derivatives
-from pad.nn.derivatives import compiler_available, how_to_compile
+from pad.nn.derivatives import (
+    COMPILE_CALLS,
+    Compiled,
+    Eager,
+    ForwardFirst,
+    Functional,
+    Fused,
+    compiler_available,
+    how_to_compile,
+)
 from pad.nn.flat import FlatModel, cross_entropy
-from pad.nn.networks import build
+from pad.nn.networks import Network, build
 
 CLASSES, SHAPE = 4, (3, 16, 16)
 
@@ -92,10 +100,24 @@ def test_grad_and_hvp_equal_autograd_on_the_ordinary_module(name):
     expected = autograd_on_the_module(module, x, p, lam)
     assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
     check_hvp(model, theta, x, p, lam, expected[1:])
-    for forward_first in (False, True) if name in ("ConvNetW8", "LeNet", "ConvNetD1W8ALGNMP") else (False,):
-        model._grad, model._hvp = derivatives._derivatives(model, forward_first)  # as where they are compiled
-        assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
-        check_hvp(model, theta, x, p, lam, expected[1:])
+
+
+@pytest.mark.parametrize("choice", [Functional, ForwardFirst, Fused])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_choice_equals_autograd_on_the_ordinary_module(name, choice):
+    module = network(name)
+    if choice is not Functional and not choice.fits(module):
+        assert name not in {ForwardFirst: ("ConvNetW8", "LeNet", "ConvNetD1W8ALGNMP"), Fused: ()}[choice]
+        return
+    model = FlatModel(module, choice)
+    theta, (x, p) = model.flatten(module), batch()
+    lam = direction(theta)
+    expected = autograd_on_the_module(module, x, p, lam)
+    assert relative(model.grad(theta, x, p), expected[0]) < 1e-12
+    check_hvp(model, theta, x, p, lam, expected[1:])
+    together = model.grads(torch.stack([theta]), x[None], p[None])
+    assert relative(together[0], expected[0]) < 1e-12
+    assert relative(model.logits(theta, x), module(x).detach()) < 1e-12
 
 
 def test_instance_norm_as_it_is_compiled_has_the_same_derivatives(monkeypatch):
@@ -107,10 +129,30 @@ def test_instance_norm_as_it_is_compiled_has_the_same_derivatives(monkeypatch):
     lam = direction(theta)
     grad, hvp = model.grad(theta, x, p), model.hvp(theta, x, p, lam)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for forward_first in (False, True):
-        model._grad, model._hvp = derivatives._derivatives(model, forward_first)
-        assert relative(model.grad(theta, x, p), grad) < 1e-12
-        check_hvp(model, theta, x, p, lam, hvp)
+    for choice in (Functional, ForwardFirst):
+        other = FlatModel(module, choice)
+        assert relative(other.grad(theta, x, p), grad) < 1e-12
+        check_hvp(other, theta, x, p, lam, hvp)
+
+
+class OwnNorm(nn.LayerNorm):
+    """A layer of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    "layers, fits",
+    [
+        ([nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()], True),
+        ([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], False),
+        ([nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 14, 14))], False),
+        ([nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True)], False),
+        ([nn.Conv2d(3, 4, 3), OwnNorm((4, 14, 14))], False),
+        ([type("OwnConvolution", (nn.Conv2d,), {})(3, 4, 3)], False),
+        ([nn.Flatten(), nn.Linear(768, 4)], False),
+    ],
+)
+def test_the_slope_is_computed_forwards_only_where_torch_can(layers, fits):
+    assert ForwardFirst.fits(Network([nn.Sequential(*layers)], 1, CLASSES)) is fits
 
 
 @pytest.mark.parametrize("name", ["ConvNetW8", "ConvNetD2W8BN"])
@@ -131,11 +173,12 @@ def test_micro_batches_add_up(name, micro_batch):
     check_hvp(model, theta, x, p, lam, whole.hvp(theta, x, p, lam))
 
 
-def test_short_batches_are_filled_up_to_a_size_that_is_compiled():
-    module = network("ConvNetD1W8")
-    eager, model = FlatModel(module), FlatModel(module, micro_batch=4)
-    model.compiled, sizes, grad = True, [], model._grad
-    model._grad = lambda theta, x, p: sizes.append(len(x)) or grad(theta, x, p)
+def test_short_batches_are_filled_up_to_a_size_that_is_compiled(monkeypatch):
+    module, sizes = network("ConvNetD1W8"), []
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: lambda theta, x, *rest: sizes.append(len(x)) or f(theta, x, *rest)
+    )
+    eager, model = FlatModel(module), FlatModel(module, Compiled, micro_batch=4)
     theta = eager.flatten(module)
     for n, expected in ((2, [2]), (1, [2]), (3, [3]), (7, [3, 4]), (1, [2]), (3, [3]), (4, [4])):
         x, p = batch(n)
@@ -158,9 +201,12 @@ def test_gradients_of_several_networks_at_once():
     assert relative(together[1], model.grad(thetas[1], x1, p1)) < 1e-12
 
 
-def test_hvp_equals_finite_differences_of_grad():
-    module = network("ConvNetD2W8ASBN")  # sigmoid: smooth everywhere
-    model = FlatModel(module)
+@pytest.mark.parametrize(
+    "name, choice", [("ConvNetD2W8ASBN", Eager), ("ConvNetD2W8ASBN", Functional), ("ConvNetD2W8AS", ForwardFirst)]
+)
+def test_hvp_equals_finite_differences_of_grad(name, choice):
+    module = network(name)  # sigmoid: smooth everywhere
+    model = FlatModel(module, choice)
     theta, (x, p) = model.flatten(module), batch()
     lam, along_x, along_p = direction(theta, 1), direction(x, 2), direction(p, 3)
     _, h_theta, h_x, h_p = model.hvp(theta, x, p, lam)
@@ -255,6 +301,7 @@ def compiled(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 def test_compiled_equals_eager(compiled):
     """One graph each, for the whole batch and for a ragged one, which is filled up."""
@@ -292,8 +339,8 @@ def test_without_a_compiler_one_line_is_said_and_nothing_is_compiled(monkeypatch
         ("off", "cuda", 10**9, "off"),
         ("auto", "cuda", 1, "on"),
         ("fused", "cuda", 1, "on"),  # the kernels are for CPUs
-        ("auto", "cpu", derivatives.COMPILE_CALLS - 1, "fused"),
-        ("auto", "cpu", derivatives.COMPILE_CALLS, "auto"),
+        ("auto", "cpu", COMPILE_CALLS - 1, "fused"),
+        ("auto", "cpu", COMPILE_CALLS, "auto"),
     ],
 )
 def test_when_to_compile(mode, device, calls, expected):
