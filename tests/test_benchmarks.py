@@ -15,7 +15,7 @@ from pad.data.augment import DSA
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.difficulty.methods import score_network
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.evaluation import Protocol
 from pad.matching.loss import matching_loss
 from pad.matching.unroll import adjoint, unroll
@@ -152,7 +152,7 @@ def test_a_ranking_taken_on_the_way_is_that_of_a_shorter_training():
     found = ranking_quality.grand_after(images, data, settings, 0, 1, [1, 3])
     for epochs, ours in found.items():
         shorter = dataclasses.replace(settings, epochs=epochs)
-        network = ScoringTask(images, data.train_labels, 10, shorter, 0).train(1)
+        network = ScoringTraining(images, data.train_labels, 10, shorter, 0).train(1)
         theirs = score_network(["GraNd"], network, images, data.train_labels).scores["GraNd"]
         torch.testing.assert_close(ours, theirs)
     assert relative(found[3], found[1]) > 0.01

@@ -24,10 +24,10 @@ from pad.data.preprocessing import ZCA, MeanStd
 from pad.difficulty import scores as scores_of
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.matching.loss import matching_loss
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import adjoint, inner_steps, unroll
@@ -143,7 +143,7 @@ def test_a_step_of_gsam(adaptive):
 @pytest.mark.parametrize("augmentation", [DSA(), CropScaleRotate()])
 def test_training_an_expert(model, augmentation, on_host):
     images = HostImages(torch.zeros(N, 3, *SIZE, dtype=torch.uint8), mean_std("meta")) if on_host else meta(N, 3, *SIZE)
-    task = ExpertTask(
+    task = ExpertTraining(
         model=model,
         images=images,
         labels=meta(N, dtype=torch.int64),
@@ -199,7 +199,7 @@ def test_training_and_asking_a_scoring_network():
     images, labels = meta(N, 3, *SIZE), meta(N, dtype=torch.int64)
     scoring = ScoringSettings(NETWORK, epochs=1, batch=7, augmentation="crop_flip")
     events = scores_of.ForgettingEvents(labels)
-    trained = ScoringTask(images, labels, CLASSES, scoring, 0).train(0, observers=[events])
+    trained = ScoringTraining(images, labels, CLASSES, scoring, 0).train(0, observers=[events])
     assert is_meta(*trained.parameters())
     of_evidence = [method for method in METHODS.values() if (method.kind, method.needs) == ("score", "evidence")]
     assert of_evidence
@@ -439,7 +439,7 @@ def test_batches_from_host_memory_are_whole_though_nothing_waits_for_them(make):
 def test_the_host_never_waits_while_an_expert_trains(model, augmentation, on_host):
     pixels = torch.randint(256, (N, 3, *SIZE), dtype=torch.uint8)
     images = place(pixels, mean_std("cuda"), "host" if on_host else "device")
-    task = ExpertTask(
+    task = ExpertTraining(
         model=model,
         images=images,
         labels=torch.randint(CLASSES, (N,)).cuda(),

@@ -22,7 +22,7 @@ from pad import evaluation
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.preprocessing import MeanStd
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.distributed import ALONE, PeerLost, join
 from pad.errors import InputError
 from pad.matching.loss import matching_loss
@@ -333,7 +333,7 @@ def test_dealt_networks_are_those_of_one_process():
 
     def work(ranks):
         epochs, seen = [], []
-        task = ScoringTask(images, labels, CLASSES, settings, 0)
+        task = ScoringTraining(images, labels, CLASSES, settings, 0)
         found = score_images(["GraNd"], task, lambda *at: epochs.append(at), ranks)
         together = {}
         for count in (1, 2):

@@ -17,10 +17,10 @@ from pad.data.images import ImageData
 from pad.data.placement import HostImages, batches, fits, place, to_device
 from pad.data.preprocessing import fit_preprocessing
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.initialisation import Experts, initial_set
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
@@ -195,7 +195,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
     model, start = _flat()
     results = []
     for images in both:
-        task = ExpertTask(
+        task = ExpertTraining(
             model=model,
             images=images,
             labels=preprocessed.labels,
@@ -210,7 +210,7 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
         trajectory = torch.stack(list(task.train(0, start)))
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
         names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
-        scores = score_images(names, ScoringTask(images, preprocessed.labels, CLASSES, scoring, 0)).scores
+        scores = score_images(names, ScoringTraining(images, preprocessed.labels, CLASSES, scoring, 0)).scores
         experts = Experts(model=model, parameters=lambda k: trajectory[-1], count=1)
         sets = [
             initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, seed=0)

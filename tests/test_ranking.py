@@ -13,7 +13,7 @@ from pad.data.images import ImageData
 from pad.difficulty.methods import METHODS, Method, RankingSource, score_images
 from pad.difficulty.obtain import obtain_rankings, ranking_file
 from pad.difficulty.ranking import Ranking, read_published
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.store.locks import in_turn
 from pad.store.tensors import save_tensors
@@ -314,7 +314,7 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pad")
     data, folder = make_data(), tmp_path / "new" / "folder"
     ranking = obtain(data, "GraNd", folder)
-    expected = score_images(["GraNd"], ScoringTask(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores[
+    expected = score_images(["GraNd"], ScoringTraining(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores[
         "GraNd"
     ]
     assert torch.equal(ranking.scores, expected)

@@ -13,7 +13,7 @@ from pad.data.images import ImageData
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS, Method, RankingSource, compute_rankings, score_images, score_network
 from pad.difficulty.scores import ForgettingEvents, el2n
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.nn.networks import build
 from pad.rng import generator
@@ -78,7 +78,7 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
     settings = ScoringSettings(
         "ConvNetD1W8", epochs=2, lr=0.1, momentum=0.7, weight_decay=0.01, batch=16, augmentation="flip_crop"
     )
-    trained = ScoringTask(images, labels, 3, settings, 2).train(1)
+    trained = ScoringTraining(images, labels, 3, settings, 2).train(1)
     assert not trained.training
 
     network = build("ConvNetD1W8", 3, 3, (8, 8), 2, "score", 1)
@@ -103,7 +103,7 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
 def test_observers_see_every_image_once_an_epoch_and_change_nothing():
     images, labels = random_task()
     seen = []
-    task = ScoringTask(images, labels, 3, SMALL, 0)
+    task = ScoringTraining(images, labels, 3, SMALL, 0)
     watched = task.train(0, observers=[lambda indices, logits: seen.append((indices, logits))])
     alone = task.train(0)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters()))
@@ -136,7 +136,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
             optimiser.step()
     expected = [sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history]
     assert len(set(expected)) > 2
-    found = score_images(["Forgetting"], ScoringTask(images, labels, 3, settings, 5)).scores["Forgetting"]
+    found = score_images(["Forgetting"], ScoringTraining(images, labels, 3, settings, 5)).scores["Forgetting"]
     assert found.tolist() == expected
 
 
@@ -144,7 +144,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
 def test_scores_do_not_depend_on_the_batch_they_are_computed_in(model):
     images, labels = random_task()
     settings = ScoringSettings(model, repeats=1, epochs=1, lr=0.05, batch=16)
-    network = ScoringTask(images, labels, 3, settings, 0).train(0)
+    network = ScoringTraining(images, labels, 3, settings, 0).train(0)
     whole = score_network(AT_THE_END, network, images, labels, batch=1000).scores
     parts = score_network(AT_THE_END, network, images, labels, batch=7).scores
     for name in AT_THE_END:
@@ -169,7 +169,7 @@ def test_no_epochs_scores_networks_as_initialised():
     with torch.no_grad():
         expected = el2n(network(images), labels)
     torch.testing.assert_close(
-        score_images(["EL2N"], ScoringTask(images, labels, 3, settings, 0)).scores["EL2N"], expected
+        score_images(["EL2N"], ScoringTraining(images, labels, 3, settings, 0)).scores["EL2N"], expected
     )
 
 
@@ -183,7 +183,7 @@ def test_wrongly_labelled_images_are_hardest():
     labels[flipped] = (labels[flipped] + 1 + torch.randint(3, (40,), generator=rng)) % 4
     settings = ScoringSettings("ConvNetD1W16", repeats=2, epochs=4, lr=0.02, batch=50)
     names = ["GraNd", "EL2N", "Forgetting", "CAL", "DeepFool"]
-    for method, values in score_images(names, ScoringTask(images, labels, 4, settings, 0)).scores.items():
+    for method, values in score_images(names, ScoringTraining(images, labels, 4, settings, 0)).scores.items():
         hardest = values.argsort(descending=True)[:40]
         found = torch.isin(hardest, flipped).double().mean().item()
         assert found >= 0.9, (method, found)  # chance is 0.1
@@ -196,19 +196,19 @@ def test_scores_are_the_mean_over_networks_each_of_which_depends_on_its_number_o
     images, labels = random_task()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    together = score_images(["GraNd", "DeepFool"], ScoringTask(images, labels, 3, SMALL, 3)).scores
+    together = score_images(["GraNd", "DeepFool"], ScoringTraining(images, labels, 3, SMALL, 3)).scores
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     alone = {}
     for repeat in (1, 0):  # the second network before the first: neither needs the other
-        network = ScoringTask(images, labels, 3, SMALL, 3).train(repeat)
+        network = ScoringTraining(images, labels, 3, SMALL, 3).train(repeat)
         alone[repeat] = score_network(["GraNd", "DeepFool"], network, images, labels).scores
     for method in ("GraNd", "DeepFool"):
         assert not torch.equal(alone[0][method], alone[1][method])
         expected = (alone[0][method] + alone[1][method]) / 2
         torch.testing.assert_close(together[method], expected, rtol=1e-14, atol=0)
     assert not torch.equal(
-        score_images(["GraNd"], ScoringTask(images, labels, 3, SMALL, 4)).scores["GraNd"], together["GraNd"]
+        score_images(["GraNd"], ScoringTraining(images, labels, 3, SMALL, 4)).scores["GraNd"], together["GraNd"]
     )
 
 
@@ -256,7 +256,7 @@ def test_orders_are_of_network_0_class_by_class_with_a_stream_for_each(monkeypat
     monkeypatch.setitem(METHODS, "Herding", Method(kind="order", summary="", needs="evidence", compute=order))
     ranking = rank(["EL2N", "Herding"], data, seed=4)["Herding"]
     images = data.train_images.float() / 255 - 0.5
-    network = ScoringTask(images, data.train_labels, 3, SMALL, 4).train(0)
+    network = ScoringTraining(images, data.train_labels, 3, SMALL, 4).train(0)
     everyone = collect_evidence(network, images, data.train_labels)
     for c, (evidence, drawn) in enumerate(asked):
         row = (data.train_labels == c).nonzero().flatten()
@@ -371,7 +371,7 @@ def test_divergence_is_named():
     for names in (["GraNd"], ["Forgetting"], ["DeepFool"], []):
         message = r"scoring network 0 \(ConvNetD1W8\) diverged, its .* not finite.*below 1e\+30"
         with pytest.raises(InputError, match=message):
-            score_images(names, ScoringTask(images, labels, 3, settings, 0), evidence=True)
+            score_images(names, ScoringTraining(images, labels, 3, settings, 0), evidence=True)
 
 
 def test_a_diverged_network_is_not_kept(tmp_path):

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 from pad.commands import bench as workbench
 from pad.commands import record as recording
-from pad.commands.record import BufferSettings, expert_task
+from pad.commands.record import BufferSettings, expert_training
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
 from pad.data.images import ImageData
 from pad.difficulty.ranking import Ranking
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 from pad.store.foreign import save_pt
@@ -52,7 +52,7 @@ def make_task(n=23, dtype=torch.float32, model=None, **changes):
         epochs=3,
         seed=0,
     )
-    return ExpertTask(**(settings | changes))
+    return ExpertTraining(**(settings | changes))
 
 
 def start_of(expert, dtype=torch.float32):
@@ -267,7 +267,7 @@ def test_a_buffer_that_grew_is_the_one_made_at_once(bench, tmp_path):
 
 def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeypatch):
     whole = digests(bench.record(buffer_path=str(tmp_path / "other")))
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def interrupted(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
@@ -275,7 +275,7 @@ def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeyp
                 raise KeyboardInterrupt
             yield theta
 
-    monkeypatch.setattr(ExpertTask, "train", interrupted)
+    monkeypatch.setattr(ExpertTraining, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.record()
     assert set(digests(bench.folder)) == {expert_path("", 0).name}
@@ -347,7 +347,7 @@ def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
 
 def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(
         num_experts=1,
         train_epochs=1,
@@ -375,7 +375,7 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
 
 def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
     scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
@@ -395,7 +395,7 @@ def test_a_published_ranking_is_used(bench, monkeypatch):
     rows = torch.arange(30).view(10, 3).T.flip(1)  # row c: 27 + c first, c last
     save_pt(bench.rankings / "CIFAR10_Mine.pt", rows.contiguous())
     tasks = []
-    monkeypatch.setattr(recording, "expert_task", lambda *given: tasks.append(expert_task(*given)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.2, sort_method="CIFAR10_Mine")
     assert sorted(tasks[0].epoch_indices(0).tolist()) == [24, 25, 26, 27, 28, 29]
 
@@ -420,7 +420,7 @@ def test_whether_to_compile_does_not_depend_on_the_number_of_experts(bench, monk
 
 def diverge(monkeypatch, *when):
     """Experts whose parameters become other than finite in their second epoch: (expert, attempt) in ``when``."""
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def diverging(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
@@ -428,7 +428,7 @@ def diverge(monkeypatch, *when):
                 theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
             )
 
-    monkeypatch.setattr(ExpertTask, "train", diverging)
+    monkeypatch.setattr(ExpertTraining, "train", diverging)
 
 
 def test_an_expert_that_diverges_is_trained_again_with_other_random_numbers(bench, tmp_path, monkeypatch, caplog):
@@ -505,13 +505,13 @@ def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypa
 
 def test_two_runs_with_other_settings_at_once_do_not_mix_their_experts(bench, tmp_path, monkeypatch):
     other = bench.record(num_experts=2, lr_teacher=0.1, buffer_path=str(tmp_path / "other"))
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def meanwhile(self, expert, start, attempt):
         yield from train(self, expert, start, attempt)
         shutil.copy(expert_path(other, 1), bench.folder)  # what the other run stores
 
-    monkeypatch.setattr(ExpertTask, "train", meanwhile)
+    monkeypatch.setattr(ExpertTraining, "train", meanwhile)
     with pytest.raises(InputError, match="lr_teacher: 0.1 in the buffer, 0.05 in the config"):
         bench.record()
     assert set(digests(bench.folder)) == {expert_path("", 1).name}

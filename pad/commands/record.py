@@ -20,7 +20,7 @@ from pad.data.augment import CropScaleRotate
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
@@ -103,17 +103,17 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
         buffer.recipe["ranking"] = ranking.digest
     mine = ranks.deal(missing)
     with progress_bar(ranks, len(mine) * settings.train_epochs, "experts", "epoch") as bar:
-        recorder = _Recorder(buffer, expert_task(settings, bench, buffer.model, rows), bar)
+        recorder = _Recorder(buffer, expert_training(settings, bench, buffer.model, rows), bar)
         each_once(mine, recorder.lock, recorder.obtain, "expert {}".format)
     ranks.barrier()
     log.info("%d experts are in %s", len(recorded(folder)), folder)
     return folder
 
 
-def expert_task(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: list[Tensor]) -> ExpertTask:
+def expert_training(settings: BufferSettings, bench: Workbench, model: FlatModel, rows: list[Tensor]) -> ExpertTraining:
     """How the configured experts are trained, on ``rows``: for each class the images' indices, easiest first."""
     return settings.fill(
-        ExpertTask,
+        ExpertTraining,
         model=model,
         images=bench.images,
         labels=bench.labels,
@@ -202,7 +202,7 @@ class _Recorder:
     """Records experts, one at a time."""
 
     buffer: _Buffer
-    task: ExpertTask
+    task: ExpertTraining
     bar: tqdm
 
     def lock(self, expert: int) -> Path:

@@ -22,7 +22,7 @@ from pad.difficulty import orderings
 from pad.difficulty import scores as formulas
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.ranking import Ranking, by_class
-from pad.difficulty.training import Progress, ScoringSettings, ScoringTask
+from pad.difficulty.training import Progress, ScoringSettings, ScoringTraining
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.nn.networks import Network
@@ -55,7 +55,7 @@ class Method:
               positions 0..n-1 in order of selection, ``[n]`` int64; or InputError for a class that it cannot order;
             * "nothing", an order: the same, but only the number and the labels of the images are known;
             * "network", a score: ``compute(network, images, labels)`` of a batch, the network in eval mode -> ``[B]``;
-            * "training", a score: ``compute(labels)`` of all images -> an observer of :meth:`ScoringTask.train`, whose
+            * "training", a score: ``compute(labels)`` of all images -> an observer of :meth:`ScoringTraining.train`, whose
               ``scores(epochs)`` are ``[N]`` afterwards.
     """
 
@@ -119,9 +119,9 @@ class RankingSource:
     seed: int
 
     @property
-    def task(self) -> ScoringTask:
+    def task(self) -> ScoringTraining:
         """The networks that score the images."""
-        return ScoringTask(self.images, self.labels, self.data.num_classes, self.scoring, self.seed)
+        return ScoringTraining(self.images, self.labels, self.data.num_classes, self.scoring, self.seed)
 
     @property
     def about_network(self) -> dict:
@@ -184,7 +184,7 @@ def score_network(
 
 
 def _consult(
-    methods: Sequence[str], task: ScoringTask, repeat: int, progress: Progress | None, evidence: bool
+    methods: Sequence[str], task: ScoringTraining, repeat: int, progress: Progress | None, evidence: bool
 ) -> Findings:
     """Train network number ``repeat``, and ask it. Raises InputError when what it says is not finite."""
     observers = {name: METHODS[name].compute(task.labels) for name in methods if METHODS[name].needs == "training"}
@@ -249,7 +249,7 @@ class Kept:
 
 def score_images(
     methods: Sequence[str],
-    task: ScoringTask,
+    task: ScoringTraining,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     *,

@@ -180,7 +180,7 @@ class ForgettingEvents:
     scores the number of epochs, which no count reaches. Counts are whole numbers, so there are many ties, the fewer
     the more networks are averaged.
 
-    An observer of :class:`pad.difficulty.training.ScoringTask`. labels: ``[n]`` int64, on the device.
+    An observer of :class:`pad.difficulty.training.ScoringTraining`. labels: ``[n]`` int64, on the device.
     """
 
     def __init__(self, labels: Tensor):

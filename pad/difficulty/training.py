@@ -64,7 +64,7 @@ class ScoringSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoringTask:
+class ScoringTraining:
     """The networks that score images: what they are trained on, and how.
 
     Args:

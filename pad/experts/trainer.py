@@ -15,7 +15,7 @@ from pad.rng import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertTask:
+class ExpertTraining:
     """What all experts of a buffer share: the model, the training images and how they are trained on.
 
     Args:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pad.data.augment import DSA, augment
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 from pad.rng import generator
@@ -106,7 +106,7 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
 
 def our_epoch(model: FlatModel, start: Tensor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """Parameters after one epoch from ``start``."""
-    task = ExpertTask(
+    task = ExpertTraining(
         model=model,
         images=images,
         labels=labels,

@@ -33,7 +33,7 @@ from pad.data.augment import DSA, augment
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
+from pad.experts.trainer import ExpertTraining
 from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, inner_steps, unroll, unrolled_gradients
 from pad.nn.flat import FlatModel
@@ -135,7 +135,7 @@ def expert(args: argparse.Namespace) -> tuple[FlatModel, list[Tensor], Tensor, T
     images = fit_preprocessing(data, zca=False).apply(data.train_images)
     net = build(f"ConvNetD{args.depth}W{args.cosine_width}", 1, CLASSES, data.size, 0)
     model = FlatModel(net, "fused")
-    task = ExpertTask(
+    task = ExpertTraining(
         model=model,
         images=images,
         labels=data.train_labels,

@@ -29,7 +29,7 @@ from pad.data.sources import load_data
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import RankingSource, compute_rankings
 from pad.difficulty.scores import grand
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.rng import generator
 from pad.show.tables import result_table
 
@@ -41,7 +41,7 @@ def grand_after(
 ) -> dict[int, Tensor]:
     """GraNd ``[N]`` by one network after each number of ``epochs``, from one training."""
     found = {}
-    task = ScoringTask(images, data.train_labels, data.num_classes, settings, seed)
+    task = ScoringTraining(images, data.train_labels, data.num_classes, settings, seed)
     for done, network in enumerate(task.epochs(repeat)):
         if done in epochs:
             evidence = collect_evidence(network, images, data.train_labels)

@@ -200,7 +200,7 @@ def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path, kills):
             cli.buffer,
             record_args(images, folder),
             folder,
-            lambda: noting(log, recording.ExpertTask, "train", lambda expert, *_: expert),
+            lambda: noting(log, recording.ExpertTraining, "train", lambda expert, *_: expert),
         )
 
     def check(folder: Path):
@@ -349,8 +349,8 @@ def test_two_processes_share_the_experts_of_one_folder(images, buffer, tmp_path)
                 time.sleep(0.1)
                 yield theta
 
-        train, recording.ExpertTask.train = recording.ExpertTask.train, slow
-        noting(tmp_path / f"experts {number}", recording.ExpertTask, "train", lambda expert, *_: expert)
+        train, recording.ExpertTraining.train = recording.ExpertTraining.train, slow
+        noting(tmp_path / f"experts {number}", recording.ExpertTraining, "train", lambda expert, *_: expert)
 
     folder = tmp_path / "folder"
     argv = record_args(images, folder)
@@ -373,7 +373,7 @@ def test_an_expert_of_a_killed_process_is_taken_over(images, buffer, tmp_path):
             time.sleep(60)
             yield
 
-        recording.ExpertTask.train = train
+        recording.ExpertTraining.train = train
 
     folder = tmp_path / "folder"
     argv = record_args(images, folder)

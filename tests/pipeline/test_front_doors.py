@@ -351,7 +351,7 @@ def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp
 
 
 def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, monkeypatch):
-    train = recording.ExpertTask.train
+    train = recording.ExpertTraining.train
 
     def interrupted(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
@@ -360,7 +360,7 @@ def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, mon
             yield theta
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording.ExpertTask, "train", interrupted)
+        patch.setattr(recording.ExpertTraining, "train", interrupted)
         assert cli.buffer(record_args(images, tmp_path)) == 130
     assert list(contents(experts_in(tmp_path))) == ["expert_0000.safetensors"]
     assert cli.buffer(record_args(images, tmp_path)) == 0
@@ -382,7 +382,7 @@ def refused(tmp_path, monkeypatch, capfd):
     def check(door, argv, *words: str, late: bool = False, root: Path = tmp_path) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(ranking, "compute_rankings", heavy)
-            patch.setattr(recording.ExpertTask, "train", heavy)
+            patch.setattr(recording.ExpertTraining, "train", heavy)
             patch.setattr(distilling.Distiller, "distill", heavy)
             patch.setattr(Evaluation, "run", heavy)
             if not late:
