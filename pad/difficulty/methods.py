@@ -55,8 +55,8 @@ class Method:
               positions 0..n-1 in order of selection, ``[n]`` int64; or InputError for a class that it cannot order;
             * "nothing", an order: the same, but only the number and the labels of the images are known;
             * "network", a score: ``compute(network, images, labels)`` of a batch, the network in eval mode -> ``[B]``;
-            * "training", a score: ``compute(labels)`` of all images -> an observer of :meth:`ScoringTraining.train`, whose
-              ``scores(epochs)`` are ``[N]`` afterwards.
+            * "training", a score: ``compute(labels)`` of all images -> an observer of :meth:`ScoringTraining.train`,
+              whose ``scores(epochs)`` are ``[N]`` afterwards.
     """
 
     kind: Literal["score", "order"]
