@@ -24,7 +24,9 @@ step "format" "$python" -m ruff format --check
 step "import layers" "$venv/bin/lint-imports"
 step "types" "$python" -m mypy
 if [ $# -eq 0 ]; then
-  step "tests (quick ones; all of them: bash scripts/test.sh --all)" "${pytest[@]}" -m "not slow"
+  echo "== tests (the quick ones; all of them: bash scripts/test.sh --all)"
+  "${pytest[@]}" -m "not slow"
 else
-  step "tests" "${pytest[@]}" "${@:2}"
+  echo "== tests"
+  "${pytest[@]}" "${@:2}"
 fi
