@@ -216,7 +216,7 @@ def test_tensors_come_back_with_their_description(tmp_path):
     assert described == metadata and set(loaded) == set(tensors)
     assert all(loaded[name].equal(tensors[name]) and loaded[name].dtype == tensors[name].dtype for name in tensors)
     with open_tensors(str(path)) as (file, described):
-        assert described == metadata and file.row("a", 1).tolist() == [3, 4, 5] and file.keys() == sorted(tensors)
+        assert described == metadata and file.row("a", 1).tolist() == [3, 4, 5] and list(file.layout) == sorted(tensors)
         assert file.layout["b"] == (torch.int64, (2,))
     loaded["a"] += 1
     assert load_tensors(path)[0]["a"].equal(tensors["a"])  # what was read is a copy

@@ -11,8 +11,6 @@ from torch import Tensor
 from pad.errors import InputError
 from pad.store.files import atomic_file
 
-# ---- files from elsewhere
-
 # What torch.load says of files that others wrote: a tensor's indices are checked; an old file was pickled otherwise.
 _OF_NO_ACCOUNT = ("Validating sparse tensor invariants", "Detected pickle protocol")
 

@@ -123,7 +123,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict) -
 class TensorFile:
     """An open safetensors file of ours. What is read of it is checked against its checksum.
 
-    metadata: what it was saved with. layout: type and shape of each tensor; none of them has been read.
+    metadata: what it was saved with. layout: type and shape of each tensor, by name; none has been read.
     """
 
     def __init__(self, path: Path | str, handle: safe_open, remedy: str):
@@ -136,7 +136,7 @@ class TensorFile:
         if not isinstance(metadata, dict):
             raise InputError(f"{path} carries no description of this toolkit's; it was written by something else")
         dtypes = {name: dtype for dtype, name in _NAMES.items()}
-        parts = {name: handle.get_slice(name) for name in handle.keys()}
+        parts = {name: handle.get_slice(name) for name in sorted(handle.keys())}
         if _CHECKSUMS not in parts:
             raise InputError(f"{path} carries no checksums; it was written by something else, or by an earlier version")
         if not all(part.get_dtype() in dtypes for part in parts.values()):
@@ -152,10 +152,6 @@ class TensorFile:
         self._checksums = handle.get_tensor(_CHECKSUMS).tolist()
         if self._checksums[0] != _description_checksum(described, self.layout):
             raise self._damaged("its header")
-
-    def keys(self) -> list[str]:
-        """The names of its tensors, sorted."""
-        return sorted(self.layout)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, as a map of the file that is private to its reader. Raises InputError when it is damaged."""
@@ -212,4 +208,4 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a safetensors file of ours, and its metadata. Arguments and errors as of :func:`open_tensors`."""
     with open_tensors(path, kind=kind, format=format, remedy=remedy) as (file, metadata):
-        return {name: file.tensor(name) for name in file.keys()}, metadata
+        return {name: file.tensor(name) for name in file.layout}, metadata

@@ -140,15 +140,14 @@ class TrajectoryStore:
             published = any(folder.glob("replay_buffer_[0-9]*.pt"))
             hint = "; the replay_buffer_*.pt there can be imported with scripts/import_buffer.py" if published else ""
             raise InputError(f"no expert trajectories in {folder}: record them with buffer/buffer_CL.py{hint}")
-        headers = {}
+        headers: dict[int, tuple[dict, int]] = {}
         for expert in experts:
-            with _opened(expert_path(folder, expert)) as (_, found):
-                headers[expert] = found
-        first = headers[experts[0]][0]
-        for expert, (header, _) in headers.items():
+            path = expert_path(folder, expert)
+            with _opened(path) as (_, headers[expert]):
+                first = headers[experts[0]][0]
             refuse_difference(
-                expert_path(folder, expert),
-                _comparable(header, first),
+                path,
+                _comparable(headers[expert][0], first),
                 _comparable(first, first),
                 there_is="this expert",
                 here_is=expert_path("", experts[0]).name,
@@ -211,7 +210,7 @@ class TrajectoryStore:
     def figures(self, expert: int) -> dict[str, torch.Tensor]:
         """What was measured along the trajectory, each float32 ``[T+1]``, nan where it was not."""
         with self._open(expert) as file:
-            return {name: file.tensor(name).clone() for name in file.keys() if name != "params"}
+            return {name: file.tensor(name).clone() for name in file.layout if name != "params"}
 
     @contextlib.contextmanager
     def _open(self, expert: int) -> Iterator[TensorFile]:
@@ -237,20 +236,17 @@ class TrajectoryStore:
 def _opened(path: Path) -> Iterator[tuple[TensorFile, tuple[dict, int]]]:
     """An expert's file, and its (metadata, T). Raises InputError when it is none."""
     with open_tensors(path, kind=KIND, format=FORMAT, remedy=_REMEDY) as (file, metadata):
-        yield file, _header(file, metadata, path)
-
-
-def _header(file: TensorFile, metadata: dict, path: Path) -> tuple[dict, int]:
-    try:
-        rows, width = file.layout["params"][1]
-        expected: Layout = {name: (torch.float32, (rows,)) for name in file.layout}
-        expected["params"] = (torch.float32, (rows, num_parameters(metadata["parameters"])))
-        complete = {*COMMON, "expert", "seed", "settings"} <= metadata.keys() and isinstance(metadata["settings"], dict)
-    except (KeyError, TypeError, ValueError):
-        complete = False
-    if not complete or file.layout != expected or rows < 2 or width < 1:
-        raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
-    return metadata, rows - 1
+        try:
+            rows, width = file.layout["params"][1]
+            layout: Layout = {name: (torch.float32, (rows,)) for name in file.layout}
+            layout["params"] = (torch.float32, (rows, num_parameters(metadata["parameters"])))
+            named = {*COMMON, "expert", "seed", "settings"} <= metadata.keys()
+            complete = named and isinstance(metadata["settings"], dict)
+        except (KeyError, TypeError, ValueError):
+            complete = False
+        if not complete or file.layout != layout or rows < 2 or width < 1:
+            raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
+        yield file, (metadata, rows - 1)
 
 
 def _comparable(description: dict, like: dict) -> dict:
