@@ -32,6 +32,7 @@ from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
 from pad.store.locks import only_writer
 from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
+from pad.store.trackers import TRACKERS
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
@@ -79,7 +80,7 @@ class Distilling(Evaluating, ABC):
     )
     resume: bool = setting(False, "go on with the run of this name", PLACE, by_study=True)
     overwrite: bool = setting(False, "replace the run of this name", PLACE, by_study=True)
-    tracker: str = setting("none", "also send metrics to", PLACE, choices=("none", "tensorboard", "wandb"))
+    tracker: str = setting("none", "also send metrics to", PLACE, choices=TRACKERS)
     project: str = setting("PAD", "Weights & Biases project", PLACE)
 
     program: ClassVar[str] = "pad"  # begins the name of a run that has none
