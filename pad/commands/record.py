@@ -72,7 +72,7 @@ class BufferSettings(Training, Ranked, OnCurriculum):
 
 
 def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
-    """Stage 1: rank the real images, train experts on the curriculum, record them. Returns the folder of trajectories.
+    """Train and record the experts that are missing. Returns the folder of trajectories.
 
     Experts that are there already are kept, so a stopped run goes on and a buffer can grow. Those that are missing are
     dealt to the ranks, each of which writes its own files. Several runs on one folder share the work: each takes the
@@ -87,11 +87,11 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     stems = bench.ranking_stems(settings, [settings.sort_method or "GraNd"]) if uses_ranking else [""]
     settings = dataclasses.replace(settings, sort_method=stems[0])
     buffer = _Buffer(folder, settings, bench)
-    buffer.refuse_other_experts()
+    buffer.refuse_other_experts(seen=False)
     there = set().union(*ranks.gather(recorded(folder)))
     missing = [expert for expert in range(settings.num_experts) if expert not in there]
     if there:
-        buffer.refuse_other_preprocessing()
+        buffer.refuse_other_experts()
     if not missing:
         log.info("all %d experts are in %s", settings.num_experts, folder)
         return folder
@@ -103,8 +103,8 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
         buffer.recipe["ranking"] = ranking.digest
     mine = ranks.deal(missing)
     with progress_bar(ranks, len(mine) * settings.train_epochs, "experts", "epoch") as bar:
-        recorder = _Recorder(buffer, expert_training(settings, bench, buffer.model, rows), bar)
-        each_once(mine, recorder.lock, recorder.obtain, "expert {}".format)
+        training = expert_training(settings, bench, buffer.model, rows)
+        each_once(mine, buffer.lock, lambda expert: buffer.obtain(expert, training, bar), "expert {}".format)
     ranks.barrier()
     log.info("%d experts are in %s", len(recorded(folder)), folder)
     return folder
@@ -156,8 +156,16 @@ def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
         )
 
 
+class _Diverged(Exception):
+    """An expert's parameters are not finite after epoch ``epoch``."""
+
+    def __init__(self, epoch: int):
+        super().__init__()
+        self.epoch = epoch
+
+
 class _Buffer:
-    """A folder of experts, all of one recipe.
+    """A folder of experts, all of one recipe, to which others are added one at a time.
 
     model: what they are parameters of. recipe: what makes an expert what it is.
     """
@@ -172,55 +180,33 @@ class _Buffer:
         self.model = bench.flat_model(settings.model, compile, settings.micro_batch)
         self.recipe = settings.of(RECIPE) | {"seed": settings.seed}
 
-    def refuse_other_experts(self) -> None:
-        """Raise InputError, naming the first difference, where an expert in the folder was made with another recipe."""
+    def refuse_other_experts(self, *, seen: bool = True) -> None:
+        """Raise InputError, naming the first difference, where an expert in the folder was made with another recipe.
+
+        ``seen``: or saw other images, which may first have to be preprocessed.
+        """
         if recorded(self.folder):
-            refuse_other_recipe(self.bench.open_experts(self.folder, self.settings.model, self.model), self.recipe)
-
-    def refuse_other_preprocessing(self) -> None:
-        """The same for what experts saw, which may first have to be fitted; and for an expert added meanwhile."""
-        self.refuse_other_experts()
-        if recorded(self.folder):
-            self.bench.open_experts(self.folder, self.settings.model, self.model).refuse_other(self.description)
-
-    @property
-    def description(self) -> dict:
-        """What the experts belong to."""
-        return self.bench.describe(self.settings.model, self.model)
-
-
-class _Diverged(Exception):
-    """An expert's parameters are not finite after epoch ``epoch``."""
-
-    def __init__(self, epoch: int):
-        super().__init__()
-        self.epoch = epoch
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Records experts, one at a time."""
-
-    buffer: _Buffer
-    task: ExpertTraining
-    bar: tqdm
+            store = self.bench.open_experts(self.folder, self.settings.model, self.model)
+            refuse_other_recipe(store, self.recipe)
+            if seen:
+                store.refuse_other(self.bench.describe(self.settings.model, self.model))
 
     def lock(self, expert: int) -> Path:
         """Held while an expert is trained."""
-        return self.buffer.folder / f".{expert_path('', expert).stem}.lock"
+        return self.folder / f".{expert_path('', expert).stem}.lock"
 
-    def obtain(self, expert: int) -> None:
+    def obtain(self, expert: int, training: ExpertTraining, bar: tqdm) -> None:
         """Record an expert, unless it has come to be there; raises Stopped when it diverges whatever is drawn."""
-        settings = self.buffer.settings
-        self.buffer.refuse_other_preprocessing()
-        if expert_path(self.buffer.folder, expert).exists():
-            self.bar.total -= settings.train_epochs
+        settings = self.settings
+        self.refuse_other_experts()
+        if expert_path(self.folder, expert).exists():
+            bar.total -= settings.train_epochs
             return
         for attempt in range(_REPETITIONS + 1):
             try:
-                return self._record(expert, attempt)
+                return self._record(expert, attempt, training, bar)
             except _Diverged as diverged:
-                self.bar.update(-max(0, diverged.epoch - 1))
+                bar.update(-max(0, diverged.epoch - 1))
                 then = "trained again with other random numbers" if attempt < _REPETITIONS else "given up"
                 log.warning("expert %d is not finite after epoch %d: %s", expert, diverged.epoch, then)
         raise Stopped(
@@ -230,35 +216,35 @@ class _Recorder:
             1,
         )
 
-    def _record(self, expert: int, attempt: int) -> None:
-        buffer, settings, bench = self.buffer, self.buffer.settings, self.buffer.bench
+    def _record(self, expert: int, attempt: int, training: ExpertTraining, bar: tqdm) -> None:
+        settings, bench = self.settings, self.bench
         again = ("attempt", attempt) if attempt else ()
-        start = buffer.model.flatten(bench.network(settings.model, settings.seed, "expert", expert, *again))
-        made_with = {key: value for key, value in buffer.recipe.items() if key != "seed"} | {"attempt": attempt}
+        start = self.model.flatten(bench.network(settings.model, settings.seed, "expert", expert, *again))
+        made_with = {key: value for key, value in self.recipe.items() if key != "seed"} | {"attempt": attempt}
         with (
             contextlib.ExitStack() as turn,
             write_expert(
-                buffer.folder,
+                self.folder,
                 expert,
-                buffer.description,
+                bench.describe(settings.model, self.model),
                 epochs=settings.train_epochs,
                 seed=settings.seed,
                 settings=made_with,
                 figures=("test_accuracy",),
             ) as record,
         ):
-            for epoch, theta in enumerate(self.task.train(expert, start, attempt)):
+            for epoch, theta in enumerate(training.train(expert, start, attempt)):
                 snapshot = theta.cpu()
                 # Once an epoch: what is not finite stays so, and a loss that is not has made the parameters such.
                 if not snapshot.isfinite().all():
                     raise _Diverged(epoch)
                 measured = {}
                 if settings.eval_every and (epoch % settings.eval_every == 0 or epoch == settings.train_epochs):
-                    accuracy = buffer.model.accuracy(theta, bench.test_images, bench.test_labels)
-                    self.bar.set_postfix(expert=expert, test=f"{100 * accuracy:.1f}%", refresh=False)
+                    accuracy = self.model.accuracy(theta, bench.test_images, bench.test_labels)
+                    bar.set_postfix(expert=expert, test=f"{100 * accuracy:.1f}%", refresh=False)
                     measured["test_accuracy"] = accuracy
                 record(snapshot, **measured)
-                self.bar.update(epoch > 0)
+                bar.update(epoch > 0)
             # Until the file has its name: a run with other settings may be about to store its first expert, too.
-            turn.enter_context(in_turn(buffer.folder / ".lock", "storing an expert"))
-            buffer.refuse_other_preprocessing()
+            turn.enter_context(in_turn(self.folder / ".lock", "storing an expert"))
+            self.refuse_other_experts()
