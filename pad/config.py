@@ -38,9 +38,9 @@ class Role(enum.Enum):
     """The part a setting plays, and so what follows from its value.
 
     ========  ===========  ============  =================  =============================================
-    role      may change   in the name   a set or expert    meaning
-              on resume    of a study's  made with it
-                           cell          records it
+    role      may change   in the name   an expert or a     meaning
+              on resume    of a study's  coreset records
+                           cell          it
     ========  ===========  ============  =================  =============================================
     DATA      no           yes           yes                which images, and how the networks see them
     MODEL     no           yes           yes                which network
@@ -53,7 +53,7 @@ class Role(enum.Enum):
     PLACE     yes          no            no                 where things lie, where they run
     ========  ===========  ============  =================  =============================================
 
-    Stage 3 takes DATA, MODEL and RECIPE over from the set that it evaluates.
+    A distilled set records what may not change on resume. Stage 3 takes DATA, MODEL and RECIPE over from its set.
     """
 
     DATA = enum.auto()

@@ -107,13 +107,17 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     sets: dict[str, TrainingSets] = {
         "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
     }
-    # The one that was drawn last is kept: it is wanted more than once
-    sets |= {name: functools.lru_cache(maxsize=1)(draw) for name, draw in _baselines(settings, bench, synthetic.ipc)}
+    sets |= dict(_baselines(settings, bench, synthetic.ipc))
     _refuse_other("preprocessing", synthetic, bench.preprocessing.identity)
-    sizes = [len(draw(0)[0]) for draw in sets.values()]  # experts that get too few images right are refused here
-    protocol = bench.protocol(settings, max(sizes), len(sets))
+    _refuse_undrawable(sets)
 
-    cases, lr = [(network, name) for network in pool for name in sets], synthetic.lr.item()
+    @functools.lru_cache(maxsize=1)  # the last one is wanted twice: for its digest, and to train on
+    def draw(name: str, j: int) -> TrainingSet:
+        return sets[name](j)
+
+    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
+    cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
+    lr = synthetic.lr.item()
     augmentation = [settings.dsa, settings.dsa_strategy, settings.siamese]
     fixed = {
         "protocol": dataclasses.asdict(protocol) | {"augmentation": augmentation},
@@ -124,18 +128,18 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "device": bench.device.type,
         "tf32": settings.tf32,
     }
-    finished = _Finished(out, fixed, [(network, name, sets[name]) for network, name in cases], ranks)
+    finished = _Finished(out, fixed, cases, ranks)
     known = finished.read(settings.num_eval)
     total = math.ceil((len(cases) * settings.num_eval - len(known)) / ranks.size)
     with progress_bar(ranks, total, "evaluating", "network") as bar:
 
         def progress(case: int, j: int, so_far: Accuracies) -> None:
-            network, name = cases[case]
+            network, name, _ = cases[case]
             finished.keep(case, j, so_far.accuracies[-1])
             bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
             bar.update()
 
-        draws = [(network, sets[name]) for network, name in cases]
+        draws = [(network, training_set) for network, _, training_set in cases]
         found = bench.evaluation(protocol, lr).run(draws, settings.num_eval, progress=progress, known=known)
     results: dict = {
         "dataset": bench.data.name,
@@ -144,7 +148,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
-        "results": [{"set": name, **each.as_dict()} for (_, name), each in zip(cases, found)],
+        "results": [{"set": name, **each.as_dict()} for (_, name, _), each in zip(cases, found)],
     }
     if ranks.is_main:
         write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
@@ -180,14 +184,14 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
         return settings, SyntheticSet.from_published(
             *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))
         )
-    path = Path(settings.synthetic)
-    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
-        path = path / "Normal" / "synthetic_last.safetensors"
-    synthetic = SyntheticSet.load(path)
+    if Path(settings.synthetic).is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+        last = Path(settings.synthetic) / "Normal" / "synthetic_last.safetensors"
+        settings = dataclasses.replace(settings, synthetic=FilePath(str(last)))
+    synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
-    wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in settings.given]
-    made = {name: made_with[name] for name in wanted if name in made_with}
-    return settings.adopting(made | {"synthetic": str(path)}), synthetic
+    own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
+    wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in own]
+    return settings.adopting({name: made_with[name] for name in wanted if name in made_with}), synthetic
 
 
 def _refuse_other_data(synthetic: SyntheticSet, bench: Workbench) -> None:
@@ -212,6 +216,12 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
             here_is="the settings",
             remedy="evaluate it with what it was made from",
         )
+
+
+def _refuse_undrawable(sets: dict[str, TrainingSets]) -> None:
+    """Raise InputError for a set that cannot be had, before a network is trained: experts get too few images right."""
+    for training_set in sets.values():
+        training_set(0)
 
 
 def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iterator[tuple[str, TrainingSets]]:

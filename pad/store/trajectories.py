@@ -2,8 +2,7 @@
 
 ``expert_0007.safetensors`` holds ``params [T+1, P]`` float32 (row 0: before training, row t: after epoch t; parameters
 flattened in module order, shallow to deep), one ``[T+1]`` tensor per figure that was measured, and a description of
-what the expert was trained on. ``replay_buffer_<k>.pt`` files, as published with MTT, DATM and PAD, are imported and
-exported.
+what the expert was trained on. :mod:`pad.store.published` imports and exports the published form.
 """
 
 import contextlib
