@@ -203,11 +203,12 @@ def machine() -> dict[str, str]:
 
 def stopped(how: str, program: str, argv: list[str]) -> None:
     """Run a command of the old version in this process and end it where ``how`` says."""
+    from pad.stages.evaluating import _Finished
+
     from pad import cli
     from pad.difficulty import methods
     from pad.matching.gradient import GradientObjective
     from pad.matching.trajectory import TrajectoryObjective
-    from pad.stages.evaluating import _Finished
 
     def end(cls, name: str, number: int, when, after: bool = False) -> None:
         """Let a method of ``cls`` send this process a signal, before or after its work, where ``when`` holds."""
