@@ -191,12 +191,14 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     """
     fields = cls.fields()
     hints = typing.get_type_hints(cls)
-    parser = _Parser(program, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    said = (cls.__doc__ or "").replace("``", "")
+    parser = _Parser(program, description=said, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of settings; flags override it")
     for name, asked in fields.items():
         optional: dict = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
-        default = "" if asked.default in (None, "") else f" (default: {asked.default})"
-        text = (asked.metadata["help"] + default).replace("%", "%%")
+        notes = [] if asked.default in (None, "") else [f"default: {asked.default}"]
+        notes += [f"of {', '.join(asked.metadata['choices'])}"] if asked.metadata["choices"] else []
+        text = (asked.metadata["help"] + f" ({'; '.join(notes)})" * bool(notes)).replace("%", "%%")
         parser.add_argument(f"--{name}", metavar="", help=text, **optional)
     for name in (*cls.dead, *cls.refused):
         parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)

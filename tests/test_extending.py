@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ PAGE = (CHECKOUT / "docs" / "EXTENDING.md").read_text(encoding="utf-8")
 def walk(tmp_path, monkeypatch):
     """A function that does what a section says in an empty folder, and returns it: write the file, give the command."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as for a script that Python is given
     before = [(registry, dict(registry)) for registry in (METHODS, COMMANDS, DATA_SETS, FAMILIES)]
 
     def walk(title: str, *more: str, code: int = 0) -> Path:
@@ -51,6 +53,15 @@ def test_a_difficulty_scorer(walk):
     assert ranking.metadata["method"] == "Norm" and ranking.metadata["ranked_by"] == "score"
     for row in ranking.rows:
         assert len(row) == 20 and (ranking.scores[row].diff() >= 0).all()  # short features first
+
+
+def test_a_scorer_in_another_command(walk, monkeypatch):
+    folder = walk("A difficulty scorer")
+    made = walk("In the other commands") / "buffers" / "data_indices" / "FashionMNISTMini_Norm.safetensors"
+    monkeypatch.delitem(sys.modules, "norm")
+    assert Ranking.load(made).metadata["method"] == "Norm"
+    store = TrajectoryStore.open(folder / "buffers" / "FashionMNISTMini_NO_ZCA" / "ConvNetW8")
+    assert store.header(0)["settings"]["sort_method"] == "FashionMNISTMini_Norm"
 
 
 def test_a_matching_objective(walk):
