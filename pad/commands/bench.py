@@ -20,6 +20,7 @@ from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
+from pad.errors import InputError
 from pad.evaluation import Evaluation, Protocol
 from pad.initialisation import Experts
 from pad.nn import networks
@@ -129,14 +130,15 @@ class Workbench:
         store.refuse_other(self.describe(name, model, store.metadata["preprocessing"]))
         return store
 
-    def final_experts(self, buffer_path: Path | str, name: str) -> Experts:
-        """The trajectories' last networks, to label with. Raises InputError as :meth:`open_experts` does."""
+    def labellers(self, buffer_path: Path | str, name: str, epoch: int = -1) -> Experts:
+        """The networks ``name`` of the trajectories at ``epoch`` (-1: the last), to label with.
+
+        Raises InputError as :meth:`open_experts` does, and for an epoch that an expert does not have.
+        """
         model = self.flat_model(name)
         store = self.open_experts(self.experts_folder(buffer_path, name), name, model)
         store.refuse_other(self.describe(name, model))
-        return Experts(
-            model=model, parameters=lambda i: store.final(store.experts[i]).to(self.device), count=len(store)
-        )
+        return experts_at(store, model, store.experts, epoch, self.device)
 
     # rankings
 
@@ -177,6 +179,23 @@ class Workbench:
             return obtain_rankings(
                 source, methods, folder, asked=settings.asked_scoring, progress=progress, ranks=self.ranks, **options
             )
+
+
+def experts_at(
+    store: TrajectoryStore, model: FlatModel, experts: list[int], epoch: int, device: torch.device
+) -> Experts:
+    """The networks of ``experts`` at ``epoch`` (-1: the last). Raises InputError where one does not have it."""
+    for k in experts:
+        if not -store.epochs(k) - 1 <= epoch <= store.epochs(k):
+            raise InputError(
+                f"Label_Model_Timestamp: {epoch} is not an epoch of expert {k}, which has {store.epochs(k)}"
+            )
+
+    def parameters(i: int) -> Tensor:
+        k = experts[i]
+        return store.rows(k, [epoch % (store.epochs(k) + 1)])[0].to(device)
+
+    return Experts(model=model, parameters=parameters, count=len(experts))
 
 
 def set_up(settings: Common, ranks: Ranks) -> Workbench:

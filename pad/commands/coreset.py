@@ -53,7 +53,7 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     refuse_small_classes(bench.labels, bench.data.num_classes, settings.ipc)
     ranks.on_main(lambda: refuse_unwritable(out))
     soft = settings.labels == "soft"
-    experts = bench.final_experts(str(settings.buffer_path), settings.model) if soft else None
+    experts = bench.labellers(str(settings.buffer_path), settings.model) if soft else None
 
     ranking = bench.rankings(settings, [stem], convert_flat=settings.convert_flat)[stem]
     chosen = first_of_each_class(ranking.rows, settings.ipc, settings.end).to(bench.device)

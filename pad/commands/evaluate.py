@@ -249,7 +249,7 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
     if "soft" in settings.baseline_kinds and settings.buffer_path is None:
         log.info("no --buffer_path: real images with the experts' soft labels are left out")
     elif "soft" in settings.baseline_kinds:
-        experts = bench.final_experts(str(settings.buffer_path), settings.model)
+        experts = bench.labellers(str(settings.buffer_path), settings.model)
 
         def soft(j: int) -> TrainingSet:
             images, logits = initial_set(

@@ -8,15 +8,14 @@ import logging
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
 from typing_extensions import Self
 
-from pad.commands.bench import Workbench
+from pad.commands.bench import Workbench, experts_at
 from pad.commands.distil import Distilling, Task, first_set
 from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.initialisation import Experts, refuse_small_classes
+from pad.initialisation import refuse_small_classes
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.store.identity import digest
@@ -161,7 +160,10 @@ class DistillSettings(Distilling):
         sampler.refuse_short(store)
         headers = [store.header(k) for k in experts]
         bench.ranks.same(lambda: headers, f"the experts in {store.folder}")
-        labellers = _labellers(self, bench, model, store, experts)
+        if self.Initialize_Label_With_Another_Model:
+            labellers = bench.labellers(self.buffer_path, self.Initialize_Label_Model, self.Label_Model_Timestamp)
+        else:
+            labellers = experts_at(store, model, experts, self.Label_Model_Timestamp, bench.device)
         store.refuse_other(bench.describe(self.model, model))
         images, labels = first_set(
             self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
@@ -216,27 +218,3 @@ def _selected_experts(settings: DistillSettings, store: TrajectoryStore, before:
     if gone := sorted(set(experts) - set(store.experts)):
         raise InputError(f"the run was started with expert {gone[0]}, which is not in {store.folder} any more")
     return experts
-
-
-def _labellers(
-    settings: DistillSettings, bench: Workbench, model: FlatModel, store: TrajectoryStore, experts: list[int]
-) -> Experts:
-    """The networks that choose and label the initial images, at the configured epoch."""
-    if settings.Initialize_Label_With_Another_Model:
-        name = settings.Initialize_Label_Model
-        model = bench.flat_model(name)
-        store = bench.open_experts(bench.experts_folder(settings.buffer_path, name), name, model)
-        store.refuse_other(bench.describe(name, model))
-        experts = store.experts
-    epoch = settings.Label_Model_Timestamp
-    for k in experts:
-        if not -store.epochs(k) - 1 <= epoch <= store.epochs(k):
-            raise InputError(
-                f"Label_Model_Timestamp: {epoch} is not an epoch of expert {k}, which has {store.epochs(k)}"
-            )
-
-    def parameters(i: int) -> Tensor:
-        k = experts[i]
-        return store.rows(k, [epoch % (store.epochs(k) + 1)])[0].to(bench.device)
-
-    return Experts(model=model, parameters=parameters, count=len(experts))

@@ -202,10 +202,6 @@ class TrajectoryStore:
         with self._open(expert) as file:
             return file.tensor("params")
 
-    def final(self, expert: int) -> torch.Tensor:
-        """Parameters after the last epoch, float32 ``[P]``."""
-        return self.rows(expert, [self.epochs(expert)])[0]
-
     def figures(self, expert: int) -> dict[str, torch.Tensor]:
         """What was measured along the trajectory, each float32 ``[T+1]``, nan where it was not."""
         with self._open(expert) as file:
