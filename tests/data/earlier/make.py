@@ -119,16 +119,22 @@ evaluation: {num_eval: 2, epoch_eval_train: 3}
 BEGIN = [
     RANK_MINI,
     ("buffer", f"{MINI_BUFFER} --num_experts 2".split()),
-    ("distill", (
-        f"{MINI} --zca False --buffer_path mini/buffer --log_dir mini/runs --name set --ipc 1 --Iteration 2 "
-        "--syn_steps 3 --batch_syn 5 --expert_epochs 1 --max_start_epoch 2 --Sequential_Generation False "
-        "--depth_ratio 0.25 --threshold 10 --lr_img 10 --eval_it 9 --skip_first_eva --num_eval 1 --epoch_eval_train 1"
-    ).split()),
+    (
+        "distill",
+        (
+            f"{MINI} --zca False --buffer_path mini/buffer --log_dir mini/runs --name set --ipc 1 --Iteration 2 "
+            "--syn_steps 3 --batch_syn 5 --expert_epochs 1 --max_start_epoch 2 --Sequential_Generation False "
+            "--depth_ratio 0.25 --threshold 10 --lr_img 10 --eval_it 9 --skip_first_eva --num_eval 1 --epoch_eval_train 1"
+        ).split(),
+    ),
     RANK_TINY,
-    ("buffer", (
-        f"{TINY} --zca --buffer_path tiny/buffer {LIKE_IT} --num_experts 2 --train_epochs 3 --batch_train 9 "
-        f"{CURRICULUM} {OFF}"
-    ).split()),
+    (
+        "buffer",
+        (
+            f"{TINY} --zca --buffer_path tiny/buffer {LIKE_IT} --num_experts 2 --train_epochs 3 --batch_train 9 "
+            f"{CURRICULUM} {OFF}"
+        ).split(),
+    ),
     ("coreset", f"{CORESET} --out tiny/coresets".split()),
     ("match_distributions", f"{RUN} --name set --batch_real 6 --Iteration 1 --skip_first_eva".split()),
     ("distill", PAD.split(), "killed in iteration 5"),
@@ -137,7 +143,7 @@ BEGIN = [
     (*EVALUATE_TINY, "killed after 3 networks"),
     (*RANK_HALF, "killed after a network"),
     ("study", "study.yaml --seeds 0".split()),
-]  # fmt: skip
+]
 
 # What goes on with it, by what it is about.
 GO_ON = {
@@ -146,25 +152,38 @@ GO_ON = {
         ("export_buffer", "tiny/buffer/ImageFolder/ConvNetD2W8 exported --save_interval 1".split()),
         ("import_buffer", f"{TINY} --zca --buffer_path imported --source exported".split()),
     ],
-    "set": [("evaluate", (
-        f"--synthetic {MINI_SET} --buffer_path mini/buffer {MINI_RANKING} --baselines hard,soft,Herding --seed 1 "
-        f"{NETWORKS}"
-    ).split())],
-    "published set": [("evaluate", (
-        f"{TINY} --data_dir {TINY_SET}/Normal/images_last.pt --label_dir {TINY_SET}/Normal/labels_last.pt "
-        f"--lr_dir {TINY_SET}/Normal/lr_last.pt --baselines none {NETWORKS}"
-    ).split())],
+    "set": [
+        (
+            "evaluate",
+            (
+                f"--synthetic {MINI_SET} --buffer_path mini/buffer {MINI_RANKING} --baselines hard,soft,Herding --seed 1 "
+                f"{NETWORKS}"
+            ).split(),
+        )
+    ],
+    "published set": [
+        (
+            "evaluate",
+            (
+                f"{TINY} --data_dir {TINY_SET}/Normal/images_last.pt --label_dir {TINY_SET}/Normal/labels_last.pt "
+                f"--lr_dir {TINY_SET}/Normal/lr_last.pt --baselines none {NETWORKS}"
+            ).split(),
+        )
+    ],
     "coreset": [("coreset", f"{CORESET} --out tiny/coresets_again".split())],
-    "old coreset": [("evaluate", (
-        f"--synthetic tiny/coresets/ImageFolder_Herding_2.safetensors --data_path images {NETWORKS}"
-    ).split())],
+    "old coreset": [
+        (
+            "evaluate",
+            (f"--synthetic tiny/coresets/ImageFolder_Herding_2.safetensors --data_path images {NETWORKS}").split(),
+        )
+    ],
     "study": [("study", ["study.yaml"])],
     "PAD": [("distill", f"{PAD} --resume".split())],
     "DC": [("match_gradients", f"{DC} --resume".split())],
     "DM": [("match_distributions", f"{DM} --Iteration 7 --resume".split())],
     "evaluation": [EVALUATE_TINY],
     "half a ranking": [RANK_HALF],
-}  # fmt: skip
+}
 
 # ---- on what machine
 
