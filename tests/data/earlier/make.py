@@ -124,7 +124,8 @@ BEGIN = [
         (
             f"{MINI} --zca False --buffer_path mini/buffer --log_dir mini/runs --name set --ipc 1 --Iteration 2 "
             "--syn_steps 3 --batch_syn 5 --expert_epochs 1 --max_start_epoch 2 --Sequential_Generation False "
-            "--depth_ratio 0.25 --threshold 10 --lr_img 10 --eval_it 9 --skip_first_eva --num_eval 1 --epoch_eval_train 1"
+            "--depth_ratio 0.25 --threshold 10 --lr_img 10 --eval_it 9 --skip_first_eva "
+            "--num_eval 1 --epoch_eval_train 1"
         ).split(),
     ),
     RANK_TINY,
@@ -156,8 +157,8 @@ GO_ON = {
         (
             "evaluate",
             (
-                f"--synthetic {MINI_SET} --buffer_path mini/buffer {MINI_RANKING} --baselines hard,soft,Herding --seed 1 "
-                f"{NETWORKS}"
+                f"--synthetic {MINI_SET} --buffer_path mini/buffer {MINI_RANKING} --baselines hard,soft,Herding "
+                f"--seed 1 {NETWORKS}"
             ).split(),
         )
     ],
