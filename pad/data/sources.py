@@ -54,9 +54,10 @@ def _fashion_mnist_mini(root: Path | None, subset: str | None, res: int) -> Imag
 class DataSet:
     """One row of ``DATA_SETS``: how a data set is read, and what may be asked of it.
 
-    ``load(root, subset, res)`` returns :class:`pad.data.images.ImageData`, whose name is the row's: images
-    ``[N, C, H, W]`` uint8, labels ``[N]`` int64 from 0 on, all on the CPU and in the same order every time. It raises
-    InputError for files that cannot be used.
+    ``load(root, subset, res)`` returns :class:`pad.data.images.ImageData`, whose name is the row's, with ``/<subset>``
+    behind it where there is one, so that files named after the data differ: images ``[N, C, H, W]`` uint8, labels
+    ``[N]`` int64 from 0 on, all on the CPU and in the same order every time. It raises InputError for files that cannot
+    be used.
 
     - root: the ``data_path``, which need not exist; None where none was given, unless the set ``needs_path``.
     - subset: one of ``subsets``; None for a set without them.
