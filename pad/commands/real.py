@@ -9,7 +9,7 @@ from typing_extensions import Self
 from pad.commands.bench import Workbench
 from pad.commands.common import Ranked
 from pad.commands.distil import Distilling, Task, first_set
-from pad.config import RECIPE, REPORT, setting
+from pad.config import RECIPE, setting
 from pad.data.augment import DSA, Augmentation, NoAugmentation
 from pad.errors import InputError
 from pad.initialisation import refuse_small_classes
@@ -33,7 +33,6 @@ class RealMatching(Distilling, Ranked):
     drop_hard: float = setting(0.0, "share of each class, hardest first, to leave out", RECIPE, low=0, below=1)
     pix_init: str = setting("real", "initial images", RECIPE, choices=("real", "noise"))
     lr_net: float = setting(0.01, "learning rate of networks trained on the synthetic set", RECIPE, above=0)
-    epoch_eval_train: int = setting(1000, "epochs to train an evaluation network", REPORT, low=1)
 
     refused = {
         **dict.fromkeys(
