@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, for the next tensor, instead of returning it to the kernel.
 
     By default every large temporary is mapped anew and its pages are zeroed on first touch, at each training step:
-    several times the cost of the arithmetic of an elementwise operation. The process keeps its peak of CPU memory. Does nothing
-    with other C libraries.
+    several times the cost of the arithmetic of an elementwise operation. The process keeps its peak of CPU memory. Does
+    nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -32,12 +32,17 @@ def keep_compiled_code() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
+def cache_folder() -> Path:
+    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing."""
+    return Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
+
+
 def compiled_folder() -> Path | None:
-    """Where compiled code is kept: in ``$PAD_CACHE``, else ``~/.cache/pad``; None when that cannot be written.
+    """Where compiled code is kept: in :func:`cache_folder`; None when that cannot be written.
 
     Code is for one kind of CPU, and a home folder may be shared by several, so each kind has a folder of its own.
     """
-    cache_dir = Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser().absolute()
+    cache_dir = cache_folder().absolute()
     parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
         return cache_dir / f"compiled-{_cpu()}"

@@ -1,8 +1,8 @@
-"""The front doors: parse, run a stage, turn what went wrong into a sentence and an exit code.
+"""The front doors: parse, do what the command does, turn what went wrong into a sentence and an exit code.
 
-Exit codes: 0 done; 1 stopped because the numbers or a disk went wrong, what was finished is kept; 2 wrong input, nothing
-written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept. Of several processes all end with the
-code of the one that was first, and it alone says why.
+Exit codes: 0 done; 1 stopped because the numbers or a disk went wrong, what was finished is kept; 2 wrong input,
+nothing written; 130 and 143 stopped by SIGINT and SIGTERM, what was finished is kept. Of several processes all end with
+the code of the one that was first, and it alone says why.
 """
 
 import contextlib
@@ -13,13 +13,18 @@ import signal
 import sys
 import traceback
 import warnings
-from typing import Callable
+from collections.abc import Callable
+from functools import partial
 
-from pad import config, distributed, stages
-from pad import settings as commands
+from pad import config, distributed
 from pad.allocator import keep_compiled_code, keep_freed_memory
+from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped
+from pad.study.study import StudySettings
+from pad.study.study import study as run_study
+
+COMMANDS["study"] = Command("study.py", StudySettings, run_study)
 
 
 class _Handler(logging.StreamHandler):
@@ -36,12 +41,13 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers send it, and torchrun to the processes that are left when one has ended."""
 
 
-def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = None) -> int:
-    """Run ``stage(argv, ranks)``; returns the exit code. Of several processes, one that fails ends here.
+def door(name: str, argv: list[str] | None = None) -> int:
+    """Run the command ``name`` of the table with ``argv``, or the process's own; returns the exit code.
 
-    The same command (of the distilling ones, with --resume) goes on where an interrupted one stopped.
+    Of several processes, one that fails ends here. The same command (of the distilling ones, with --resume) goes on
+    where an interrupted one stopped.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    command, argv = COMMANDS[name], sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     keep_compiled_code()
     # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
@@ -50,16 +56,15 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    ranks, resume = distributed.ALONE, stage in (_distill, _match_gradients, _match_distributions)
+    ranks = distributed.ALONE
     try:
         ranks = distributed.join()
         with _one_voice(ranks, handler):
-            code = _exit_code(stage, argv, ranks, resume)
+            code = _exit_code(command, argv, ranks)
     except InputError as error:  # the other processes did not come
         code = ranks.say(f"error: {error}", 2)
     except KeyboardInterrupt as stop:
-        command = _command(argv, ranks, resume)
-        message = f"interrupted; what was finished is kept\ngo on with: {command}"
+        message = f"interrupted; what was finished is kept\ngo on with: {_going_on(command, argv, ranks)}"
         code = ranks.say(message, 143 if isinstance(stop, _Terminated) else 130)
     except Exception:
         if ranks.size == 1:
@@ -71,6 +76,16 @@ def run(stage: Callable[[list[str], Ranks], object], argv: list[str] | None = No
         log.setLevel(level)
     ranks.leave(code)
     return code
+
+
+buffer: Callable[..., int] = partial(door, "buffer")  # pad-buffer, buffer/buffer_CL.py
+distill: Callable[..., int] = partial(door, "PAD")  # pad-distill, distill/PAD.py
+match_gradients: Callable[..., int] = partial(door, "DC")  # pad-dc, distill/DC.py
+match_distributions: Callable[..., int] = partial(door, "DM")  # pad-dm, distill/DM.py
+evaluate: Callable[..., int] = partial(door, "evaluate")  # pad-evaluate, distill/evaluation.py
+score: Callable[..., int] = partial(door, "score")  # pad-score, scripts/score_difficulty.py
+coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/select_coreset.py
+study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
 
 
 @contextlib.contextmanager
@@ -93,9 +108,9 @@ def _terminate(number, frame) -> None:
     raise _Terminated
 
 
-def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ranks: Ranks, resume: bool) -> int:
+def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
     try:
-        stage(argv, ranks)
+        command.recipe(config.parse(command.settings, argv, command.program), ranks)
         ranks.barrier()
         return 0
     except InputError as error:
@@ -105,19 +120,23 @@ def _exit_code(stage: Callable[[list[str], Ranks], object], argv: list[str], ran
     except PeerLost as error:
         return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
     except Stopped as stop:  # those of a signal can be gone on with; others need other settings
-        return ranks.say(f"{stop}\ngo on with: {_command(argv, ranks, resume)}" if stop.code > 128 else str(stop), stop.code)
+        return ranks.say(
+            f"{stop}\ngo on with: {_going_on(command, argv, ranks)}" if stop.code > 128 else str(stop), stop.code
+        )
 
 
-def _command(argv: list[str], ranks: Ranks, resume: bool) -> str:
+def _going_on(command: Command, argv: list[str], ranks: Ranks) -> str:
+    """The command line that goes on where this one stopped."""
     if ranks.size > ranks.local_size:
-        return f"the same commands{', and --resume' if resume else ''}"
-    if not resume:
+        return f"the same commands{', and --resume' if command.resumes else ''}"
+    if not command.resumes:
         return shlex.join([*_program(ranks), *argv])
     replaced = ("--overwrite", "--resume")
     kept = [
-        word for word, before in zip(argv, ["", *argv])
+        word
+        for word, before in zip(argv, ["", *argv])
         if word.split("=")[0] not in replaced and (word.startswith("--") or before not in replaced)
-    ]  # fmt: skip
+    ]
     return shlex.join([*_program(ranks), *kept, "--resume"])
 
 
@@ -127,84 +146,3 @@ def _program(ranks: Ranks) -> list[str]:
         no_python = [] if script.endswith(".py") else ["--no-python"]
         return ["torchrun", f"--nproc_per_node={ranks.size}", *no_python, script]
     return [script] if os.access(script, os.X_OK) else [sys.executable, script]
-
-
-def _buffer(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.BufferSettings, argv, "buffer_CL.py")
-    stages.record_experts(settings, ranks)
-
-
-def _distill(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DistillSettings, argv, "PAD.py")
-    stages.distill(settings, ranks)
-
-
-def _match_gradients(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DCSettings, argv, "DC.py")
-    stages.distill(settings, ranks)
-
-
-def _match_distributions(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.DMSettings, argv, "DM.py")
-    stages.distill(settings, ranks)
-
-
-def _evaluate(argv: list[str], ranks: Ranks) -> None:
-    settings, given = config.parse(commands.EvaluationSettings, argv, "evaluation.py")
-    stages.evaluate(settings, given, ranks)
-
-
-def _score(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.ScoreSettings, argv, "score_difficulty.py")
-    stages.score_difficulty(settings, ranks)
-
-
-def _coreset(argv: list[str], ranks: Ranks) -> None:
-    settings, _ = config.parse(commands.CoresetSettings, argv, "select_coreset.py")
-    stages.select_coreset(settings, ranks)
-
-
-def _study(argv: list[str], ranks: Ranks) -> None:
-    argv = ["--study", *argv] if argv and not argv[0].startswith("-") else argv
-    settings, _ = config.parse(commands.StudySettings, argv, "study.py")
-    stages.study(settings, ranks)
-
-
-def buffer(argv: list[str] | None = None) -> int:
-    """``pad-buffer``, ``buffer/buffer_CL.py``."""
-    return run(_buffer, argv)
-
-
-def distill(argv: list[str] | None = None) -> int:
-    """``pad-distill``, ``distill/PAD.py``."""
-    return run(_distill, argv)
-
-
-def match_gradients(argv: list[str] | None = None) -> int:
-    """``pad-dc``, ``distill/DC.py``."""
-    return run(_match_gradients, argv)
-
-
-def match_distributions(argv: list[str] | None = None) -> int:
-    """``pad-dm``, ``distill/DM.py``."""
-    return run(_match_distributions, argv)
-
-
-def evaluate(argv: list[str] | None = None) -> int:
-    """``pad-evaluate``, ``distill/evaluation.py``."""
-    return run(_evaluate, argv)
-
-
-def score(argv: list[str] | None = None) -> int:
-    """``pad-score``, ``scripts/score_difficulty.py``."""
-    return run(_score, argv)
-
-
-def coreset(argv: list[str] | None = None) -> int:
-    """``pad-coreset``, ``scripts/select_coreset.py``."""
-    return run(_coreset, argv)
-
-
-def study(argv: list[str] | None = None) -> int:
-    """``pad-study``, ``scripts/study.py``."""
-    return run(_study, argv)

@@ -2,73 +2,168 @@
 
 Keys and flags are the published ones, so published files and commands run unchanged; ours stand beside them. The
 command line overrides the file, the file overrides the defaults. Anything unknown or out of range is an InputError.
-What settings there are is in :mod:`pad.settings`.
+What settings a command has stands in its file, in :mod:`pad.commands`.
 """
 
 import argparse
 import dataclasses
-import difflib
+import enum
 import logging
 import math
+import operator
 import os
 import re
 import reprlib
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
+from typing_extensions import Self
 
 from pad.errors import InputError
+from pad.store.identity import nearest
 
 log = logging.getLogger("pad")
 
 Device = typing.NewType("Device", str)  # "auto", "cpu", "cuda", "cuda:1", or the published list, as [0, 1]
 FilePath = typing.NewType("FilePath", str)  # relative ones in a YAML file: see path_base
+Some = typing.TypeVar("Some", bound="Settings")
+Made = typing.TypeVar("Made")  # a dataclass
 
 
-def setting(default, help: str, low=None, above=None, high=None, below=None, choices=None):
-    """A field of :class:`Settings`: its default, what it is, and the range of numbers or the words it may take."""
-    limits = dict(low=low, above=above, high=high, below=below, choices=choices)
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+class Role(enum.Enum):
+    """The part a setting plays, and so what follows from its value.
+
+    ========  ===========  ============  =================  =============================================
+    role      may change   in the name   an expert or a     meaning
+              on resume    of a study's  coreset records
+                           cell          it
+    ========  ===========  ============  =================  =============================================
+    DATA      no           yes           yes                which images, and how the networks see them
+    MODEL     no           yes           yes                which network
+    RECIPE    no           yes           yes                what comes out depends on it
+    SEED      no           yes           yes                which random numbers
+    DETAIL    no           yes           no                 the last bits; how a ranking is had
+    NAME      no           no            no                 what a run is called
+    PACE      yes          yes           no                 how long, how often, how fast
+    REPORT    yes          yes           no                 how what came out is evaluated
+    PLACE     yes          no            no                 where things lie, where they run
+    ========  ===========  ============  =================  =============================================
+
+    A distilled set records what may not change on resume. Stage 3 takes DATA, MODEL and RECIPE over from its set.
+    """
+
+    DATA = enum.auto()
+    MODEL = enum.auto()
+    RECIPE = enum.auto()
+    SEED = enum.auto()
+    DETAIL = enum.auto()
+    NAME = enum.auto()
+    PACE = enum.auto()
+    REPORT = enum.auto()
+    PLACE = enum.auto()
 
 
-@dataclass(kw_only=True)
+DATA, MODEL, RECIPE, SEED, DETAIL, NAME, PACE, REPORT, PLACE = Role
+CHANGEABLE = (PACE, REPORT, PLACE)  # on resume
+UNNAMED = (PLACE, NAME)  # what the name of a study's cell does not say
+
+
+def setting(
+    default,
+    help: str,
+    role: Role,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: typing.Collection[str] = (),
+    by_study: bool = False,
+) -> typing.Any:
+    """A field of :class:`Settings`.
+
+    ``low`` to ``below``: the range of a number. ``choices``: the words it may be. ``by_study``: in a study the study
+    decides it, and its file may not.
+    """
+    limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
+    return field(default=default, metadata={"help": help, "role": role, "by_study": by_study, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of a command's settings: a dataclass whose fields are made by :func:`setting`."""
+    """Base of a command's settings: a frozen dataclass whose fields are made by :func:`setting`.
 
-    dead = {}  # keys that are accepted and do nothing, and why
-    refused = {}  # keys of other commands that this one cannot do, and why
-    given = frozenset()  # names of the settings that somebody gave, see :func:`resolve`
+    given: names of the settings that somebody gave.
+    """
+
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    dead: typing.ClassVar[dict[str, str]] = {}  # keys that are accepted and do nothing, and why
+    refused: typing.ClassVar[dict[str, str]] = {}  # keys of other commands that this one cannot do, and why
+    first_argument: typing.ClassVar[str] = ""  # the setting that may stand first without its flag
 
     def check(self) -> None:
         """Raise InputError when settings do not go together."""
 
+    def resolved(self) -> Self:
+        """These settings, with defaults that depend on others filled in."""
+        return self
+
     @classmethod
-    def resolve(cls, values: Mapping, where: str = "") -> "Settings":
+    def fields(cls) -> dict[str, dataclasses.Field]:
+        """The settings by name, in the order of declaration."""
+        return {field.name: field for field in dataclasses.fields(cls) if "role" in field.metadata}
+
+    @classmethod
+    def names(cls, *roles: Role) -> list[str]:
+        """The names of the settings of these roles."""
+        return [name for name, field in cls.fields().items() if field.metadata["role"] in roles]
+
+    def of(self, *roles: Role) -> dict:
+        """The settings of these roles as plain values."""
+        return {name: getattr(self, name) for name in self.names(*roles)}
+
+    def as_dict(self) -> dict:
+        """All settings as plain values, in the order of declaration."""
+        return self.of(*Role)
+
+    def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
+        """A dataclass: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
+        names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind)) if field.name not in others]
+        own = {name: getattr(self, prefix + name) for name in names if prefix + name in self.fields()}
+        return kind(**own, **others)
+
+    @classmethod
+    def resolve(cls, values: Mapping, where: str = "") -> Self:
         """Settings from plain values by name, the others at their defaults.
 
-        ``where``, a file say, begins the sentence about a key that is not known. Raises InputError for such a key
-        (naming the nearest), a value of the wrong type or out of range, and settings that do not go together. Keys that
-        do nothing are warned about.
+        ``where``, a file for example, begins the sentence about a key that is not known. Raises InputError for an
+        unknown key (naming the nearest), a value of the wrong type or out of range, and settings that do not go
+        together. Logs a warning for a key that does nothing.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
-        values = dict(values)
-        for key in list(values):
+        fields = cls.fields()
+        known = {}
+        for key, value in values.items():
             if key in cls.dead:
                 log.warning("%s does nothing: %s", key, cls.dead[key])
-                del values[key]
             elif key in cls.refused:
                 raise InputError(f"{key}: {cls.refused[key]}")
             elif key not in fields:
                 raise InputError(f"{where}{': ' * bool(where)}{_unknown('key', key, [*fields, *cls.dead])}")
-        settings = cls(**{key: _coerce(fields[key], hints[key], value) for key, value in values.items()})
-        settings.given = frozenset(values)
+            else:
+                known[key] = value
+        settings = cls(**cls._coerced(known), given=frozenset(known)).resolved()
         settings.check()
         return settings
+
+    @classmethod
+    def _coerced(cls, values: Mapping) -> dict:
+        fields, hints = cls.fields(), typing.get_type_hints(cls)
+        return {name: _coerce(fields[name], hints[name], value) for name, value in values.items()}
 
     @classmethod
     def with_paths(cls, values: Mapping, base: Path) -> dict:
@@ -76,20 +171,11 @@ class Settings:
         hints = typing.get_type_hints(cls)
         return {key: _resolve_path(value, base) if _is_path(hints.get(key)) else value for key, value in values.items()}
 
-    def adopt(self, values: Mapping) -> None:
-        """Take over settings from elsewhere, checked like those of a file. Raises InputError as :meth:`resolve`."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        hints = typing.get_type_hints(type(self))
-        for name, value in values.items():
-            setattr(self, name, _coerce(fields[name], hints[name], value))
-        self.check()
-
-    def as_dict(self) -> dict:
-        """All settings as plain values, in the order of declaration."""
-        return dataclasses.asdict(self)
-
-
-Some = typing.TypeVar("Some", bound=Settings)
+    def adopting(self, values: Mapping) -> Self:
+        """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
+        settings = dataclasses.replace(self, **self._coerced(values))
+        settings.check()
+        return settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,34 +183,38 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse(cls: type[Some], argv: list[str], program: str) -> tuple[Some, set[str]]:
-    """Settings from ``--cfg file.yaml`` and flags, and the names of those that were given.
+def parse(cls: type[Some], argv: list[str], program: str) -> Some:
+    """Settings from ``--cfg file.yaml`` and flags.
 
     Raises InputError for an unknown key or flag (naming the nearest), a value of the wrong type or out of range,
-    settings that do not go together, and a file that cannot be read. Keys that do nothing are warned about once.
+    settings that do not go together, and a file that cannot be read. Logs one warning for a key that does nothing.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = cls.fields()
     hints = typing.get_type_hints(cls)
-    parser = _Parser(program, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    said = (cls.__doc__ or "").replace("``", "")
+    parser = _Parser(program, description=said, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of settings; flags override it")
-    for name, field in fields.items():
-        optional = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
-        default = "" if field.default in (None, "") else f" (default: {field.default})"
-        text = (field.metadata["help"] + default).replace("%", "%%")
+    for name, asked in fields.items():
+        optional: dict = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
+        notes = [] if asked.default in (None, "") else [f"default: {asked.default}"]
+        notes += [f"of {', '.join(asked.metadata['choices'])}"] if asked.metadata["choices"] else []
+        text = (asked.metadata["help"] + f" ({'; '.join(notes)})" * bool(notes)).replace("%", "%%")
         parser.add_argument(f"--{name}", metavar="", help=text, **optional)
     for name in (*cls.dead, *cls.refused):
         parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
 
-    flags, unknown = parser.parse_known_args(argv)
+    if cls.first_argument and argv and not argv[0].startswith("-"):
+        argv = [f"--{cls.first_argument}", *argv]
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{name}" for name in (*fields, *cls.dead, "cfg")]))
-    flags, given = vars(flags), {}
-    if (path := flags.pop("cfg", None)) is not None:
-        given = cls.with_paths(read_yaml(path), path_base(Path(path)))
-    settings = cls.resolve(given | flags, path or "")
-    if path is not None and "name" in fields and "name" not in given | flags:
-        settings.name = f"{Path(path).stem}-seed{settings.seed}"
-    return settings, set(settings.given)
+        raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{n}" for n in (*fields, *cls.dead, "cfg")]))
+    flags = vars(known)
+    path = flags.pop("cfg", None)
+    values = flags if path is None else cls.with_paths(read_yaml(path), path_base(Path(path))) | flags
+    settings = cls.resolve(values, path or "")
+    if path is not None and "name" in fields and "name" not in values:
+        return dataclasses.replace(settings, **{"name": f"{Path(path).stem}-seed{settings.as_dict()['seed']}"})  # type: ignore
+    return settings
 
 
 def read_yaml(path: str) -> dict:
@@ -174,8 +264,16 @@ def _resolve_path(value, base: Path):
 
 def _unknown(what: str, name, known: list[str]) -> str:
     shown = _shorten(name)
-    nearest = difflib.get_close_matches(shown.strip("'"), known, n=1, cutoff=0)[0]
-    return f"unknown {what} {shown}; the nearest is {nearest}"
+    most_like = nearest(shown.strip("'"), known)
+    return f"unknown {what} {shown}; the nearest is {most_like}"
+
+
+_BOUNDS: dict[str, tuple[str, Callable]] = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def _coerce(field: dataclasses.Field, hint, value):
@@ -187,18 +285,14 @@ def _coerce(field: dataclasses.Field, hint, value):
         hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    convert = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}[hint]
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
     try:
-        value = convert(value)
+        value = kinds[hint](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
-    bounds = [
-        (meta["low"], lambda a, b: a >= b, "at least"), (meta["above"], lambda a, b: a > b, "above"),
-        (meta["high"], lambda a, b: a <= b, "at most"), (meta["below"], lambda a, b: a < b, "below"),
-    ]  # fmt: skip
-    for bound, holds, words in bounds:
-        if bound is not None and not holds(value, bound):
-            raise InputError(f"{name}: {value} is out of range, it must be {words} {bound}")
+    for kind, (words, holds) in _BOUNDS.items():
+        if meta[kind] is not None and not holds(value, meta[kind]):
+            raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}")
     return value
@@ -256,7 +350,7 @@ def _path(value) -> FilePath:
     return FilePath(text)
 
 
-_CUDA = re.compile(r"cuda:(\d{1,3})|(\d{1,3})|\[(\d{1,3})(,\d{1,3})*\]", re.ASCII)
+_CUDA = re.compile(r"cuda:\d{1,3}|\d{1,3}|\[\d{1,3}(,\d{1,3})*\]", re.ASCII)
 
 
 def _device(value) -> Device:
@@ -270,4 +364,5 @@ def _device(value) -> Device:
 
 def cuda_device(text: str) -> torch.device:
     """``cuda:1``, ``1`` or the first of ``[1,2]`` (several devices are for torchrun, which starts one process each)."""
-    return torch.device("cuda", int(next(filter(None, _CUDA.fullmatch(text).groups()))))
+    numbers = re.findall(r"\d+", text)
+    return torch.device("cuda", int(numbers[0]))

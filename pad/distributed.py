@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ class Ranks:
         """Every rank's ``value`` (plain values, tensors on the CPU), in order of rank."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         with _peers():
             dist.all_gather_object(values, value)
         return values
@@ -105,11 +105,11 @@ class Ranks:
         if self.size == 1:
             return work()
         tensors: list[Tensor] = []
-        value, head = None, [None]
+        file = io.BytesIO()
         if self.is_main:
-            value, file = work(), io.BytesIO()
+            value = work()
             _Pickler(file, tensors).dump(value)
-            head = [file.getvalue()]
+        head = [file.getvalue()]
         with _peers():
             dist.broadcast_object_list(head)
         if not self.is_main:
@@ -121,9 +121,12 @@ class Ranks:
 
     def node_first(self, work: Callable[[], T]) -> T:
         """``work()`` on every rank: on one of each machine first, so that the others find the files it leaves."""
-        result = work() if self.local_rank == 0 else None
+        if self.local_rank == 0:
+            result = work()
+            self.barrier()
+            return result
         self.barrier()
-        return result if self.local_rank == 0 else work()
+        return work()
 
     def barrier(self) -> None:
         """Wait for all ranks, without using the device."""
@@ -151,7 +154,9 @@ class Ranks:
         device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)
         with _peers():
-            self._nccl = dist.new_group(backend="nccl", timeout=_NCCL_PATIENCE)
+            group = dist.new_group(backend="nccl", timeout=_NCCL_PATIENCE)
+        assert isinstance(group, dist.ProcessGroup)  # it has this rank
+        self._nccl = group
         return device
 
     def say(self, message: str, code: int) -> int:

@@ -1,22 +1,23 @@
-"""Scoring a training set: train fresh networks on it by the published protocol, test them on real images."""
+"""Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
-from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pad import networks
-from pad.data.augment import augment
+from pad.data.augment import Augmentation, augment
 from pad.data.placement import Images, to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel, cross_entropy
-from pad.fused import forward_of
+from pad.nn import networks
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.fused import forward_of
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
+TrainingSets = Callable[[int], TrainingSet]  # that of network j: the same for all, or another random one for each
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Protocol:
             rounding only.
     """
 
-    augmentation: object
+    augmentation: Augmentation
+    _: KW_ONLY
     epochs: int = 1000
     batch_size: int = 256
     momentum: float = 0.9
@@ -45,10 +47,14 @@ class Protocol:
     together: int = 1
 
     def train(
-        self, model: FlatModel, nets: Sequence[nn.Module], sets: Sequence[TrainingSet], lr: float,
+        self,
+        model: FlatModel,
+        nets: Sequence[nn.Module],
+        sets: Sequence[TrainingSet],
+        lr: float,
         rngs: Sequence[torch.Generator],
-    ) -> None:  # fmt: skip
-        """Train networks of one architecture in place: each on its own training set, all of one size, by its own stream.
+    ) -> None:
+        """Train networks of one architecture in place: each on a training set, all of one size, by its own stream.
 
         Args:
             model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
@@ -61,9 +67,10 @@ class Protocol:
             for net, training_set, rng in zip(nets, sets, rngs):
                 self._train_module(net, training_set, lr, rng)
 
-    def _train_flat(self, model, nets, sets, lr, rngs) -> None:
+    def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs) -> None:
         """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
-        theta, velocity = torch.stack([model.flatten(net) for net in nets]), None
+        theta = torch.stack([model.flatten(net) for net in nets])
+        velocity: Tensor | None = None
         for epoch in range(self.epochs + 1):
             passes = [self._batches(training_set, rng) for training_set, rng in zip(sets, rngs)]
             for batches in zip(*passes, strict=True):
@@ -75,11 +82,12 @@ class Protocol:
                 velocity = g if velocity is None else velocity.mul_(self.momentum).add_(g)
                 theta.sub_(velocity, alpha=lr)
             if epoch == self.epochs // 2 + 1:
-                lr, velocity = 0.1 * lr, None
+                lr = 0.1 * lr
+                velocity = None
         for net, row in zip(nets, theta):
             nn.utils.vector_to_parameters(row, net.parameters())
 
-    def _train_module(self, net, training_set, lr, rng) -> None:
+    def _train_module(self, net: nn.Module, training_set: TrainingSet, lr: float, rng: torch.Generator) -> None:
         def optimiser(lr: float) -> torch.optim.SGD:
             return torch.optim.SGD(net.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
@@ -110,8 +118,8 @@ def accuracy(network: nn.Module, images: Images, labels: Tensor, batch: int = 51
 
 
 @dataclass
-class Score:
-    """Accuracies (0..1) of ``n`` networks of one architecture trained on one kind of training set."""
+class Accuracies:
+    """Of networks of one architecture trained on one kind of training set, each in 0..1."""
 
     network: str
     accuracies: list[float] = field(default_factory=list)
@@ -136,68 +144,72 @@ class Score:
 
 @cache
 def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: str) -> FlatModel:
-    """One for each architecture, so that all its networks, now and later in this process, run the same compiled code."""
+    """One for each architecture: all its networks, now and later in this process, run the same compiled code."""
     return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
 
 
-def score(
-    protocol: Protocol,
-    network: str,
-    indices: Sequence[int],
-    training_set: Callable[[int], TrainingSet],
-    lr: float,
-    test_images: Images,
-    test_labels: Tensor,
-) -> Iterator[Score]:
-    """Train networks ``indices`` of one architecture; yields the score so far after each.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Trains networks by a protocol, and tests them.
 
     Args:
-        indices: the numbers j of the networks to train, such as range(5), or one process's share of them.
-        training_set: for network j, its images and target probabilities: the same for every j, or another random draw
-            of real images, of the same number, for each.
+        lr: learning rate.
+        test_images, test_labels: real ones, ``[N, C, H, W]`` preprocessed and ``[N]``.
+        ranks: share the networks.
     """
-    result = Score(network)
-    for first in range(0, len(indices), protocol.together):
-        group = indices[first : first + protocol.together]
-        sets = [training_set(j) for j in group]
-        images, p = sets[0]
-        shape = images.shape[1], p.shape[1], tuple(images.shape[2:])
-        nets = [networks.build(network, *shape, protocol.seed, "evaluation", j).to(images.device) for j in group]
-        rngs = [generator(protocol.seed, "evaluation", network, j) for j in group]
-        protocol.train(_flat_model(network, *shape, protocol.compile), nets, sets, lr, rngs)
-        for net in nets:
-            result.accuracies.append(accuracy(net, test_images, test_labels))
-            yield result
 
+    protocol: Protocol
+    lr: float
+    test_images: Images
+    test_labels: Tensor
+    ranks: Ranks = ALONE
 
-def score_all(
-    protocol: Protocol,
-    cases: Sequence[tuple[str, Callable[[int], TrainingSet]]],
-    num_eval: int,
-    lr: float,
-    test_images: Images,
-    test_labels: Tensor,
-    ranks: Ranks = ALONE,
-    progress: Callable[[int, int, Score], None] = lambda case, j, so_far: None,
-    known: Mapping[tuple[int, int], float] = {},
-) -> list[Score]:
-    """:func:`score` of ``num_eval`` networks for each case, an architecture and its training sets, in order.
+    def train(self, network: str, indices: Sequence[int], training_set: TrainingSets) -> Iterator[Accuracies]:
+        """Train networks ``indices`` of one architecture in this process; yields what is known after each.
 
-    The networks are dealt to ``ranks``; those that are trained together stay so, whatever the number of ranks, so that
-    all of them get what one would. ``progress(case, j, score so far)`` is called after each network of this rank.
-    ``known``: accuracies of networks (case, j), the same on all ranks, that need not be trained.
-    """
-    together = [range(num_eval)[first : first + protocol.together] for first in range(0, num_eval, protocol.together)]
-    groups = [(case, group) for case in range(len(cases)) for group in together]
-    mine = ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
-    found: dict[tuple[int, int], float] = {}
-    for case, (network, training_set) in enumerate(cases):
-        indices = [j for c, group in mine if c == case for j in group]
-        for so_far in score(protocol, network, indices, training_set, lr, test_images, test_labels):
-            j = indices[so_far.n - 1]
-            found[case, j] = so_far.accuracies[-1]
-            progress(case, j, so_far)
-    everywhere = dict(known) | {key: accuracy for part in ranks.gather(found) for key, accuracy in part.items()}
-    return [
-        Score(network, [everywhere[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
-    ]
+        Their training sets are of one size.
+        """
+        protocol = self.protocol
+        result = Accuracies(network)
+        for first in range(0, len(indices), protocol.together):
+            group = indices[first : first + protocol.together]
+            sets = [training_set(j) for j in group]
+            images, p = sets[0]
+            height, width = images.shape[2:]
+            shape = images.shape[1], p.shape[1], (height, width)
+            nets = [networks.build(network, *shape, protocol.seed, "evaluation", j).to(images.device) for j in group]
+            rngs = [generator(protocol.seed, "evaluation", network, j) for j in group]
+            protocol.train(_flat_model(network, *shape, protocol.compile), nets, sets, self.lr, rngs)
+            for net in nets:
+                result.accuracies.append(accuracy(net, self.test_images, self.test_labels))
+                yield result
+
+    def run(
+        self,
+        cases: Sequence[tuple[str, TrainingSets]],
+        num_eval: int,
+        *,
+        progress: Callable[[int, int, Accuracies], None] = lambda case, j, so_far: None,
+        known: Mapping[tuple[int, int], float] = {},
+    ) -> list[Accuracies]:
+        """The accuracies of ``num_eval`` networks for each case, an architecture and its training sets, in order.
+
+        The networks are dealt to the ranks; those that are trained together stay so, whatever the number of ranks, so
+        that all of them get what one would. ``progress(case, j, what is known)`` is called after each network of this
+        rank. ``known``: accuracies of networks (case, j), the same on all ranks, that need not be trained.
+        """
+        size = self.protocol.together
+        together = [range(num_eval)[first : first + size] for first in range(0, num_eval, size)]
+        groups = [(case, group) for case in range(len(cases)) for group in together]
+        mine = self.ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
+        found: dict[tuple[int, int], float] = {}
+        for case, (network, training_set) in enumerate(cases):
+            indices = [j for c, group in mine if c == case for j in group]
+            for so_far in self.train(network, indices, training_set):
+                j = indices[so_far.n - 1]
+                found[case, j] = so_far.accuracies[-1]
+                progress(case, j, so_far)
+        every = dict(known) | {key: value for part in self.ranks.gather(found) for key, value in part.items()}
+        return [
+            Accuracies(network, [every[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
+        ]

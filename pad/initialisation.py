@@ -1,17 +1,17 @@
 """The first images and labels of a synthetic set, from real images and experts (DATM, arXiv 2310.05773, sec. 3.3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.coresets import hard_logits
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.functional import FlatModel
+from pad.labels import hard_logits
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 _BATCH = 256  # images that an expert is asked about at a time, so that a search stops early
@@ -26,14 +26,21 @@ class Experts:
     count: int
 
 
+def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int) -> None:
+    """Raise InputError for a class of fewer than ``ipc`` images."""
+    for c, count in enumerate(labels.cpu().bincount(minlength=num_classes).tolist()):
+        if count < ipc:
+            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {count}")
+
+
 def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: int | str) -> list[Tensor]:
     """For each class the indices of its images in random order; InputError for a class with fewer than ``ipc``."""
+    refuse_small_classes(labels, num_classes, ipc)
     rows = []
     for c in range(num_classes):
         members = (labels.cpu() == c).nonzero().flatten()
-        if len(members) < ipc:
-            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {len(members)}")
-        rows.append(members[torch.randperm(len(members), generator=generator(seed, "initial images", *stream, c))])
+        rng = generator(seed, "initial images", *stream, c)
+        rows.append(members[torch.randperm(len(members), generator=rng)])
     return rows
 
 
@@ -62,13 +69,13 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
             if all(len(chosen[c]) >= ipc for c in short):
                 break
         left = {c: torch.cat(wrong[c]) for c in short}
-    for c, row in enumerate(rows):
-        if len(chosen[c]) < ipc:
+    for c, found in enumerate(chosen):
+        if len(found) < ipc:
             raise InputError(
-                f"the {experts.count} experts classify only {len(chosen[c])} images of class {c} correctly, "
+                f"the {experts.count} experts classify only {len(found)} images of class {c} correctly, "
                 f"but ipc is {ipc}; train them longer, or use pix_init: real"
             )
-    return torch.tensor([index for row in chosen for index in row[:ipc]])
+    return torch.tensor([index for found in chosen for index in found[:ipc]])
 
 
 def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
@@ -77,11 +84,14 @@ def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor
     An image that no expert gets right is labelled by all of them. Of those :func:`predicted_correctly` chose, only a
     network whose outputs depend on the rest of the batch (BatchNorm) can leave such.
     """
-    total, right_total, count = 0, 0, 0
+    total = right_total = images.new_zeros(())
+    count = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
     for k in range(experts.count):
         logits = experts.model.logits(experts.parameters(k), images)
         right = (logits.argmax(dim=1) == classes)[:, None]
-        total, right_total, count = total + logits, right_total + logits * right, count + right
+        total = total + logits
+        right_total = right_total + logits * right
+        count = count + right
     return torch.where(count > 0, right_total / count.clamp(min=1), total / experts.count)
 
 
@@ -91,9 +101,10 @@ def initial_set(
     labels: Tensor,
     num_classes: int,
     ipc: int,
-    experts: Experts | None,
+    experts: Experts | None = None,
+    *,
     seed: int,
-    *stream: int | str,
+    stream: tuple[int | str, ...] = (),
     noise_logit: float = 10.0,
     hard: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -115,13 +126,22 @@ def initial_set(
         rng = generator(seed, "initial images", *stream)
         noise = torch.randn(len(classes), *images.shape[1:], generator=rng)
         chosen = noise.to(images.device, images.dtype)
-        logits = noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    elif kind == "real":
+        chosen = images[torch.cat([row[:ipc] for row in class_order(labels, num_classes, ipc, seed, *stream)])]
     else:
         rows = class_order(labels, num_classes, ipc, seed, *stream)
-        if kind == "samples_predicted_correctly":
-            chosen = images[predicted_correctly(experts, images, rows, ipc)]
-            logits = None if hard else averaged_logits(experts, chosen, classes)
-        else:
-            chosen = images[torch.cat([row[:ipc] for row in rows])]
-            logits = None if hard else experts.model.logits(experts.parameters(0), chosen)
-    return chosen, hard_logits(classes, num_classes).to(images.dtype) if hard else logits
+        chosen = images[predicted_correctly(_needed(experts), images, rows, ipc)]
+    if hard:
+        return chosen, hard_logits(classes, num_classes).to(images.dtype)
+    if kind == "noise":
+        return chosen, noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    labellers = _needed(experts)
+    if kind == "real":
+        return chosen, labellers.model.logits(labellers.parameters(0), chosen)
+    return chosen, averaged_logits(labellers, chosen, classes)
+
+
+def _needed(experts: Experts | None) -> Experts:
+    if experts is None:
+        raise TypeError("labels other than hard ones, and images that are classified correctly, need experts")
+    return experts

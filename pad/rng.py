@@ -17,7 +17,7 @@ def derive_seed(seed: int, stream: str, *index: int | str) -> int:
 
 
 def generator(seed: int, stream: str, *index: int | str) -> torch.Generator:
-    """A CPU generator for one stream. Draw on the CPU and move the (small) result, so that every device sees the same numbers."""
+    """A CPU generator for one stream. What is drawn is moved, so that every device sees the same numbers."""
     return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pad.errors import InputError
-from pad.files import load_pt, load_tensors, save_pt, save_tensors
+from pad.store.foreign import load_pt, save_pt
+from pad.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pad.data.preprocessing import Preprocessing
@@ -40,6 +41,7 @@ class SyntheticSet:
     lr: Tensor
     classes: Tensor
     metadata: dict
+    _: KW_ONLY
     preprocessing: Preprocessing | None = None
     stored_pixels: Tensor | None = None
 
@@ -77,8 +79,10 @@ class SyntheticSet:
             return self.preprocessing.invert(self.images)
         if self.stored_pixels is not None:
             return self.stored_pixels
-        raise InputError("the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
-                         "pixels; set its `preprocessing` to the one fitted on its data set")
+        raise InputError(
+            "the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
+            "pixels; set its `preprocessing` to the one fitted on its data set"
+        )
 
     def to_dataset(self) -> TensorDataset:
         """Pairs (preprocessed image [C, H, W], logits [K]) for a training loop; the target is softmax(logits)."""
@@ -86,7 +90,7 @@ class SyntheticSet:
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
-        self._check(f"the synthetic set for {path}")
+        self._refuse_unusable(f"the synthetic set for {path}")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
         if self.preprocessing is not None or self.stored_pixels is not None:
             tensors["pixels"] = self._inverted().to(self.images.dtype)
@@ -98,17 +102,13 @@ class SyntheticSet:
     @classmethod
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
-        tensors, metadata = load_tensors(path)
-        if metadata.get("kind") != KIND:
-            raise InputError(f"{path} is not a synthetic set")
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} has format {metadata.get('format')!r}; this version reads format {FORMAT}")
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
-        loaded = cls(*(tensors[name] for name in ("images", "labels", "lr", "classes")), metadata,
-                     stored_pixels=tensors.get("pixels"))
-        loaded._check(str(path))
+        images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
+        loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"))
+        loaded._refuse_unusable(str(path))
         return loaded
 
     def export_published(self, folder: Path | str, tag: str | int) -> None:
@@ -116,7 +116,7 @@ class SyntheticSet:
 
         With ZCA also images_zca_<tag>.pt, the inverse-whitened images (not clamped). ``tag``: "best" or an iteration.
         """
-        self._check(f"the synthetic set for {folder}")
+        self._refuse_unusable(f"the synthetic set for {folder}")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if (self.preprocessing_identity or {}).get("kind") == "zca":
             tensors["images_zca"] = self._inverted()
@@ -136,15 +136,16 @@ class SyntheticSet:
             raise InputError(f"{lr_path}: lr is {_shape(lr)}, not a single number")
         metadata = {"provenance": {"published": [Path(path).name for path in (images_path, labels_path, lr_path)]}}
         loaded = cls(images, labels, lr.reshape(()), torch.empty(0, dtype=torch.int64), metadata)
-        loaded._check_tensors(str(images_path), str(labels_path), str(lr_path))
+        loaded._refuse_unusable_tensors(str(images_path), str(labels_path), str(lr_path))
         loaded.classes = _class_order(len(images), loaded.num_classes)
         return loaded
 
-    def _check(self, where: str) -> None:
+    def _refuse_unusable(self, where: str) -> None:
         """Raise InputError, naming the file and the thing, unless this is a whole and usable set."""
-        self._check_tensors(where, where, where)
-        if self.classes.dtype != torch.int64 or \
-                not torch.equal(self.classes.cpu(), _class_order(len(self.images), self.num_classes)):
+        self._refuse_unusable_tensors(where, where, where)
+        if self.classes.dtype != torch.int64 or not torch.equal(
+            self.classes.cpu(), _class_order(len(self.images), self.num_classes)
+        ):
             raise InputError(f"{where}: classes are not 0 to {self.num_classes - 1} in order, {self.ipc} times each")
         for key in ("data", "preprocessing", "settings", "provenance"):
             if not isinstance(self.metadata.get(key) or {}, dict):
@@ -160,7 +161,7 @@ class SyntheticSet:
         ):
             raise InputError(f"{where}: pixels are not finite float32 in the images' shape {list(self.images.shape)}")
 
-    def _check_tensors(self, images_at: str, labels_at: str, lr_at: str) -> None:
+    def _refuse_unusable_tensors(self, images_at: str, labels_at: str, lr_at: str) -> None:
         """Raise InputError unless one can train on images, labels and lr; each is named by where it came from."""
         images, labels, lr = self.images, self.labels, self.lr
         if images.ndim != 4 or not images.numel():

@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pad.errors import InputError
-from pad.trajectories import TrajectoryStore, export_published
+from pad.store.published import export_published
+from pad.store.trajectories import TrajectoryStore
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pad import networks
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.errors import InputError
-from pad.trajectories import buffer_folder, describe, import_published, importable_files
+from pad.nn import networks
+from pad.store.published import import_published, importable_files
+from pad.store.trajectories import buffer_folder, describe
 
 
 def main(arguments: list[str] | None = None) -> int:

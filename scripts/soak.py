@@ -23,21 +23,70 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a checkout, from any working directory
 
-from pad.files import load_tensors
-from pad.tracking import result_table
+from pad.show.tables import result_table
+from pad.store.tensors import load_tensors
 
 DEVICE = ["--compile", "off", "--device", "cpu"]
 DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "12", "--model", "ConvNetD1W8", *DEVICE]
 EXPERTS = [
-    "--num_experts", "3", "--train_epochs", "3", "--batch_train", "40", "--lr_teacher", "0.05", "--rho_max", "0.01",
-    "--rho_min", "0.01", "--init_ratio", "0.5", "--add_end_epoch", "1", "--score_repeats", "2", "--score_epochs", "1",
-]  # fmt: skip
+    "--num_experts",
+    "3",
+    "--train_epochs",
+    "3",
+    "--batch_train",
+    "40",
+    "--lr_teacher",
+    "0.05",
+    "--rho_max",
+    "0.01",
+    "--rho_min",
+    "0.01",
+    "--init_ratio",
+    "0.5",
+    "--add_end_epoch",
+    "1",
+    "--score_repeats",
+    "2",
+    "--score_epochs",
+    "1",
+]
 RUN = [
-    "--ipc", "1", "--name", "run", "--Iteration", "60", "--syn_steps", "3", "--batch_syn", "7", "--expert_epochs", "1",
-    "--max_start_epoch", "2", "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10",
-    "--lr_img", "10", "--eval_it", "20", "--save_it", "16", "--checkpoint_every", "5", "--num_eval", "2",
-    "--epoch_eval_train", "2", "--batch_train", "4", "--resume",
-]  # fmt: skip
+    "--ipc",
+    "1",
+    "--name",
+    "run",
+    "--Iteration",
+    "60",
+    "--syn_steps",
+    "3",
+    "--batch_syn",
+    "7",
+    "--expert_epochs",
+    "1",
+    "--max_start_epoch",
+    "2",
+    "--current_max_start_epoch",
+    "1",
+    "--expansion_end_epoch",
+    "4",
+    "--threshold",
+    "10",
+    "--lr_img",
+    "10",
+    "--eval_it",
+    "20",
+    "--save_it",
+    "16",
+    "--checkpoint_every",
+    "5",
+    "--num_eval",
+    "2",
+    "--epoch_eval_train",
+    "2",
+    "--batch_train",
+    "4",
+    "--resume",
+]
 SCORES = ["--num_eval", "4", "--epoch_eval_train", "20", "--baselines", "hard"]
 
 
@@ -98,8 +147,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Name -> bytes of all files but those of times and of settings, which name folders; these are there, too."""
     return {
         str(path.relative_to(folder)): b"" if path.name in ("timing.jsonl", "config.yaml") else path.read_bytes()
-        for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def finished_experts(folder: Path) -> dict[str, tuple[int, int]]:
@@ -118,7 +168,10 @@ def main() -> int:
     arguments = parser.parse_args()
     rng, work = random.Random(arguments.seed), Path(tempfile.mkdtemp(prefix="soak-"))
     os.environ["PAD_CACHE"] = str(work / "cache")
-    buffer, run = work / "whole-record" / "buffer", work / "whole-distil" / "FashionMNISTMini" / "1" / "ConvNetD1W8" / "run"
+    buffer, run = (
+        work / "whole-record" / "buffer",
+        work / "whole-distil" / "FashionMNISTMini" / "1" / "ConvNetD1W8" / "run",
+    )
     record = [*DATA, *EXPERTS, "--zca", "--buffer_path", "{}/buffer", "--ranking_path", "{}/rankings"]
     distil = [*DATA, *RUN, "--zca", "True", "--buffer_path", str(buffer), "--log_dir", "{}"]
     scores = [*DEVICE, *SCORES, "--synthetic", str(run), "--out", "{}/scores.json"]
@@ -134,7 +187,9 @@ def main() -> int:
     began, turn = time.monotonic(), 0
 
     def enough(stage: Stage) -> bool:
-        return time.monotonic() - began > 60 * arguments.minutes if arguments.minutes else stage.kills >= arguments.kills
+        return (
+            time.monotonic() - began > 60 * arguments.minutes if arguments.minutes else stage.kills >= arguments.kills
+        )
 
     while not all(enough(stage) for stage in stages):
         for stage in stages:
@@ -145,10 +200,15 @@ def main() -> int:
                 shutil.rmtree(folder)
         turn += 1
     rows = [
-        {"stage": stage.name, "seconds": f"{stage.seconds:.1f}", "kills": stage.kills, "runs completed": stage.completed,
-         "lost": len(stage.lost)}
+        {
+            "stage": stage.name,
+            "seconds": f"{stage.seconds:.1f}",
+            "kills": stage.kills,
+            "runs completed": stage.completed,
+            "lost": len(stage.lost),
+        }
         for stage in stages
-    ]  # fmt: skip
+    ]
     print(result_table(rows, list(rows[0])))
     for stage in stages:
         for what in stage.lost:

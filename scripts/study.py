@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run a study, a grid of methods, sizes and seeds on one data set: study.py configs/studies/cifar10.yaml. See --help."""
+"""Run a study, a grid of methods, sizes and seeds: study.py configs/studies/cifar10.yaml. See --help."""
 
 import sys
 from pathlib import Path

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import slow
 
 from pad.data.augment import DSA
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.difficulty.methods import score_network
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.evaluation import Protocol
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import adjoint, unroll
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
@@ -48,8 +49,8 @@ def relative(ours, theirs):
         pytest.param("memory", [], ["unrolled / adjoint", "    2 ", "    4 "], marks=linux),
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
         ("distributed", [], ["float32: gradients off by", "    1 ", "    2 "]),
-        ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "stochastic"]),
-        ("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
+        ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "Craig"]),
+        slow("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
         ("ranking_quality", [], ["agreement of GraNd", "2 networks", "10 wrongly labelled", "Forgetting"]),
     ],
 )
@@ -72,6 +73,7 @@ def test_the_script_prints_its_table(name, options, rows, monkeypatch, tmp_path,
         assert row in out
 
 
+@pytest.mark.slow
 @linux
 def test_memory_is_measured_in_a_process_that_finds_its_modules_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -91,8 +93,8 @@ def test_the_plain_network_is_ours():
 
 
 def test_adjoint_and_unrolled_loop_give_the_same_gradients():
-    problem = common.Matching(2, 8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    problem = common.Matching(depth=2, width=8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     for ours, theirs in zip(
         matching.adjoint(problem.model, *rest), matching.unrolled(problem.plain, *rest), strict=True
     ):
@@ -100,20 +102,20 @@ def test_adjoint_and_unrolled_loop_give_the_same_gradients():
 
 
 def test_tesla_holds_lam_constant():
-    problem = common.Matching(2, 8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
-    data = (problem.images, problem.labels, problem.lr)
+    problem = common.Matching(depth=2, width=8, n=10, batch=4, count=5, side=8, dtype=torch.float64)
+    data = problem.data
     ends = (problem.start, problem.target)
     path = unroll(problem.model, problem.start, *data, problem.steps)
     _, lam = matching_loss(path[-1], *ends)
-    parts = [adjoint(problem.model, path[i:], *data, [step], lam) for i, step in enumerate(problem.steps)]
-    tesla = matching.truncated(problem.plain, problem.model, *ends, *data, problem.steps)
-    exact = matching.adjoint(problem.model, *ends, *data, problem.steps)
+    parts = [adjoint(problem.model, path[i:], *data, [step], lam=lam) for i, step in enumerate(problem.steps)]
+    tesla = matching.truncated(problem.plain, problem.model, *ends, data, problem.steps)
+    exact = matching.adjoint(problem.model, *ends, data, problem.steps)
     for i, expected in enumerate(map(sum, zip(*parts))):
         assert relative(tesla[1 + i], expected) < 1e-10
         assert relative(tesla[1 + i], exact[1 + i]) > 1e-4
 
-    one = matching.truncated(problem.plain, problem.model, *ends, *data, problem.steps[:1])
-    for ours, theirs in zip(one, matching.adjoint(problem.model, *ends, *data, problem.steps[:1])):
+    one = matching.truncated(problem.plain, problem.model, *ends, data, problem.steps[:1])
+    for ours, theirs in zip(one, matching.adjoint(problem.model, *ends, data, problem.steps[:1])):
         assert relative(ours, theirs) < 1e-10
 
 
@@ -150,7 +152,7 @@ def test_a_ranking_taken_on_the_way_is_that_of_a_shorter_training():
     found = ranking_quality.grand_after(images, data, settings, 0, 1, [1, 3])
     for epochs, ours in found.items():
         shorter = dataclasses.replace(settings, epochs=epochs)
-        network = ScoringTask(images, data.train_labels, 10, shorter, 0).train(1)
+        network = ScoringTraining(images, data.train_labels, 10, shorter, 0).train(1)
         theirs = score_network(["GraNd"], network, images, data.train_labels).scores["GraNd"]
         torch.testing.assert_close(ours, theirs)
     assert relative(found[3], found[1]) > 0.01
@@ -221,9 +223,13 @@ def test_what_does_not_fit_goes_on_in_a_straight_line(monkeypatch, capsys):
     measured["kept"] = measured["micro"] = measured["adjoint"]
     monkeypatch.setattr(memory, "in_child", lambda kind, count, **problem: measured[kind][count])
     monkeypatch.setattr(memory, "available_memory", lambda: 100e6)  # too little for the 90 MB at 8 steps
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: argparse.Namespace(
-        width=8, depth=1, side=8, images=10, steps=[8, 2, 4], kinds=memory.KINDS, case=None, tiny=False
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "parse_args",
+        lambda *_: argparse.Namespace(
+            width=8, depth=1, side=8, images=10, steps=[8, 2, 4], kinds=memory.KINDS, case=None, tiny=False
+        ),
+    )
     memory.main([])
     out = capsys.readouterr().out
     assert "~90.0" in out and "~9.0" in out and "~50.0" not in out

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pad.coresets import first_of_each_class, hard_logits
+from pad.difficulty.ranking import first_of_each_class
 from pad.errors import InputError
+from pad.labels import hard_logits
 
 ROWS = [torch.tensor([4, 0, 2]), torch.tensor([5, 1]), torch.tensor([3, 6, 8, 7])]  # classes of several sizes
 

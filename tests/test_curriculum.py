@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pad.commands.record import BufferSettings, refuse_other_recipe
+from pad.config import RECIPE
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
-from pad.settings import BufferSettings
-from pad.stages import recording
 
 README = Curriculum(0.75, 20, 40, 60, 0.1, 0.2)  # the published CIFAR-10 setting
 
@@ -106,6 +106,7 @@ def test_where_a_ranking_is_needed():
     late = Curriculum(0.5, 0, 3, 5, 0.0, 0.1)
     assert [late.uses_ranking(epochs) for epochs in (1, 4, 6, 7)] == [False, False, False, True]
 
+
 # ---- other schedules
 
 
@@ -142,8 +143,12 @@ def test_shares_that_are_whole_numbers_of_images():
     cubes = Curriculum(0.729, 3, add_schedule="geometric")
     assert [cubes.window(epoch, 1000)[1] for epoch in range(4)] == [729, 810, 900, 1000]
     assert [Curriculum(0.0001, 4, add_schedule="geometric").window(e, 10**5)[1] for e in range(5)] == [
-        10, 100, 1000, 10**4, 10**5
-    ]  # fmt: skip
+        10,
+        100,
+        1000,
+        10**4,
+        10**5,
+    ]
 
 
 @pytest.mark.parametrize("schedule", ADD_SCHEDULES)
@@ -201,7 +206,7 @@ def test_both_removals_agree_where_each_share_begins(second):
 
 def test_the_published_curriculum_is_the_default():
     assert (Curriculum().add_schedule, Curriculum().removal) == ("linear", "step")
-    named = Curriculum(0.75, 20, 40, 60, 0.1, 0.2, "linear", "step")
+    named = Curriculum(0.75, 20, 40, 60, 0.1, 0.2, add_schedule="linear", removal="step")
     assert named == README
 
 
@@ -227,15 +232,12 @@ def test_where_a_ranking_is_needed_by_other_schedules():
 # ---- which buffers other experts may join
 
 
-def refusal_to_join(monkeypatch, made_with: dict, **wanted) -> str:
+def refusal_to_join(made_with: dict, **wanted) -> str:
     """Why experts of the ``wanted`` settings may not join a buffer of an expert recorded with ``made_with``, or ''."""
-    store = SimpleNamespace(experts=[0], header=lambda expert: {"settings": made_with, "seed": 0})
-    bench = SimpleNamespace(open_experts=lambda *_: store)
-    monkeypatch.setattr(recording, "recorded", lambda folder: [0])
-    settings = BufferSettings(**wanted).as_dict()
-    recipe = {key: settings[key] for key in settings if key in recording._EXPERT_RECIPE}
+    header = {"settings": made_with, "seed": 0}
+    store = SimpleNamespace(folder=Path("buffer"), experts=[0], header=lambda expert: header)
     try:
-        recording._check_buffer(Path("buffer"), recipe, bench, "ConvNet", None)
+        refuse_other_recipe(store, BufferSettings(**wanted).of(RECIPE))
     except InputError as error:
         return str(error)
     return ""
@@ -245,17 +247,17 @@ OTHER = [("add_schedule", "root"), ("add_schedule", "geometric"), ("removal", "l
 
 
 @pytest.mark.parametrize("key, value", OTHER)
-def test_a_buffer_from_before_these_settings_has_the_published_ones(key, value, monkeypatch):
+def test_a_buffer_from_before_these_settings_has_the_published_ones(key, value):
     old = {key: value for key, value in BufferSettings().as_dict().items() if key not in ("add_schedule", "removal")}
-    assert refusal_to_join(monkeypatch, old) == ""
+    assert refusal_to_join(old) == ""
     before = BufferSettings().as_dict()[key]
-    assert f"{key}: {before} in the buffer, {value} in" in refusal_to_join(monkeypatch, old, **{key: value})
+    assert f"{key}: {before} in the buffer, {value} in" in refusal_to_join(old, **{key: value})
 
 
 @pytest.mark.parametrize("key, value", OTHER)
-def test_experts_of_another_schedule_do_not_join(key, value, monkeypatch):
-    assert key in recording._EXPERT_RECIPE  # so it is written into every expert's file
+def test_experts_of_another_schedule_do_not_join(key, value):
+    assert key in BufferSettings.names(RECIPE)  # so it is written into every expert's file
     settings = BufferSettings().as_dict()
-    assert refusal_to_join(monkeypatch, settings | {key: value}, **{key: value}) == ""
-    assert f"{key}: {value} in the buffer" in refusal_to_join(monkeypatch, settings | {key: value})
-    assert f"{key}: {settings[key]} in the buffer, {value} in" in refusal_to_join(monkeypatch, settings, **{key: value})
+    assert refusal_to_join(settings | {key: value}, **{key: value}) == ""
+    assert f"{key}: {value} in the buffer" in refusal_to_join(settings | {key: value})
+    assert f"{key}: {settings[key]} in the buffer, {value} in" in refusal_to_join(settings, **{key: value})

@@ -18,18 +18,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pad.cli import run as command
+from pad.checkpoint import State
+from pad.cli import door
+from pad.commands.evaluate import EvaluationSettings, _read_set
+from pad.commands.table import COMMANDS, Command
+from pad.config import Settings
+from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd, fit_preprocessing
-from pad.data.sources import ImageData, load_data
-from pad.difficulty.rows import Ranking, read_published
-from pad.distiller import State
+from pad.data.sources import load_data
+from pad.difficulty.ranking import Ranking, read_published
 from pad.errors import InputError
-from pad.files import atomic_file, load_pt, load_tensors, save_pt, save_tensors, temporary_folder, write_text
-from pad.settings import EvaluationSettings
-from pad.stages.evaluating import _read_set
+from pad.store.files import atomic_file, save_picture, temporary_folder, write_text
+from pad.store.foreign import load_pt, save_pt
+from pad.store.published import export_published, import_published
+from pad.store.run import Place, Run
+from pad.store.tensors import load_tensors, save_tensors
+from pad.store.trajectories import TrajectoryStore, describe, expert_path, write_expert
 from pad.synthetic import SyntheticSet
-from pad.tracking import Run, save_picture
-from pad.trajectories import TrajectoryStore, describe, expert_path, export_published, import_published, write_expert
 
 PARAMETERS = [("weight", (3, 4)), ("bias", (3,))]
 DESCRIPTION = describe({"dataset": "CIFAR10"}, "MLP", PARAMETERS, {"kind": "meanstd", "digest": "0f"})
@@ -62,7 +67,7 @@ def synthetic(seed=0):
     classes = torch.tensor([0, 0, 1, 1])
     preprocessing = MeanStd.of((0.5, 0.4), (0.2, 0.3), "cpu")
     images, labels = draw(seed, 4, 2, 3, 3), draw(seed + 1, 4, 2)
-    return SyntheticSet(images, labels, torch.tensor(0.02), classes, metadata, preprocessing)
+    return SyntheticSet(images, labels, torch.tensor(0.02), classes, metadata, preprocessing=preprocessing)
 
 
 def artifact(folder, seed=0):
@@ -99,7 +104,7 @@ def checkpoint(folder, seed=0):
 
 def read_checkpoint(path):
     found = State.load(path, state())
-    counters = {name: getattr(found, name) for name in State._COUNTERS}
+    counters = found.counters
     return {str(i): tensor for i, tensor in enumerate(found.variables + found.momentum)}, counters
 
 
@@ -136,8 +141,11 @@ def read_replay_buffer(path):
 
 
 OURS = [
-    (trajectory, read_trajectory), (artifact, read_artifact), (ranking, read_ranking), (checkpoint, read_checkpoint),
-]  # fmt: skip
+    (trajectory, read_trajectory),
+    (artifact, read_artifact),
+    (ranking, read_ranking),
+    (checkpoint, read_checkpoint),
+]
 PUBLISHED = [
     (published_set, read_published_set),
     (published_ranking, read_published_ranking),
@@ -499,8 +507,8 @@ def test_settings_in_a_synthetic_set_are_checked_like_options(tmp_path, settings
     resaved(path, lambda tensors, metadata: metadata.update(settings=settings))
     ours = EvaluationSettings(synthetic=str(path))
     with pytest.raises(InputError, match=f"{next(iter(settings))}|no data set '../elsewhere'"):
-        _read_set(ours, set())
-        load_data(ours.dataset, tmp_path)
+        theirs, _ = _read_set(ours)
+        load_data(theirs.dataset, tmp_path)
 
 
 # ---- killed writers
@@ -585,7 +593,7 @@ class Disk:
 
 
 def go_on(folder, seed):
-    return Run.start(folder / "run", {"seed": seed}, resume=True, may_differ=["seed"])
+    return Run.start(Place(folder=folder / "run", resume=True, may_differ=["seed"]), {"seed": seed})
 
 
 def write_metrics(folder, seed):
@@ -655,8 +663,10 @@ def test_a_full_disk_harms_no_file_and_is_named(tmp_path, monkeypatch, kind):
 
 def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypatch, capsys):
 
+    recipe = Command("writer.py", Settings, lambda settings, ranks: write_text(tmp_path / "results.json", "text"))
+    monkeypatch.setitem(COMMANDS, "writer", recipe)
     Disk(monkeypatch, 0, 2)
-    assert command(lambda argv, ranks: write_text(tmp_path / "results.json", "text"), []) == 1
+    assert door("writer", []) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: No space left on device: {tmp_path / 'results.json'}") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -665,7 +675,16 @@ def test_the_command_says_which_file_a_full_disk_did_not_take(tmp_path, monkeypa
 def test_a_full_disk_keeps_no_fitted_preprocessing_and_stops_nothing(tmp_path, monkeypatch, caplog):
     images = torch.randint(0, 256, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(6) % 2
-    data = ImageData("ImageFolder", images, labels, images, labels, ("a", "b"), (0.5,), (0.5,))
+    data = ImageData(
+        name="ImageFolder",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=("a", "b"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     Disk(monkeypatch, 0, 2)
     fitted = fit_preprocessing(data, True, tmp_path)
     assert "is not kept" in caplog.text and not list(tmp_path.iterdir())

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from pad.difficulty import plots
-from pad.difficulty.rows import Ranking
+from pad.difficulty.ranking import Ranking
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
+from pad.show import difficulty as plots
+from pad.show.figures import save_figure
 
 
 def ranking(sizes, seed=0, scores=True, kind=torch.rand) -> Ranking:
@@ -70,8 +71,10 @@ def test_the_matrix_shows_the_numbers():
     axes = plots.plot_correlation(correlation, ["GraNd", "EL2N", "Herding"]).axes[0]
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert [[shown[j, i] for j in range(3)] for i in range(3)] == [
-        ["1.00", "-0.13", "0.00"], ["-0.13", "1.00", "0.00"], ["0.00", "0.00", "1.00"]
-    ]  # fmt: skip
+        ["1.00", "-0.13", "0.00"],
+        ["-0.13", "1.00", "0.00"],
+        ["0.00", "0.00", "1.00"],
+    ]
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [tick.get_text() for tick in ticks] == ["GraNd", "EL2N", "Herding"]
 
@@ -174,7 +177,7 @@ def test_scores_over_many_decades_are_on_a_logarithmic_scale():
 @pytest.mark.parametrize("classes", [2, 30])
 def test_scores_that_are_all_equal(value, classes, tmp_path):
     made = ranking([3] * classes, kind=lambda n, **how: torch.full((n,), value, dtype=torch.float64))
-    plots.save_figure(tmp_path / "s.png", plots.plot_scores(made, names(classes), "EL2N"))
+    save_figure(tmp_path / "s.png", plots.plot_scores(made, names(classes), "EL2N"))
 
 
 def test_many_classes_are_bands_of_quantiles_in_the_order_of_their_medians():
@@ -201,7 +204,7 @@ def test_an_order_without_scores_has_no_distribution():
 
 @pytest.mark.parametrize("schedule, removal", [("linear", "step"), ("geometric", "linear")])
 def test_the_curriculum_picture(schedule, removal):
-    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, schedule, removal)
+    curriculum = Curriculum(0.5, 4, 6, 9, 0.1, 0.3, add_schedule=schedule, removal=removal)
     which, number = plots.plot_curriculum(curriculum, 12, 50).axes
     windows = np.array([curriculum.window(epoch, 50) for epoch in range(12)])
     upper, edges, lower = which.patches[0].get_data()
@@ -215,15 +218,21 @@ def test_the_curriculum_picture(schedule, removal):
 # ---- files
 
 
+@pytest.mark.slow
 def test_every_picture_of_some_rankings(tmp_path):
     sizes = [12, 1, 7]
     rankings = {"GraNd": ranking(sizes), "EL2N": ranking(sizes, 1), "Herding": ranking(sizes, 2, scores=False)}
     arguments = rankings, coloured(20), names(3), Curriculum(0.5, 3), 10
     written = plots.plot_all(tmp_path / "new" / "folder", *arguments)
     wanted = [
-        "scores_GraNd.png", "images_GraNd.png", "scores_EL2N.png", "images_EL2N.png", "images_Herding.png",
-        "correlation.png", "curriculum.png",
-    ]  # fmt: skip
+        "scores_GraNd.png",
+        "images_GraNd.png",
+        "scores_EL2N.png",
+        "images_EL2N.png",
+        "images_Herding.png",
+        "correlation.png",
+        "curriculum.png",
+    ]
     assert [path.name for path in written] == wanted
     assert sorted((tmp_path / "new" / "folder").iterdir()) == sorted(written)
     for path in written:
@@ -239,6 +248,7 @@ def test_pictures_of_one_method(tmp_path):
     assert [path.name for path in written] == ["scores_GraNd.png", "images_GraNd.png"]
 
 
+@pytest.mark.slow
 def test_two_hundred_classes(tmp_path):
     rankings = {"GraNd": ranking([50] * 200), "Herding": ranking([50] * 200, 1, scores=False)}
     written = plots.plot_all(tmp_path, rankings, torch.zeros(10_000, 3, 8, 8), names(200), Curriculum(0.5, 3), 100)

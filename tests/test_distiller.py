@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 import os
@@ -6,14 +5,17 @@ import signal
 
 import pytest
 import torch
+from helpers import events_in
 
+from pad.checkpoint import SMALLEST_LR, State
 from pad.data.preprocessing import MeanStd
-from pad.distiller import SMALLEST_LR, Distiller, Schedule, State
+from pad.distiller import Distiller, Schedule
 from pad.errors import InputError, Stopped
-from pad.files import load_pt, load_tensors, save_tensors
-from pad.matching.base import Gradients, Objective
+from pad.matching.objective import Gradients, Objective
+from pad.store.foreign import load_pt
+from pad.store.run import Place, Run, run_state
+from pad.store.tensors import load_tensors, save_tensors
 from pad.synthetic import SyntheticSet
-from pad.tracking import Run, run_state
 
 K, IPC, SHAPE = 2, 2, (3, 4, 4)
 N = K * IPC
@@ -58,13 +60,20 @@ def closeness(current):
 def distiller(folder, objective, *, resume=False, accuracies=None, **changes):
     """A run in ``folder``. ``accuracies``: what evaluation finds, by iteration, in place of :func:`closeness`."""
     settings = dict(
-        iterations=11, eval_it=4, skip_first_eva=False, save_it=5, checkpoint_every=3, threshold=math.inf,
-        max_bad_iterations=3, rates=[0.3, 0.2, 0.1], momentum_y=0.9,
-    )  # fmt: skip
+        iterations=11,
+        eval_it=4,
+        skip_first_eva=False,
+        save_it=5,
+        checkpoint_every=3,
+        threshold=math.inf,
+        max_bad_iterations=3,
+        rates=[0.3, 0.2, 0.1],
+        momentum_y=0.9,
+    )
 
     def wrap(images, labels, lr, iteration):
         metadata = {"class_names": ["cat", "dog"], "iteration": iteration}
-        return SyntheticSet(images, labels, lr, torch.arange(K).repeat_interleave(IPC), metadata, MEANSTD)
+        return SyntheticSet(images, labels, lr, torch.arange(K).repeat_interleave(IPC), metadata, preprocessing=MEANSTD)
 
     evaluated = []
 
@@ -73,20 +82,22 @@ def distiller(folder, objective, *, resume=False, accuracies=None, **changes):
         evaluated.append((it, current.images, current.labels, current.lr))
         return {"ConvNet": (accuracies[it] if accuracies else closeness(current), 0.01, 5), "MLP": (0.9, 0.0, 1)}
 
-    run = Run.start(folder, {"name": folder.name}, resume=resume)
+    run = Run.start(Place(folder=folder, resume=resume), {"name": folder.name})
     state = initial_state()
     if changes.get("ema_decay"):
         state.average = state.images.clone()
-    ours = Distiller(run, state, objective, Schedule(**(settings | changes)), wrap, evaluate)
+    ours = Distiller(
+        run=run,
+        state=state,
+        objective=objective,
+        schedule=Schedule(**(settings | changes)),
+        synthetic=wrap,
+        evaluate=evaluate,
+    )
     ours.evaluated = evaluated
     if resume:
         ours.resume()
     return ours
-
-
-def events(folder, event):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
 
 def same(state, other):
@@ -103,8 +114,10 @@ def test_updates_are_those_of_torchs_sgd_with_momentum(tmp_path):
 
     reference = initial_state()
     variables = [variable.requires_grad_() for variable in reference.variables]
-    groups = [{"params": [v], "lr": rate, "momentum": momentum}
-              for v, rate, momentum in zip(variables, (0.3, 0.2, 0.1), (0.5, 0.9, 0.5))]  # fmt: skip
+    groups = [
+        {"params": [v], "lr": rate, "momentum": momentum}
+        for v, rate, momentum in zip(variables, (0.3, 0.2, 0.1), (0.5, 0.9, 0.5))
+    ]
     sgd = torch.optim.SGD(groups)
     for it in range(25):
         sgd.zero_grad()
@@ -112,11 +125,11 @@ def test_updates_are_those_of_torchs_sgd_with_momentum(tmp_path):
         loss = (1 + 0.5 * math.sin(it)) / 2 * sum(squares)
         loss.backward()
         sgd.step()
-        assert events(tmp_path / "run", "match")[it]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert events_in(tmp_path / "run", "match")[it]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for found, expected in zip((final.images, final.labels, final.lr), variables, strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert ours.objective.iterations == list(range(25)), "iterations run from 0 to Iteration"
-    last = events(tmp_path / "run", "match")[-1]
+    last = events_in(tmp_path / "run", "match")[-1]
     assert last.pop("loss") > 0
     assert last == {"event": "match", "iteration": 24, "lr": final.lr.item(), "updated": True, "skipped": 0}
 
@@ -126,10 +139,18 @@ def test_the_learning_rate_stays_positive(tmp_path):
     assert final.lr.item() == pytest.approx(SMALLEST_LR) and final.lr > 0
 
 
-@pytest.mark.parametrize("name, value", [
-    ("loss", 2.0), ("loss", math.nan), ("loss", math.inf), ("loss", -math.inf),
-    ("images", math.nan), ("labels", -math.inf), ("lr", math.inf),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("loss", 2.0),
+        ("loss", math.nan),
+        ("loss", math.inf),
+        ("loss", -math.inf),
+        ("images", math.nan),
+        ("labels", -math.inf),
+        ("lr", math.inf),
+    ],
+)
 def test_an_iteration_over_the_threshold_or_not_finite_changes_nothing(tmp_path, name, value):
     """Iteration 2 is bad; the others' losses are below the threshold."""
     states = {}
@@ -143,7 +164,7 @@ def test_an_iteration_over_the_threshold_or_not_finite_changes_nothing(tmp_path,
     for it in range(4):
         moved = [not torch.equal(a, b) for a, b in zip(states[it], states[it + 1], strict=True)]
         assert moved == [it != 2] * 6, it
-    metrics = events(tmp_path / "run", "match")
+    metrics = events_in(tmp_path / "run", "match")
     assert [entry["updated"] for entry in metrics] == [True, True, False, True, True]
     assert [entry["skipped"] for entry in metrics] == [0, 0, 1, 1, 1] and ours.state.skipped == 1
     assert [entry.get("bad") for entry in metrics] == [None, None, None if value == 2.0 else True, None, None]
@@ -169,7 +190,7 @@ def test_too_many_bad_iterations_in_a_row_stop_the_run_with_its_state_saved(tmp_
     assert stop.value.code == 1
     saved = State.load(ours.checkpoint, initial_state())
     assert same(saved, ours.state) and saved.iteration == 7 and saved.skipped == 5
-    assert [entry["iteration"] for entry in events(tmp_path / "run", "match")] == list(range(7))
+    assert [entry["iteration"] for entry in events_in(tmp_path / "run", "match")] == list(range(7))
 
     again = distiller(tmp_path / "run", Quadratic(), resume=True)
     again.distill()
@@ -208,10 +229,12 @@ def test_the_set_moves_between_the_steps_of_an_iteration(tmp_path):
         velocity = 0.5 * velocity + (at - GOAL[0])
         at = at - 0.3 * velocity
     torch.testing.assert_close(final.images, at)
-    assert [(entry["loss"], entry["updated"]) for entry in events(tmp_path / "run", "match")] == [(2.0, True)] * 3
+    assert [(entry["loss"], entry["updated"]) for entry in events_in(tmp_path / "run", "match")] == [(2.0, True)] * 3
 
 
-@pytest.mark.parametrize("bad, recorded", [({"images": math.nan}, 1.5), ({"loss": math.inf}, None), ({"loss": 4.0}, 2.5)])
+@pytest.mark.parametrize(
+    "bad, recorded", [({"images": math.nan}, 1.5), ({"loss": math.inf}, None), ({"loss": 4.0}, 2.5)]
+)
 def test_a_bad_step_ends_its_iteration_and_changes_nothing(tmp_path, bad, recorded):
     def change(it, step, found):
         return broken(found, **bad) if (it, step) == (1, 1) else None
@@ -222,14 +245,16 @@ def test_a_bad_step_ends_its_iteration_and_changes_nothing(tmp_path, bad, record
     assert sorted(seen) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     assert not torch.equal(seen[1, 0], seen[1, 1]), "the step before it counts"
     assert torch.equal(seen[1, 1], seen[2, 0])
-    metrics = events(tmp_path / "run", "match")
+    metrics = events_in(tmp_path / "run", "match")
     assert [entry["loss"] for entry in metrics] == [2.0, recorded, 2.0]
     assert [entry["updated"] for entry in metrics] == [True, False, True] and ours.state.skipped == 1
     assert [entry.get("bad") for entry in metrics] == [None, None if bad == {"loss": 4.0} else True, None]
 
 
 def test_iterations_that_end_in_a_bad_step_are_counted_once_each(tmp_path):
-    ours = distiller(tmp_path / "run", Stepped(3, lambda it, step, found: broken(found, images=math.nan) if step else None))
+    ours = distiller(
+        tmp_path / "run", Stepped(3, lambda it, step, found: broken(found, images=math.nan) if step else None)
+    )
     with pytest.raises(Stopped, match="3 iterations in a row"):
         ours.distill()
     assert [(it, step) for it, step, _ in ours.objective.seen] == [(it, step) for it in range(3) for step in range(2)]
@@ -350,12 +375,12 @@ def test_evaluation_comes_before_the_update_of_its_iteration_and_after_the_last(
     for it, *tensors in ours.evaluated:
         assert all(torch.equal(a, b) for a, b in zip(tensors, before[it], strict=True)), it
 
-    found = events(tmp_path / "run", "evaluation")
+    found = events_in(tmp_path / "run", "evaluation")
     assert [(entry["iteration"], entry["network"]) for entry in found] == [
         (it, network) for it in expected for network in ("ConvNet", "MLP")
     ]
     assert {key: found[1][key] for key in ("accuracy", "std", "n")} == {"accuracy": 0.9, "std": 0.0, "n": 1}
-    everything = [(e["iteration"], e["event"]) for e in ours.run.events()]
+    everything = [(e["iteration"], e["event"]) for e in events_in(tmp_path / "run")]
     assert everything == sorted(everything, key=lambda entry: entry[0])
     assert everything.index((4, "evaluation")) < everything.index((4, "match"))
     pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
@@ -398,8 +423,11 @@ def rough(it, found):
 
 def files(folder):
     """Name -> bytes of all that does not depend on the clock."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "timing.jsonl"}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timing.jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -501,8 +529,8 @@ def test_a_signal_in_an_evaluation_ends_it_with_the_state_saved_before_it(tmp_pa
 def test_a_signal_between_iteration_and_evaluation_is_not_lost(tmp_path, monkeypatch):
     save = State.save
 
-    def interrupted(self, path, *more):
-        save(self, path, *more)
+    def interrupted(self, path, **more):
+        save(self, path, **more)
         if self.iteration == 12:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -573,21 +601,31 @@ def test_a_checkpoint_of_other_arithmetic_is_used_with_one_line_said(tmp_path, c
 def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference_named(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     identity = {"model": "ConvNet", "data": {"dataset": "CIFAR10", "size": [32, 32]}, "settings": {"ipc": 1}}
-    initial_state().save(path, 1, identity)
-    assert same(State.load(path, initial_state(), 1, identity | {"newer": 1}), initial_state())
+    initial_state().save(path, identity=identity)
+    assert same(State.load(path, initial_state(), processes=1, identity=identity | {"newer": 1}), initial_state())
     for change, words in (
         ({"model": "ConvNetD4"}, "model: ConvNet in the checkpoint, ConvNetD4 in the config"),
         ({"data": {"dataset": "CIFAR10", "size": [64, 64]}}, r"data size: \[32, 32\] in the checkpoint, \[64, 64\] in"),
         ({"settings": {}, "model": "ConvNet"}, "settings ipc: 1 in the checkpoint, nothing in the config"),
     ):
         with pytest.raises(InputError, match=f"checkpoint.safetensors: {words}"):
-            State.load(path, initial_state(), 1, identity | change)
+            State.load(path, initial_state(), processes=1, identity=identity | change)
 
 
-@pytest.mark.parametrize("change", [
-    {"format": 2}, {"iteration": -1}, {"iteration": "3"}, {"iteration": 2.0}, {"best": None}, {"skipped": None},
-    {"arithmetic": 3}, {"identity": []},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"iteration": -1},
+        {"iteration": "3"},
+        {"iteration": 2.0},
+        {"best": None},
+        {"skipped": None},
+        {"arithmetic": 3},
+        {"identity": []},
+    ],
+    ids=str,
+)
 def test_a_checkpoint_that_says_something_else_than_a_checkpoint_is_refused(tmp_path, change):
     path = tmp_path / "checkpoint.safetensors"
     initial_state().save(path)

@@ -18,17 +18,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pad import evaluation, networks
+from pad import evaluation
 from pad.data.augment import DSA, NoAugmentation
 from pad.data.preprocessing import MeanStd
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.distributed import ALONE, PeerLost, join
 from pad.errors import InputError
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import inner_steps, unrolled_gradients
+from pad.nn import networks
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 FORK = multiprocessing.get_context("fork")
@@ -41,9 +42,14 @@ def launch(size, work, *, timeout=60, attempts=3):
 
         def rank(number):
             os.environ.update(
-                RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
-            )  # fmt: skip
+                RANK=str(number),
+                LOCAL_RANK=str(number),
+                WORLD_SIZE=str(size),
+                LOCAL_WORLD_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
+            )
             Path(folder, f"{number} began").touch()
             ranks = join()
             Path(folder, str(number)).write_bytes(pickle.dumps(work(ranks)))
@@ -110,21 +116,41 @@ def test_sums_shares_and_what_the_main_rank_found():
         lone = torch.arange(6.0).view(2, 3).T * (ranks.rank + 1)  # not contiguous
         ranks.all_reduce_(lone)
         found = ranks.on_main(
-            lambda: Found("zca", {"empty": torch.empty(0, 3), "ints": torch.arange(4), "view": torch.eye(3)[:, 1]},
-                          MeanStd.of((0.5,), (0.25,), "cpu"))
-        )  # fmt: skip
+            lambda: Found(
+                "zca",
+                {"empty": torch.empty(0, 3), "ints": torch.arange(4), "view": torch.eye(3)[:, 1]},
+                MeanStd.of((0.5,), (0.25,), "cpu"),
+            )
+        )
         nothing = ranks.on_main(lambda: None)
         return (
-            matrix.tolist(), scalar.item(), column.tolist(), lone.tolist(), list(ranks.deal(range(7))),
-            ranks.gather((ranks.rank, ranks.is_main)), found.name, [t.tolist() for t in found.tensors.values()],
-            found.preprocessing.apply(torch.ones(1, 1, 1, 1)).item(), found.preprocessing.identity["kind"], nothing,
-        )  # fmt: skip
+            matrix.tolist(),
+            scalar.item(),
+            column.tolist(),
+            lone.tolist(),
+            list(ranks.deal(range(7))),
+            ranks.gather((ranks.rank, ranks.is_main)),
+            found.name,
+            [t.tolist() for t in found.tensors.values()],
+            found.preprocessing.apply(torch.ones(1, 1, 1, 1)).item(),
+            found.preprocessing.identity["kind"],
+            nothing,
+        )
 
     results = on_ranks(3, work)
     expected = (
-        [[6.0] * 3] * 2, 111.0, [[6.0]] * 2, (torch.arange(6.0).view(2, 3).T * 6).tolist(), None,
-        [(0, True), (1, False), (2, False)], "zca", [[], [0, 1, 2, 3], [0.0, 1.0, 0.0]], 2.0, "meanstd", None,
-    )  # fmt: skip
+        [[6.0] * 3] * 2,
+        111.0,
+        [[6.0]] * 2,
+        (torch.arange(6.0).view(2, 3).T * 6).tolist(),
+        None,
+        [(0, True), (1, False), (2, False)],
+        "zca",
+        [[], [0, 1, 2, 3], [0.0, 1.0, 0.0]],
+        2.0,
+        "meanstd",
+        None,
+    )
     assert [result[:4] + (None,) + result[5:] for result in results] == [expected] * 3
     assert [result[4] for result in results] == [[0, 3, 6], [1, 4], [2, 5]]
 
@@ -169,7 +195,9 @@ def test_what_ranks_cannot_share_is_refused(monkeypatch):
         assert device == "cpu" and same is None
         assert many.startswith("2 processes") and "1 CUDA device" in many and "--nproc_per_node=1" in many
         assert "--device cpu" in mixed
-        assert different == "the images are not the same for all processes of this run; give all machines the same files"
+        assert (
+            different == "the images are not the same for all processes of this run; give all machines the same files"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- exactness
@@ -190,22 +218,29 @@ def matching_gradients(model, augmentation, n, batch, depth_ratio, loss_ratio, r
     steps = inner_steps(n, batch, 3, augmentation, generator(0, "steps", n))
     start = 0.1 * start
     found = unrolled_gradients(
-        model, start, images, labels, torch.tensor(0.05, dtype=torch.float64), steps,
-        lambda theta: matching_loss(theta, start, start + 0.01 * target, depth_ratio, loss_ratio), ranks,
-    )  # fmt: skip
+        model,
+        start,
+        images,
+        labels,
+        torch.tensor(0.05, dtype=torch.float64),
+        steps,
+        objective=lambda theta: matching_loss(theta, start, start + 0.01 * target, depth_ratio, loss_ratio),
+        ranks=ranks,
+    )
     return [found.loss, found.images, found.labels, found.lr]
 
 
 CASES = [
     ("MLP", DSA(kind, siamese), 7, 5, 0.0, 0.0)  # steps of 2 and 5 images
-    for kind in ("color", "crop", "cutout", "flip", "scale", "rotate") for siamese in (False, True)
+    for kind in ("color", "crop", "cutout", "flip", "scale", "rotate")
+    for siamese in (False, True)
 ] + [
     ("MLP", NoAugmentation(), 6, 6, 0.3, 0.0),
     ("MLP", DSA(), 8, 3, 0.0, 0.4),
     ("ConvNetD1W8", DSA(), 8, 8, 0.25, 0.25),
     ("ConvNetD1W8", DSA("scale"), 3, 1, 0.0, 0.0),  # less than one image for each rank
     ("MLP", DSA("rotate", siamese=True), 3, 1, 0.0, 0.0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -233,14 +268,23 @@ class Rows:
         self.model = model
 
     def rows(self, expert, epochs):
-        return torch.stack([
-            0.1 * torch.randn(self.model.num_parameters, generator=generator(expert, "rows", e)) for e in epochs
-        ])  # fmt: skip
+        return torch.stack(
+            [0.1 * torch.randn(self.model.num_parameters, generator=generator(expert, "rows", e)) for e in epochs]
+        )
 
 
 def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_main_rank():
     """Calls of the derivatives are counted: BatchNorm's statistics are those of a whole batch, so it does not split."""
-    sampler = SegmentSampler([0, 1], 1, 0, 2, False, 1, 1, seed=0)
+    sampler = SegmentSampler(
+        experts=[0, 1],
+        expert_epochs=1,
+        min_start_epoch=0,
+        max_start_epoch=2,
+        sequential=False,
+        current_max_start_epoch=1,
+        expansion_end_epoch=1,
+        seed=0,
+    )
     rng = generator(0, "set")
     images, labels = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((6, *SHAPE), (6, CLASSES)))
 
@@ -250,7 +294,18 @@ def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_mai
             model, sizes = flat_model(name), []
             grad = model.grad
             model.grad = lambda theta, x, p: (sizes.append(len(x)), grad(theta, x, p))[1]
-            objective = TrajectoryObjective(model, Rows(model), sampler, DSA("flip"), 2, 6, 0.0, 0.0, 0, ranks)
+            objective = TrajectoryObjective(
+                model=model,
+                store=Rows(model),
+                sampler=sampler,
+                augmentation=DSA("flip"),
+                syn_steps=2,
+                batch_syn=6,
+                depth_ratio=0.0,
+                loss_ratio=0.0,
+                seed=0,
+                ranks=ranks,
+            )
             found = objective.gradients(3, images, labels, torch.tensor(0.01, dtype=torch.float64))
             out.append(([getattr(found, field).numpy() for field in ("loss", "images", "labels", "lr")], sizes))
         return out
@@ -278,15 +333,15 @@ def test_dealt_networks_are_those_of_one_process():
 
     def work(ranks):
         epochs, seen = [], []
-        task = ScoringTask(images, labels, CLASSES, settings, 0)
+        task = ScoringTraining(images, labels, CLASSES, settings, 0)
         found = score_images(["GraNd"], task, lambda *at: epochs.append(at), ranks)
         together = {}
         for count in (1, 2):
             protocol = evaluation.Protocol(DSA("flip"), epochs=2, batch_size=5, together=count)
-            scores = evaluation.score_all(
-                protocol, cases, 3, 0.05, images, labels, ranks, lambda *at: seen.append(at)
-            )
-            together[count] = [(s.network, s.accuracies) for s in scores]
+            tested = {"test_images": images, "test_labels": labels, "ranks": ranks}
+            evaluated = evaluation.Evaluation(protocol=protocol, lr=0.05, **tested)
+            results = evaluated.run(cases, 3, progress=lambda *at: seen.append(at))
+            together[count] = [(each.network, each.accuracies) for each in results]
         return found.scores["GraNd"].tolist(), together, epochs, len(seen)
 
     ranking, together, epochs, seen = work(ALONE)
@@ -308,7 +363,11 @@ def test_a_killed_rank_is_noticed_by_the_others_at_once():
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         started, lost = time.monotonic(), []
-        for operation in (lambda: ranks.all_reduce_(torch.ones(3)), lambda: ranks.gather(1), lambda: ranks.on_main(dict)):
+        for operation in (
+            lambda: ranks.all_reduce_(torch.ones(3)),
+            lambda: ranks.gather(1),
+            lambda: ranks.on_main(dict),
+        ):
             try:
                 operation()
             except PeerLost as error:
@@ -346,9 +405,13 @@ def test_processes_that_do_not_come_are_said(monkeypatch):
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in dict(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
         TORCHELASTIC_USE_AGENT_STORE="True",
-    ).items():  # fmt: skip
+    ).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="do not find each other"):
         join()

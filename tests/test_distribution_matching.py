@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_distributed import on_ranks
 
-from pad import kernels
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.distributed import ALONE
-from pad.fused import blocks_of
 from pad.matching.distribution import DistributionObjective, matched_blocks
 from pad.matching.real import RealBatches
-from pad.networks import build
+from pad.nn import kernels
+from pad.nn.fused import blocks_of
+from pad.nn.networks import build
 from pad.rng import generator
 
 CLASSES, IPC, PER_CLASS, SHAPE, SEED = 3, 2, 24, (3, 16, 16), 5
@@ -34,7 +34,13 @@ def network(name, it):
 
 def objective(name, blocks=1, augmentation=NoAugmentation(), rows=ROWS, seed=SEED, ranks=ALONE):
     return DistributionObjective(
-        lambda it: network(name, it), RealBatches(REAL, rows, 10), augmentation, blocks, "BN" not in name, seed, ranks
+        network=lambda it: network(name, it),
+        real=RealBatches(REAL, rows, 10),
+        augmentation=augmentation,
+        blocks=blocks,
+        separable="BN" not in name,
+        seed=seed,
+        ranks=ranks,
     )
 
 
@@ -63,8 +69,9 @@ def plain(name, it, blocks, augmentation, rows=ROWS):
                     means[kind, number + i, depth] = sum(output[i * size : (i + 1) * size]) / size
     loss = sum(
         ((means["synthetic", c, depth] - means["real", c, depth]) ** 2).sum()
-        for c in range(CLASSES) for depth in range(blocks)
-    )  # fmt: skip
+        for c in range(CLASSES)
+        for depth in range(blocks)
+    )
     return loss.item(), torch.autograd.grad(loss, x)[0]
 
 

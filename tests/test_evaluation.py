@@ -7,13 +7,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
+from pad.commands.bench import Workbench
+from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, NoAugmentation, augment
-from pad.evaluation import Protocol, Score, accuracy, score
-from pad.functional import COMPILE_CALLS, FlatModel, compiler_available
-from pad.networks import build
+from pad.evaluation import Accuracies, Evaluation, Protocol, accuracy
+from pad.nn.derivatives import COMPILE_CALLS, Compiled, compiler_available
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.settings import EvaluationSettings
-from pad.stages.workbench import evaluation_protocol
 
 K, SHAPE = 3, (3, 8, 8)
 
@@ -33,17 +34,23 @@ def network(name="ConvNetD1W8", seed=0):
 
 def train(protocol, nets, sets, lr, rngs, flat=True):
     """Train networks by the gradient of their structure; returns how often it was formed, of one and of several."""
-    model, calls = FlatModel(nets[0], protocol.compile), {"grad": 0, "grads": 0}
-    model.compiled = model.compiled or flat  # takes the way of compiled code, by functions that are not
+    calls = {"grad": 0, "grads": 0}
 
-    def counted(name, f):
-        def call(*args):
-            calls[name] += 1
-            return f(*args)
+    class Counted(FlatModel):
+        def grad(self, *args):
+            calls["grad"] += 1
+            return super().grad(*args)
 
-        return call
+        def grads(self, *args):
+            calls["grads"] += 1
+            return super().grads(*args)
 
-    model.grad, model.grads = counted("grad", model.grad), counted("grads", model.grads)
+    with pytest.MonkeyPatch.context() as patch:
+        if flat and protocol.compile == "off":  # takes the way of compiled code, by functions that are not
+            patch.setattr(torch, "compile", lambda f, **options: f)
+            model = Counted(nets[0], Compiled)
+        else:
+            model = Counted(nets[0], protocol.compile)
     protocol.train(model, nets, sets, lr, rngs)
     return calls["grad"], calls["grads"]
 
@@ -90,14 +97,28 @@ def plain_training(net, images, p, lr, epochs, batch_size, augmentation, rng):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("name", ["ConvNetW8", "MLP", "ConvNetD1W8BN"])
-@pytest.mark.parametrize("epochs, batch_size, augmentation, hard", [
-    (5, 4, NoAugmentation(), False), (4, 10, NoAugmentation(), True), (3, 64, DSA(), False),
-    (6, 3, DSA(siamese=True), False), (1, 4, DSA(), True), (0, 4, DSA(), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "epochs, batch_size, augmentation, hard",
+    [
+        (5, 4, NoAugmentation(), False),
+        (4, 10, NoAugmentation(), True),
+        (3, 64, DSA(), False),
+        (6, 3, DSA(siamese=True), False),
+        (1, 4, DSA(), True),
+        (0, 4, DSA(), False),
+    ],
+)
 def test_training_is_the_published_protocol(name, epochs, batch_size, augmentation, hard, flat):
     images, p = training_set(hard=hard)
     ours, theirs = network(name), network(name)
-    calls = train(Protocol(augmentation, epochs, batch_size), [ours], [(images, p)], 0.05, [generator(1, "x")], flat)
+    calls = train(
+        Protocol(augmentation, epochs=epochs, batch_size=batch_size),
+        [ours],
+        [(images, p)],
+        0.05,
+        [generator(1, "x")],
+        flat,
+    )
     rates = plain_training(theirs, images, p, 0.05, epochs, batch_size, augmentation, generator(1, "x"))
     dropped = epochs - (epochs // 2 + 1) if epochs > 1 else 0
     assert [math.isclose(rate, 0.05) for rate in rates] == [True] * (epochs + 1 - dropped) + [False] * dropped
@@ -114,7 +135,10 @@ def test_networks_trained_together_are_those_trained_alone(name):
     sets = [(randn(j, (10, *shape)), training_set(10, 10 * j, hard=j == 1)[1]) for j in range(3)]
     together, alone = ([build(name, 3, K, shape[1:], j).double() for j in range(3)] for _ in range(2))
     protocol = Protocol(DSA(), epochs=4, batch_size=4)
-    assert train(protocol, together, sets, 0.05, [generator(j, "x") for j in range(3)]) == (0, 0 if "BN" in name else 15)
+    assert train(protocol, together, sets, 0.05, [generator(j, "x") for j in range(3)]) == (
+        0,
+        0 if "BN" in name else 15,
+    )
     for j, net in enumerate(alone):
         start = {key: value.clone() for key, value in net.state_dict().items()}
         train(protocol, [net], [sets[j]], 0.05, [generator(j, "x")])
@@ -122,10 +146,11 @@ def test_networks_trained_together_are_those_trained_alone(name):
         assert_same_state(together[j], net)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="no compiler")
 @pytest.mark.parametrize("together", [1, 2])
 def test_compiled_training_is_the_same_by_few_graphs(together, monkeypatch):
-    """The graphs are those of a real compilation, which would take long; tests/test_functional.py has one."""
+    """The graphs are those of a real compilation, which would take long; tests/test_flat.py has one."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
     graphs = []
@@ -182,30 +207,38 @@ def test_accuracy_is_the_share_of_right_answers_and_uses_running_statistics():
 
 
 def test_mean_and_population_deviation():
-    result = Score("ConvNet", [0.5, 0.6, 0.9])
+    result = Accuracies("ConvNet", [0.5, 0.6, 0.9])
     mean = 2.0 / 3
     std = math.sqrt(((0.5 - mean) ** 2 + (0.6 - mean) ** 2 + (0.9 - mean) ** 2) / 3)
     assert result.n == 3 and result.mean == pytest.approx(mean) and result.std == pytest.approx(std)
     assert result.as_dict() == {
-        "network": "ConvNet", "mean": result.mean, "std": result.std, "n": 3, "accuracies": [0.5, 0.6, 0.9],
-    }  # fmt: skip
-    assert Score("ConvNet", [0.4]).std == 0
+        "network": "ConvNet",
+        "mean": result.mean,
+        "std": result.std,
+        "n": 3,
+        "accuracies": [0.5, 0.6, 0.9],
+    }
+    assert Accuracies("ConvNet", [0.4]).std == 0
 
 
 TEST_IMAGES = randn(20, (400, *SHAPE)).float()
 TEST_LABELS = torch.randint(K, (400,), generator=torch.Generator().manual_seed(0))
 
 
+def evaluation_by(protocol, lr):
+    return Evaluation(protocol=protocol, lr=lr, test_images=TEST_IMAGES, test_labels=TEST_LABELS)
+
+
 def scores(name="ConvNetD1W8", indices=range(3), seed=0, sets=None, **how):
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=seed, **how)
     images, p = training_set()
     sets = sets or (lambda j: (images.float(), p.float()))
-    *_, last = score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)
+    *_, last = evaluation_by(protocol, 0.1).train(name, indices, sets)
     return last.accuracies
 
 
 @pytest.mark.parametrize("name, together", [("ConvNetD1W8BN", 1), ("ConvNetD1W8", 1), ("ConvNetD1W8", 2)])
-def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set(name, together):
+def test_an_accuracy_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_set(name, together):
     asked, indices = [], [0, 1, 4]
 
     def sets(j):
@@ -214,8 +247,10 @@ def test_a_score_is_yielded_after_each_network_and_trains_fresh_ones_on_the_jth_
         return images.float(), p.float()
 
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5, together=together)
-    progress = [(s.network, s.n, list(s.accuracies), list(asked))
-                for s in score(protocol, name, indices, sets, 0.1, TEST_IMAGES, TEST_LABELS)]  # fmt: skip
+    progress = [
+        (s.network, s.n, list(s.accuracies), list(asked))
+        for s in evaluation_by(protocol, 0.1).train(name, indices, sets)
+    ]
     expected = []
     for at, j in enumerate(indices):
         net = build(name, SHAPE[0], K, SHAPE[1:], 5, "evaluation", j)
@@ -251,7 +286,7 @@ def test_two_training_sets_are_compared_on_the_same_networks():
     accuracies = []
     for images, p in (a, b):
         sets = images.float(), p.float()
-        *_, last = score(protocol, "ConvNetD1W8", range(3), lambda j: sets, 0.0, TEST_IMAGES, TEST_LABELS)
+        *_, last = evaluation_by(protocol, 0.0).train("ConvNetD1W8", range(3), lambda j: sets)
         accuracies.append(last.accuracies)
     assert accuracies[0] == accuracies[1] and len(set(accuracies[0])) > 1
 
@@ -274,14 +309,24 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
         evaluation._flat_model.cache_clear()
 
 
-@pytest.mark.parametrize("mode, device, num_sets, expected", [
-    ("auto", "cpu", 1, "fused"), ("auto", "cpu", 2, "auto"), ("auto", "cuda", 1, "on"), ("off", "cuda", 2, "off"),
-    ("on", "cpu", 1, "on"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, device, num_sets, expected",
+    [
+        ("auto", "cpu", 1, "fused"),
+        ("auto", "cpu", 2, "auto"),
+        ("auto", "cuda", 1, "on"),
+        ("off", "cuda", 2, "off"),
+        ("on", "cpu", 1, "on"),
+    ],
+)
 def test_what_is_compiled_is_decided_by_all_steps_of_an_architecture(mode, device, num_sets, expected):
     """Ten networks a set, two batches an epoch."""
     epochs = COMPILE_CALLS // (10 * 2) - 2  # and epoch 0
-    settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == expected
-    settings.epoch_eval_train += 1
-    assert evaluation_protocol(settings, torch.device(device), 100, num_sets).compile == {"fused": "auto"}.get(expected, expected)
+    bench = Workbench(data=None, device=torch.device(device), zca=False)
+
+    def chosen(epochs: int) -> str:
+        settings = EvaluationSettings(num_eval=10, epoch_eval_train=epochs, batch_train=64, compile=mode)
+        return bench.protocol(settings, 100, num_sets).compile
+
+    assert chosen(epochs) == expected
+    assert chosen(epochs + 1) == {"fused": "auto"}.get(expected, expected)

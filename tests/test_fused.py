@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from pad import kernels
-from pad.functional import FlatModel
-from pad.fused import FusedConvNet, _Block, _DualBlock, forward_of
-from pad.networks import build
+from pad.nn import kernels
+from pad.nn.flat import FlatModel
+from pad.nn.fused import Block, DualBlock, FusedConvNet, forward_of
+from pad.nn.networks import InstanceNorm, Network, build
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels cannot be built here")
 EPS = 1e-5
@@ -34,7 +35,7 @@ SHAPES = [(3, 8, 6, 4), (2, 16, 7, 5), (1, 24, 2, 9), (5, 32, 32, 32), (2, 8, 3,
 def test_block_is_its_definition(shape):
     arguments = [randn(*shape) * 2 + 3, randn(shape[1], seed=1), randn(shape[1], seed=2)]
     ours, theirs = ([t.clone().requires_grad_() for t in arguments] for _ in range(2))
-    out, expected = _Block.apply(*ours, EPS), plain_block(*theirs)
+    out, expected = Block.apply(EPS, *ours), plain_block(*theirs)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     cotangent = randn(*expected.shape, seed=3)
     for a, b in zip(torch.autograd.grad(out, ours, cotangent), torch.autograd.grad(expected, theirs, cotangent)):
@@ -46,7 +47,7 @@ def test_dual_block_is_the_derivative_along_a_direction(shape):
     x, dx = randn(*shape) * 2 + 3, randn(*shape, seed=1)
     weight, dweight, bias, dbias = (randn(shape[1], seed=seed) for seed in range(2, 6))
     ours, theirs = ([t.clone().requires_grad_() for t in (x, dx, weight, bias)] for _ in range(2))
-    outs = _DualBlock.apply(ours[0], ours[1], ours[2], dweight, ours[3], dbias, EPS)
+    outs = DualBlock.apply(EPS, *ours, dweight, dbias)
     point, along = (theirs[0], theirs[2], theirs[3]), (theirs[1], dweight, dbias)
     expected = torch.func.jvp(plain_block, point, along)
     cotangents = [randn(*expected[0].shape, seed=seed) for seed in (6, 7)]
@@ -66,31 +67,32 @@ def test_any_strides_will_do(strides):
         "every other": x.repeat_interleave(2, dim=1)[:, ::2],
     }[strides]
     weight, bias = randn(32, seed=1)[::2], randn(16, seed=2)
-    torch.testing.assert_close(_Block.apply(laid_out, weight, bias, EPS), plain_block(x, weight, bias))
+    torch.testing.assert_close(Block.apply(EPS, laid_out, weight, bias), plain_block(x, weight, bias))
 
 
 def test_float32_is_as_exact_as_its_format():
     x, weight, bias = randn(2, 16, 32, 32) + 30, randn(16, seed=1), randn(16, seed=2)
-    out = _Block.apply(x.float(), weight.float(), bias.float(), EPS)
+    out = Block.apply(EPS, x.float(), weight.float(), bias.float())
     torch.testing.assert_close(out.double(), plain_block(x, weight, bias), rtol=0, atol=2e-5)
 
 
 def test_a_plane_without_variance_is_not_divided_by_zero():
     x = torch.full((1, 8, 4, 4), 2.0, dtype=torch.float64, requires_grad=True)
     weight, bias = randn(8, seed=1), randn(8, seed=2)
-    out = _Block.apply(x, weight, bias, EPS)
+    out = Block.apply(EPS, x, weight, bias)
     torch.testing.assert_close(out, bias.clamp(min=0)[None, :, None, None].expand(1, 8, 2, 2))
     assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name, channels, size", [
-    ("ConvNet", 3, (16, 16)), ("ConvNetD4W8", 3, (33, 21)), ("ConvNetD2W16", 1, (28, 28)), ("ConvNetD1W8", 2, (5, 6)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, channels, size",
+    [("ConvNet", 3, (16, 16)), ("ConvNetD4W8", 3, (33, 21)), ("ConvNetD2W16", 1, (28, 28)), ("ConvNetD1W8", 2, (5, 6))],
+)
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_derivatives_equal_autograd(name, channels, size, micro_batch):
     module = build(name, channels, 4, size, 0).double()
     plain, model = FlatModel(module), FlatModel(module, "fused", micro_batch)
-    assert model.fused and model.compile == "fused"
+    assert model.compile == "fused"
     theta = plain.flatten(module)
     theta, lam = theta + 0.1 * randn(*theta.shape), randn(*theta.shape, seed=1)
     x, p = randn(5, channels, *size), randn(5, 4, seed=3)  # p need not add up to one
@@ -100,16 +102,47 @@ def test_derivatives_equal_autograd(name, channels, size, micro_batch):
         assert (ours - theirs).norm() < 1e-11 * theirs.norm()
 
 
-@pytest.mark.parametrize("name, fits", [
-    ("ConvNet", True), ("ConvNetD5W64", True), ("ConvNetIN", True), ("ConvNetBN", False), ("ConvNetGN", False),
-    ("ConvNetNP", False), ("ConvNetMP", False), ("ConvNetAL", False), ("MLP", False), ("LeNet", False),
-    ("ResNet18", False), ("VGG11", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fits",
+    [
+        ("ConvNet", True),
+        ("ConvNetD5W64", True),
+        ("ConvNetIN", True),
+        ("ConvNetBN", False),
+        ("ConvNetGN", False),
+        ("ConvNetNP", False),
+        ("ConvNetMP", False),
+        ("ConvNetAL", False),
+        ("MLP", False),
+        ("LeNet", False),
+        ("ResNet18", False),
+        ("VGG11", False),
+    ],
+)
 def test_which_networks_are_fused(name, fits):
     module = build(name, 3, 10, (32, 32), 0)
     assert FusedConvNet.fits(module) is fits
     assert FlatModel(module, "fused").compile == ("fused" if fits else "off")
     assert FlatModel(module, "off").compile == "off"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda parts: type("Own", (nn.Sequential,), {})(*parts),
+        lambda parts: nn.Sequential(type("Own", (nn.Conv2d,), {})(3, 8, 3, padding=1), *parts[1:]),
+        lambda parts: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), *parts[1:]),
+        lambda parts: nn.Sequential(nn.Conv2d(3, 8, 3, padding="same"), *parts[1:]),
+        lambda parts: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), *parts[1:]),
+        lambda parts: nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), InstanceNorm(12), *parts[2:]),
+        lambda parts: nn.Sequential(*parts[:3], nn.AvgPool2d(2, ceil_mode=True)),
+        lambda parts: nn.Sequential(*parts[:3], nn.AvgPool2d(3)),
+    ],
+)
+def test_blocks_that_only_look_like_those_of_the_kernels_are_not_fused(changed):
+    parts = nn.Conv2d(3, 8, 3, padding=1), InstanceNorm(8), nn.ReLU(), nn.AvgPool2d(2)
+    assert FusedConvNet.fits(Network([nn.Sequential(*parts)], 8, 10))
+    assert not FusedConvNet.fits(Network([changed(parts)], 8, 10))
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
@@ -121,7 +154,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             variables = [t.clone().requires_grad_() for t in (x, dx, weight, weight)]
-            outs = _DualBlock.apply(variables[0], variables[1], variables[2], weight, variables[3], weight, EPS)
+            outs = DualBlock.apply(EPS, *variables, weight, weight)
             results.append([*outs, *torch.autograd.grad([out.sum() for out in outs], variables)])
     finally:
         torch.set_num_threads(threads)
@@ -130,7 +163,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert model.grad(theta, randn(2, 3, 16, 16).float(), torch.ones(2, 10)).isfinite().all()
 
 
-BUILD = "import sys; from pad import kernels; print(kernels.library() is not None)"
+BUILD = "import sys; from pad.nn import kernels; print(kernels.library() is not None)"
 
 
 def build_in(folder, **environment):
@@ -138,6 +171,7 @@ def build_in(folder, **environment):
     return subprocess.run([sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_the_library_is_built_once_and_whole(tmp_path):
     assert build_in(tmp_path).stdout == "True\n"
     (library,) = tmp_path.glob("compiled-*/*")
@@ -146,6 +180,7 @@ def test_the_library_is_built_once_and_whole(tmp_path):
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("compiled-*/*")] == [built]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_reported_in_a_line(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no such flag >&2\nexit 1\n")
@@ -166,7 +201,7 @@ def test_logits_are_those_of_the_module():
 def test_tensors_elsewhere_are_refused():
     x = torch.empty(2, 8, 4, 4, device="meta")
     with pytest.raises(ValueError, match="CPU"):
-        _Block.apply(x, x[0, :, 0, 0], x[0, :, 0, 0], EPS)
+        Block.apply(EPS, x, x[0, :, 0, 0], x[0, :, 0, 0])
 
 
 @pytest.mark.parametrize("name, fused", [("ConvNetD2W8", True), ("ConvNetD2W8BN", False)])

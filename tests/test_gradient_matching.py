@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from test_distributed import on_ranks
 from torch import nn
 
-from pad import kernels
-from pad.coresets import hard_logits
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.distributed import ALONE
-from pad.functional import FlatModel
+from pad.labels import hard_logits
 from pad.matching.gradient import GradientObjective, gradient_distance
 from pad.matching.real import RealBatches
-from pad.networks import build
+from pad.nn import kernels
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 CLASSES, IPC, PER_CLASS, SHAPE, SEED = 3, 2, 24, (3, 8, 8), 5
@@ -41,12 +41,21 @@ def network(name, it):
 
 def objective(name="ConvNetD2W8", model=None, rows=ROWS, **changes):
     settings = dict(
-        augmentation=NoAugmentation(), training=NoAugmentation(), outer=1, inner=0, lr_net=0.05, batch_train=4,
-        depth_ratio=0.0, seed=SEED,
-    )  # fmt: skip
+        augmentation=NoAugmentation(),
+        training=NoAugmentation(),
+        outer=1,
+        inner=0,
+        lr_net=0.05,
+        batch_train=4,
+        depth_ratio=0.0,
+        seed=SEED,
+    )
     model = model or FlatModel(network(name, 0))
     return GradientObjective(
-        model, lambda it: model.flatten(network(name, it)), RealBatches(REAL, rows, 10), **(settings | changes)
+        model=model,
+        start=lambda it: model.flatten(network(name, it)),
+        real=RealBatches(REAL, rows, 10),
+        **(settings | changes),
     )
 
 
@@ -100,7 +109,10 @@ def plain_steps(ours, name, rows, it, x):
         (gradient,) = torch.autograd.grad(total, x)
         yield total.item(), gradient
         x = (x - RATE * gradient).detach()
-        sgd, rng = torch.optim.SGD(module.train().parameters(), ours.lr_net), generator(SEED, "inner training", it, step)
+        sgd, rng = (
+            torch.optim.SGD(module.train().parameters(), ours.lr_net),
+            generator(SEED, "inner training", it, step),
+        )
         for _ in range(ours.inner):
             for batch in torch.randperm(len(x), generator=rng).split(ours.batch_train):
                 sgd.zero_grad()
@@ -111,7 +123,9 @@ def plain_steps(ours, name, rows, it, x):
 
 def assert_equal(ours, name, rows=ROWS, it=3):
     x, count = images(), 0
-    for found, (loss, gradient) in zip(ours.steps(it, x, LABELS, LR), plain_steps(ours, name, rows, it, x), strict=True):
+    for found, (loss, gradient) in zip(
+        ours.steps(it, x, LABELS, LR), plain_steps(ours, name, rows, it, x), strict=True
+    ):
         assert found.loss.item() == pytest.approx(loss, rel=1e-10) and loss > 0
         assert gradient.norm() > 0 and (found.images - gradient).norm() < 1e-10 * gradient.norm()
         x -= RATE * found.images
@@ -127,9 +141,10 @@ def share(dropped, of=CONVNET):
 CASES = {
     "ConvNet": ("ConvNetD2W8", {}),
     "several steps": ("ConvNetD2W8", {"outer": 3, "inner": 2}),
-    "DSA, also in training": ("ConvNetD2W8", {
-        "augmentation": DSA(siamese=True), "training": DSA(), "outer": 3, "inner": 2, "depth_ratio": 0.25,
-    }),
+    "DSA, also in training": (
+        "ConvNetD2W8",
+        {"augmentation": DSA(siamese=True), "training": DSA(), "outer": 3, "inner": 2, "depth_ratio": 0.25},
+    ),
     "no training between steps": ("ConvNetD2W8", {"outer": 2, "inner": 0}),
     "a cut between tensors": ("ConvNetD2W8", {"depth_ratio": share(240)}),
     "a cut between rows": ("ConvNetD2W8", {"depth_ratio": share(240 + 3 * 72)}),
@@ -140,10 +155,17 @@ CASES = {
     "MLP": ("MLP", {"outer": 2, "inner": 1}),
     "MLP, a cut in a row": ("MLP", {"depth_ratio": 0.6, "augmentation": DSA("crop", siamese=True)}),
     "BatchNorm": ("ConvNetD2W8BN", {}),
-    "BatchNorm, several steps": ("ConvNetD2W8BN", {
-        "outer": 3, "inner": 2, "depth_ratio": 0.5, "augmentation": DSA("scale", siamese=True), "training": DSA("flip"),
-    }),
-}  # fmt: skip
+    "BatchNorm, several steps": (
+        "ConvNetD2W8BN",
+        {
+            "outer": 3,
+            "inner": 2,
+            "depth_ratio": 0.5,
+            "augmentation": DSA("scale", siamese=True),
+            "training": DSA("flip"),
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -201,9 +223,10 @@ def test_a_small_number_in_the_denominator():
     assert gradient_distance(0 * g, 0 * g, [(1, 2)]).item() == 1
 
 
-@pytest.mark.parametrize("dropped, expected", [
-    (0, 1 + HALF_WAY + 2), (1, 2 + HALF_WAY + 2), (2, HALF_WAY + 2), (3, 0 + 2), (4, 2), (5, 2), (6, 2), (7, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dropped, expected",
+    [(0, 1 + HALF_WAY + 2), (1, 2 + HALF_WAY + 2), (2, HALF_WAY + 2), (3, 0 + 2), (4, 2), (5, 2), (6, 2), (7, 0)],
+)
 def test_what_remains_of_a_row_counts(dropped, expected):
     g = torch.tensor([1.0, 1, 0, 1, 9, 1, 1], dtype=torch.float64)
     target = torch.tensor([1.0, -1, 1, 1, 9, -1, -1], dtype=torch.float64)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from pad.experts.gsam import GSAM
-from pad.functional import FlatModel
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 
 CLASSES = 4
 

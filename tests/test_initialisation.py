@@ -5,10 +5,10 @@ from torch import nn
 from pad import initialisation
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.functional import FlatModel
 from pad.initialisation import Experts, averaged_logits, class_order, initial_set, predicted_correctly
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
+from pad.nn.flat import FlatModel
 
 K, PER_CLASS, SHAPE = 3, 40, (1, 2, 3)
 
@@ -155,7 +155,7 @@ def test_batchnorm_is_asked_about_batches_of_all_classes():
     rows = class_order(labels, 2, 550, 0)
     assert model.accuracy(theta, images, labels) == 1 and model.accuracy(theta, images[:600], labels[:600]) < 0.7
     assert predicted_correctly(crowd, images, rows, 550).tolist() == torch.cat([row[:550] for row in rows]).tolist()
-    _, logits = initial_set("samples_predicted_correctly", images, labels, 2, 550, crowd, 0)
+    _, logits = initial_set("samples_predicted_correctly", images, labels, 2, 550, crowd, seed=0)
     assert logits.argmax(dim=1).tolist() == [0] * 550 + [1] * 550
 
 
@@ -185,7 +185,7 @@ def test_samples_predicted_correctly_come_with_their_averaged_labels(task):
     images, labels, thetas = task
     rows = class_order(labels, K, 12, 5)
     chosen, _ = plain_choice(thetas, images, rows, 12)
-    found, logits = initial_set("samples_predicted_correctly", images, labels, K, 12, experts(thetas), 5)
+    found, logits = initial_set("samples_predicted_correctly", images, labels, K, 12, experts(thetas), seed=5)
     assert torch.equal(found, images[chosen])
     for image, label, logit in zip(found, labels[chosen], logits, strict=True):
         of_right = [plain_logits(theta, image) for theta in thetas if is_right(theta, image, int(label))]
@@ -196,7 +196,7 @@ def test_samples_predicted_correctly_come_with_their_averaged_labels(task):
 def test_real_images_are_random_of_each_class_and_labelled_by_the_first_expert(task):
     images, labels, thetas = task
     asked = []
-    found, logits = initial_set("real", images, labels, K, 12, experts(thetas, asked), 5)
+    found, logits = initial_set("real", images, labels, K, 12, experts(thetas, asked), seed=5)
     rows = class_order(labels, K, 12, 5)
     assert torch.equal(found, images[torch.cat([row[:12] for row in rows])])
     expected = torch.stack([plain_logits(thetas[0], image) for image in found])
@@ -207,7 +207,9 @@ def test_real_images_are_random_of_each_class_and_labelled_by_the_first_expert(t
 def test_noise_is_standard_normal_with_one_hot_labels(task):
     images, labels, thetas = task
     asked = []
-    found, logits = initial_set("noise", images.float(), labels, K, 300, experts(thetas, asked), 5, noise_logit=4.0)
+    found, logits = initial_set(
+        "noise", images.float(), labels, K, 300, experts(thetas, asked), seed=5, noise_logit=4.0
+    )
     assert found.shape == (900, *SHAPE) and found.dtype == torch.float32 and not asked
     assert abs(found.mean()) < 0.05 and abs(found.std() - 1) < 0.05
     assert logits.dtype == torch.float32
@@ -232,7 +234,7 @@ def test_a_class_with_fewer_images_than_ipc_is_refused_before_any_work(task, kin
     keep = torch.cat([(labels != 1).nonzero().flatten(), (labels == 1).nonzero().flatten()[:6]])
     asked = []
     with pytest.raises(InputError, match="ipc: 7 images are asked for, but class 1 has 6"):
-        initial_set(kind, images[keep], labels[keep], K, 7, experts(thetas, asked), 0)
+        initial_set(kind, images[keep], labels[keep], K, 7, experts(thetas, asked), seed=0)
     assert not asked
 
 
@@ -245,14 +247,22 @@ def test_a_class_with_fewer_images_than_ipc_is_refused_before_any_work(task, kin
 def test_hard_labels_are_one_hot_and_have_no_gradient_to_the_last_bit(task, kind, truncated, dtype):
     images, labels, thetas = task
     thetas = [theta.to(dtype) for theta in thetas]
-    found, logits = initial_set(kind, images.to(dtype), labels, K, 12, experts(thetas), 5, hard=True)
+    found, logits = initial_set(kind, images.to(dtype), labels, K, 12, experts(thetas), seed=5, hard=True)
     classes = [c for c in range(K) for _ in range(12)]
-    assert logits.dtype == dtype and logits.softmax(dim=1).tolist() == [[float(c == k) for k in range(K)] for c in classes]
+    assert logits.dtype == dtype and logits.softmax(dim=1).tolist() == [
+        [float(c == k) for k in range(K)] for c in classes
+    ]
     steps = inner_steps(len(found), 7, 9, NoAugmentation(), torch.Generator().manual_seed(0))
     gradients = unrolled_gradients(
-        FlatModel(Linear()), thetas[0], found, logits, torch.tensor(0.1, dtype=dtype), steps,
-        lambda theta: matching_loss(theta, thetas[0], thetas[1]), truncated=truncated,
-    )  # fmt: skip
+        FlatModel(Linear()),
+        thetas[0],
+        found,
+        logits,
+        torch.tensor(0.1, dtype=dtype),
+        steps,
+        objective=lambda theta: matching_loss(theta, thetas[0], thetas[1]),
+        truncated=truncated,
+    )
     assert gradients.images.any() and gradients.lr != 0
     assert torch.equal(gradients.labels, torch.zeros_like(logits))
 
@@ -260,13 +270,15 @@ def test_hard_labels_are_one_hot_and_have_no_gradient_to_the_last_bit(task, kind
 @pytest.mark.parametrize("kind", ["samples_predicted_correctly", "real", "noise"])
 def test_hard_labels_go_with_the_same_images(task, kind):
     images, labels, thetas = task
-    soft, hard = (initial_set(kind, images, labels, K, 12, experts(thetas), 5, hard=hard) for hard in (False, True))
+    soft, hard = (
+        initial_set(kind, images, labels, K, 12, experts(thetas), seed=5, hard=hard) for hard in (False, True)
+    )
     assert torch.equal(soft[0], hard[0]) and not torch.equal(soft[1], hard[1])
 
 
 @pytest.mark.parametrize("kind", ["real", "noise"])
 def test_hard_labels_of_real_images_and_noise_need_no_experts(task, kind):
     images, labels, thetas = task
-    found, logits = initial_set(kind, images, labels, K, 12, None, 5, hard=True)
-    expected = initial_set(kind, images, labels, K, 12, experts(thetas), 5, hard=True)
+    found, logits = initial_set(kind, images, labels, K, 12, None, seed=5, hard=True)
+    expected = initial_set(kind, images, labels, K, 12, experts(thetas), seed=5, hard=True)
     assert torch.equal(found, expected[0]) and torch.equal(logits, expected[1])

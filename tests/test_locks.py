@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from pad import locks
 from pad.errors import InputError
-from pad.locks import claim, holder, in_turn, only_writer, remove_leftovers
+from pad.store import locks
+from pad.store.locks import claim, each_once, holder, in_turn, only_writer, remove_leftovers
 
 FORK = multiprocessing.get_context("fork")
 
@@ -125,6 +125,47 @@ def test_many_processes_never_hold_one_lock_together(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
     assert number.read_text() == "200" and not list(tmp_path.glob("folder/*"))
+
+
+def test_what_nobody_has_begun_comes_first_then_what_others_had(tmp_path):
+    def lock_of(item):
+        return tmp_path / f".{item}.lock"
+
+    worked = []
+
+    def work(item):
+        with claim(lock_of(item)) as again:
+            assert not again, "it is held"
+        worked.append(item)
+        if item == 2:
+            os.kill(process.pid, signal.SIGKILL)
+
+    with another(lock_of(1)) as process:
+        each_once([0, 1, 2], lock_of, work, "item {}".format)
+    assert worked == [0, 2, 1] and not list(tmp_path.iterdir())
+
+
+def test_several_processes_do_each_item_once(tmp_path):
+    done = tmp_path / "done"
+    done.touch()
+
+    def work(item):
+        if f"{item}\n" not in done.read_text():
+            time.sleep(0.01)
+            with open(done, "a") as handle:
+                handle.write(f"{item}\n")
+
+    def share():
+        each_once(range(9), lambda item: tmp_path / f".{item}.lock", work, "item {}".format)
+        assert len(done.read_text().split()) == 9, "whoever ends, all is done"
+
+    processes = [FORK.Process(target=share, daemon=True) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert sorted(done.read_text().split()) == [str(item) for item in range(9)] and list(tmp_path.iterdir()) == [done]
 
 
 def test_a_file_system_without_locks_is_said_once_and_work_goes_on(tmp_path, monkeypatch, caplog):

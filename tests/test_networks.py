@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_
 
 from pad.errors import InputError
-from pad.networks import NAMES, Network, build, evaluation_pool
+from pad.nn.networks import FAMILIES, NAMES, Network, build, evaluation_pool
 from pad.rng import seeded
 
 RGB32, RGB64, GREY28 = (3, (32, 32)), (3, (64, 64)), (1, (28, 28))
@@ -149,7 +149,7 @@ class Parameters:
 INSTANCE, BATCH, LAYER = (2, 3), (0, 2, 3), (1, 2, 3)
 
 
-def convnet(p, x, depth=3, dims=INSTANCE, activation=torch.relu, pool=F.avg_pool2d, groups=0):
+def convnet(p, x, *, depth=3, dims=INSTANCE, activation=torch.relu, pool=F.avg_pool2d, groups=0):
     for layer in range(depth):
         x = p.conv(x, padding=3 if layer == 0 and x.shape[1] == 1 else 1)
         if groups:
@@ -360,6 +360,7 @@ def test_second_derivatives_of_residual_blocks_agree():
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-10 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ConvNetD2W8BN", "LeNet", "ResNet18_AP"])
 def test_compiles_as_one_graph_with_torch_func_inside(name):
     net, x = network(name), images(RGB32, dtype=torch.float32)
@@ -380,10 +381,16 @@ def test_compiles_as_one_graph_with_torch_func_inside(name):
 @pytest.mark.parametrize(
     "name, nearest",
     [
-        ("ConvNett", "ConvNet"), ("convnetd4", "ConvNetD4"), ("ConvNetD9", "ConvNetD8"), ("ConvNetW3", "ConvNetW32"),
-        ("ResNet18_BN", "ResNet18BN"), ("VGG", "VGG11"), ("KIP", "ConvNetKIP"), ("", ""),
+        ("ConvNett", "ConvNet"),
+        ("convnetd4", "ConvNetD4"),
+        ("ConvNetD9", "ConvNetD8"),
+        ("ConvNetW3", "ConvNetW32"),
+        ("ResNet18_BN", "ResNet18BN"),
+        ("VGG", "VGG11"),
+        ("KIP", "ConvNetKIP"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_unknown_name_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(InputError) as error:
         network(name)
@@ -393,10 +400,17 @@ def test_unknown_name_is_refused_with_the_nearest(name, nearest):
 @pytest.mark.parametrize(
     "name, size",
     [
-        ("ConvNetD6", (32, 32)), ("ConvNetD7", (64, 64)), ("ConvNetD8", (128, 128)), ("ConvNetD4", (8, 64)),
-        ("VGG11", (16, 16)), ("LeNet", (8, 8)), ("AlexNet", (4, 4)), ("ResNet18_AP", (4, 4)), ("ResNet18", (8, 8)),
+        ("ConvNetD6", (32, 32)),
+        ("ConvNetD7", (64, 64)),
+        ("ConvNetD8", (128, 128)),
+        ("ConvNetD4", (8, 64)),
+        ("VGG11", (16, 16)),
+        ("LeNet", (8, 8)),
+        ("AlexNet", (4, 4)),
+        ("ResNet18_AP", (4, 4)),
+        ("ResNet18", (8, 8)),
     ],
-)  # fmt: skip
+)
 def test_images_too_small_are_refused(name, size):
     with pytest.raises(InputError) as error:
         build(name, 3, 10, size, 0)
@@ -408,6 +422,23 @@ def test_tiny_names_are_for_64_pixels():
         network("VGG11_Tiny")
     by_name, by_size = network("LeNet_Tiny", RGB64), network("LeNet", RGB64)
     assert all(torch.equal(a, b) for a, b in zip(by_name.parameters(), by_size.parameters()))
+
+
+# --- networks of one's own ------------------------------------------------------------------------
+
+
+def test_a_network_of_ones_own_is_one_line(monkeypatch):
+    block = torch.nn.Conv2d
+    monkeypatch.setitem(FAMILIES, "MyNet", lambda name, channels, size: [block(channels, 5, 3), block(5, 2, 3)])
+    net, x = network("MyNet", num_classes=7), images(RGB32, dtype=torch.float32)
+    assert shapes(net) == conv(3, 5, 3) + conv(5, 2, 3) + linear(2 * 28 * 28, 7)
+    assert [tuple(output.shape) for output in net.blocks(x)] == [(2, 5, 30, 30), (2, 2, 28, 28)]
+    assert torch.equal(net.classifier.weight, network("MyNet", num_classes=7).classifier.weight)
+    assert "MyNet" in NAMES and evaluation_pool("C", "MyNet") == ["MyNet", "ConvNet"]
+    with pytest.raises(InputError, match="the nearest name is MyNet"):
+        network("mynett")
+    with pytest.raises(InputError, match="MyNet does not fit images of 4 x 4 pixels"):
+        network("MyNet", (3, (4, 4)))
 
 
 # --- evaluation pools -----------------------------------------------------------------------------

@@ -6,21 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from pad import evaluation, stages
+from pad import evaluation
+from pad.commands.distil import distill
+from pad.commands.evaluate import EvaluationSettings, evaluate
+from pad.commands.record import BufferSettings, record_experts
+from pad.commands.trajectory import DistillSettings
 from pad.data import placement
 from pad.data.augment import DSA
+from pad.data.images import ImageData
 from pad.data.placement import HostImages, batches, fits, place, to_device
 from pad.data.preprocessing import fit_preprocessing
-from pad.data.sources import ImageData
 from pad.difficulty.methods import score_images
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
+from pad.experts.trainer import ExpertTraining
 from pad.initialisation import Experts, initial_set
-from pad.networks import build
-from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 
 N, SHAPE, CLASSES = 1500, (3, 8, 8), 4
 
@@ -31,7 +34,16 @@ def preprocessed(request, tmp_path_factory):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (N, *SHAPE), dtype=torch.uint8, generator=rng)
     labels = torch.arange(N) % CLASSES
-    data = ImageData("random", pixels, labels, pixels[:9], labels[:9], tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    data = ImageData(
+        name="random",
+        train_images=pixels,
+        train_labels=labels,
+        test_images=pixels[:9],
+        test_labels=labels[:9],
+        class_names=tuple("abcd"),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.4),
+    )
     preprocessing = fit_preprocessing(data, request.param == "zca", tmp_path_factory.mktemp("zca"))
     return SimpleNamespace(pixels=pixels, labels=labels, preprocessing=preprocessing, all=preprocessing.apply(pixels))
 
@@ -53,8 +65,11 @@ def test_placed_images_are_the_preprocessed_ones(preprocessed, both):
         assert torch.equal(on_device, preprocessed.all)
     torch.testing.assert_close(on_device, preprocessed.all, rtol=0, atol=1e-5)  # ZCA: products of other shapes
     assert (on_host.shape, on_host.dtype, on_host.device, len(on_host)) == (
-        on_device.shape, on_device.dtype, on_device.device, N
-    )  # fmt: skip
+        on_device.shape,
+        on_device.dtype,
+        on_device.device,
+        N,
+    )
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 255, 256, 257, 1023, 1024, 1025, 4000])
@@ -126,11 +141,9 @@ def test_half_of_what_is_free_or_kept_for_reuse_may_be_taken(monkeypatch, size, 
 
 def test_images_on_is_a_setting_with_three_values():
     assert BufferSettings().images_on == DistillSettings().images_on == "auto"
-    settings = BufferSettings()
-    settings.adopt({"images_on": "host"})
-    assert settings.images_on == "host"
+    assert BufferSettings().adopting({"images_on": "host"}).images_on == "host"
     with pytest.raises(InputError, match="images_on: 'disk' is not one of auto, device, host"):
-        settings.adopt({"images_on": "disk"})
+        BufferSettings().adopting({"images_on": "disk"})
 
 
 # ---------------------------------------------------------------------------------------------- copies
@@ -182,55 +195,103 @@ def test_experts_scores_and_initial_sets_are_the_same_from_both_places(preproces
     model, start = _flat()
     results = []
     for images in both:
-        task = ExpertTask(
-            model, images, preprocessed.labels, CLASSES, lambda epoch: torch.arange(0, N, 3),
-            GSAM(0.05, rho=0.5, alpha=0.4), DSA(), 64, 2, seed=0,
-        )  # fmt: skip
+        task = ExpertTraining(
+            model=model,
+            images=images,
+            labels=preprocessed.labels,
+            num_classes=CLASSES,
+            epoch_indices=lambda epoch: torch.arange(0, N, 3),
+            optimiser=GSAM(lr=0.05, rho=0.5, alpha=0.4),
+            augmentation=DSA(),
+            batch_size=64,
+            epochs=2,
+            seed=0,
+        )
         trajectory = torch.stack(list(task.train(0, start)))
         scoring = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
         names = ["GraNd", "CAL", "DeepFool", "Forgetting"]
-        scores = score_images(names, ScoringTask(images, preprocessed.labels, CLASSES, scoring, 0)).scores
-        experts = Experts(model, lambda k: trajectory[-1], 1)
+        scores = score_images(names, ScoringTraining(images, preprocessed.labels, CLASSES, scoring, 0)).scores
+        experts = Experts(model=model, parameters=lambda k: trajectory[-1], count=1)
         sets = [
-            initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, 0)
+            initial_set(kind, images, preprocessed.labels, CLASSES, 3, experts, seed=0)
             for kind in ("real", "noise", "samples_predicted_correctly")
         ]
         logits = model.logits(trajectory[-1], images)
-        accuracies = torch.tensor([
-            model.accuracy(trajectory[-1], images, preprocessed.labels),
-            evaluation.accuracy(build("ConvNetD1W8", 3, CLASSES, SHAPE[1:], 2), images, preprocessed.labels),
-        ])  # fmt: skip
+        accuracies = torch.tensor(
+            [
+                model.accuracy(trajectory[-1], images, preprocessed.labels),
+                evaluation.accuracy(build("ConvNetD1W8", 3, CLASSES, SHAPE[1:], 2), images, preprocessed.labels),
+            ]
+        )
         results.append([trajectory, *scores.values(), *(t for pair in sets for t in pair), logits, accuracies])
     assert not torch.equal(results[0][0][0], results[0][0][-1])
     for of_tensor, of_host in zip(*results, strict=True):
         assert torch.equal(of_tensor, of_host)
 
 
+@pytest.mark.slow
 def test_the_three_stages_give_the_same_files_from_both_places(tmp_path):
     files = []
     for images_on in ("device", "host"):
         out = tmp_path / images_on
         common = dict(
-            dataset="FashionMNISTMini", train_per_class=20, zca=True, model="ConvNetD1W8", images_on=images_on,
-            device="cpu", compile="off",
-        )  # fmt: skip
-        folder = stages.record_experts(BufferSettings(
-            **common, buffer_path=str(out / "buffers"), num_experts=1, train_epochs=2, batch_train=64, rho_max=0.1,
-            rho_min=0.1, lr_teacher=0.05,
-        ))  # fmt: skip
-        run = stages.distill(DistillSettings(
-            **common, buffer_path=str(out / "buffers"), log_dir=str(out / "runs"), name="run", Iteration=1,
-            syn_steps=2, expert_epochs=1, max_start_epoch=1, current_max_start_epoch=1, pix_init="real", eval_it=5,
-            skip_first_eva=True, num_eval=1, epoch_eval_train=2, lr_img=1.0, threshold=10.0,
-        ))  # fmt: skip
-        result = stages.evaluate(EvaluationSettings(
-            **common, synthetic=str(run), baselines="hard", num_eval=1, epoch_eval_train=2,
-            out=str(out / "scores.json"),
-        ), set(common))  # fmt: skip
+            dataset="FashionMNISTMini",
+            train_per_class=20,
+            zca=True,
+            model="ConvNetD1W8",
+            images_on=images_on,
+            device="cpu",
+            compile="off",
+        )
+        folder = record_experts(
+            BufferSettings(
+                **common,
+                buffer_path=str(out / "buffers"),
+                num_experts=1,
+                train_epochs=2,
+                batch_train=64,
+                rho_max=0.1,
+                rho_min=0.1,
+                lr_teacher=0.05,
+            )
+        )
+        run = distill(
+            DistillSettings(
+                **common,
+                buffer_path=str(out / "buffers"),
+                log_dir=str(out / "runs"),
+                name="run",
+                Iteration=1,
+                syn_steps=2,
+                expert_epochs=1,
+                max_start_epoch=1,
+                current_max_start_epoch=1,
+                pix_init="real",
+                eval_it=5,
+                skip_first_eva=True,
+                num_eval=1,
+                epoch_eval_train=2,
+                lr_img=1.0,
+                threshold=10.0,
+            )
+        )
+        result = evaluate(
+            EvaluationSettings(
+                **common,
+                synthetic=str(run),
+                baselines="hard",
+                num_eval=1,
+                epoch_eval_train=2,
+                out=str(out / "scores.json"),
+                given=frozenset(common),
+            )
+        )
         synthetic = run / "Normal" / "synthetic_last.safetensors"
-        files.append((
-            (folder / "expert_0000.safetensors").read_bytes(),
-            [synthetic.with_name(f"{name}_last.pt").read_bytes() for name in ("images", "labels", "lr")],
-            json.dumps(result["results"]),
-        ))  # fmt: skip
+        files.append(
+            (
+                (folder / "expert_0000.safetensors").read_bytes(),
+                [synthetic.with_name(f"{name}_last.pt").read_bytes() for name in ("images", "labels", "lr")],
+                json.dumps(result["results"]),
+            )
+        )
     assert files[0] == files[1]

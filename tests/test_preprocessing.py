@@ -7,10 +7,11 @@ import torch
 from kornia.enhance import ZCAWhitening
 
 from pad.data import preprocessing
-from pad.data.preprocessing import Preprocessing, fit_preprocessing
-from pad.data.sources import ImageData, load_data
+from pad.data.images import ImageData
+from pad.data.preprocessing import fit_preprocessing
+from pad.data.sources import load_data
 from pad.errors import InputError
-from pad.files import save_tensors
+from pad.store.tensors import save_tensors
 
 
 def random_data(count=300, shape=(3, 4, 5), seed=0) -> ImageData:
@@ -20,7 +21,16 @@ def random_data(count=300, shape=(3, 4, 5), seed=0) -> ImageData:
     images = (255 * (0.6 * noise.mean((1, 2, 3), keepdim=True) + 0.4 * noise.cumsum(-1) / shape[-1])).to(torch.uint8)
     labels = torch.arange(count) % 2
     mean, std = (0.4, 0.5, 0.6)[: shape[0]], (0.2, 0.25, 0.3)[: shape[0]]
-    return ImageData("random", images, labels, images[:7], labels[:7], ("a", "b"), mean, std)
+    return ImageData(
+        name="random",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:7],
+        test_labels=labels[:7],
+        class_names=("a", "b"),
+        mean=mean,
+        std=std,
+    )
 
 
 def formula(images: torch.Tensor, eps: float):
@@ -47,7 +57,7 @@ def test_mean_std_formula():
     data = random_data()
     transform = fit_preprocessing(data, zca=False)
     x = transform.apply(data.train_images)
-    wanted = (data.train_images.double() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).double())
+    wanted = data.train_images.double() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).double()
     wanted = wanted / torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1).double()
     assert x.dtype == torch.float32 and (x - wanted).abs().max() < 1e-6
     assert (transform.invert(x) - data.train_images / 255).abs().max() < 1e-6
@@ -127,7 +137,17 @@ def test_moments_are_exact(precision):
 def test_images_without_variance(tmp_path):
     """Whitening then divides by the root of eps."""
     images = torch.full((10, 1, 3, 3), 51, dtype=torch.uint8)
-    data = ImageData("flat", images, torch.zeros(10).long(), images, torch.zeros(10).long(), ("a",), (0.2,), (1.0,))
+    labels = torch.zeros(10).long()
+    data = ImageData(
+        name="flat",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=("a",),
+        mean=(0.2,),
+        std=(1.0,),
+    )
     transform = fit_preprocessing(data, True, tmp_path)
     assert transform.apply(images).abs().max() < 1e-6
     white = torch.eye(9).view(9, 1, 3, 3)
@@ -226,37 +246,7 @@ def test_identity_depends_on_what_it_should(tmp_path, monkeypatch):
             assert fit_preprocessing(data, True, tmp_path).identity["digest"] != identity["digest"]
 
 
-# ---- carried in files
-
-
-@pytest.mark.parametrize("zca", [True, False])
-def test_restored_from_what_a_file_carries(tmp_path, zca):
-    data = random_data()
-    transform = fit_preprocessing(data, zca, tmp_path)
-    tensors = {name: tensor.clone() for name, tensor in transform.tensors().items()}
-    restored = Preprocessing.from_tensors(json.loads(json.dumps(transform.identity)), tensors)
-    x = transform.apply(data.train_images)
-    assert restored.identity == transform.identity and torch.equal(restored.invert(x), transform.invert(x))
-    assert (restored.apply(data.train_images) - x).abs().max() < 5e-6
-    assert (restored.to("cpu").apply(data.train_images) - x).abs().max() < 5e-6
-    assert set(tensors) == set(restored.tensors()) == ({"mean", "unwhiten"} if zca else {"mean", "std"})
-
-
-@pytest.mark.parametrize("zca", [True, False])
-def test_what_is_no_preprocessing_is_refused(tmp_path, zca):
-    transform = fit_preprocessing(random_data(), zca, tmp_path)
-    identity, tensors = transform.identity, transform.tensors()
-    for bad_identity, bad_tensors in [
-        (identity, {}),
-        (identity, {**tensors, "mean": torch.zeros(2)}),
-        (identity, {**tensors, "more": torch.zeros(2)}),
-        ({**identity, "kind": "pca"}, tensors),
-        ({**identity, "kind": "meanstd" if zca else "zca"}, tensors),
-        ({"kind": identity["kind"]}, tensors),
-        (None, tensors),
-    ]:
-        with pytest.raises(InputError, match="the preprocessing in the file is not a whole"):
-            Preprocessing.from_tensors(bad_identity, bad_tensors)
+# ---- what cannot be used
 
 
 def test_images_of_another_shape_are_refused(tmp_path):
@@ -270,7 +260,17 @@ def test_images_of_another_shape_are_refused(tmp_path):
 
 def test_images_too_large_for_zca(tmp_path, fits):
     images = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
-    data = ImageData("ImageNet/x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), (0.5,) * 3, (0.2,) * 3)
+    labels = torch.arange(2)
+    data = ImageData(
+        name="ImageNet/x",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=("a", "b"),
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+    )
     with pytest.raises(InputError, match="ZCA of ImageNet/x at 128x128 pixels .*49152"):
         fit_preprocessing(data, True, tmp_path)
     assert not fits and not list(tmp_path.iterdir())

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pad.data.sources import ImageData
-from pad.difficulty.methods import METHODS, score_images
-from pad.difficulty.ranking import Ranking, obtain_rankings, ranking_file, read_published
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad import cli
+from pad.data.images import ImageData
+from pad.difficulty.methods import METHODS, Method, RankingSource, score_images
+from pad.difficulty.obtain import obtain_rankings, ranking_file
+from pad.difficulty.ranking import Ranking, read_published
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
-from pad.files import save_tensors
-from pad.locks import in_turn
+from pad.store.locks import in_turn
+from pad.store.tensors import save_tensors
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
 ROWS = [torch.tensor([9, 0, 6, 3]), torch.tensor([1, 4, 7, 10]), torch.tensor([11, 8, 5, 2])]
@@ -26,15 +28,28 @@ def make_data(name="CIFAR10", labels=LABELS, seed=0):
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=rng)
     classes = tuple(f"c{c}" for c in range(int(labels.max()) + 1))
-    return ImageData(name, images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
+    return ImageData(
+        name=name,
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=classes,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
 
 
 def obtain_all(data, sort_methods, folder, scoring=SCORING, seed=0, preprocessing=MEANSTD, **options):
-    images = data.train_images.float() / 255
-    return obtain_rankings(
-        data, images, data.train_labels, sort_methods, folder, scoring,
-        seed=seed, preprocessing=preprocessing, **options,
-    )  # fmt: skip
+    source = RankingSource(
+        data=data,
+        images=data.train_images.float() / 255,
+        labels=data.train_labels,
+        preprocessing=preprocessing,
+        scoring=scoring,
+        seed=seed,
+    )
+    return obtain_rankings(source, sort_methods, folder, **options)
 
 
 def obtain(data, sort_method, folder, *args, **options):
@@ -154,7 +169,7 @@ def test_own_form_that_is_not_whole_is_refused(tmp_path):
     save_tensors(path, good, about)
     assert_rows(Ranking.load(path), [torch.arange(1), torch.arange(1, 4)])
     save_tensors(path, good, about | {"kind": "trajectory"})
-    with pytest.raises(InputError, match="r.safetensors is not a difficulty ranking"):
+    with pytest.raises(InputError, match="r.safetensors is not a ranking"):
         Ranking.load(path)
     save_tensors(path, good, about | {"format": 2})
     with pytest.raises(InputError, match="format 2"):
@@ -299,7 +314,9 @@ def test_a_ranking_is_computed_written_and_reused(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pad")
     data, folder = make_data(), tmp_path / "new" / "folder"
     ranking = obtain(data, "GraNd", folder)
-    expected = score_images(["GraNd"], ScoringTask(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores["GraNd"]
+    expected = score_images(["GraNd"], ScoringTraining(data.train_images.float() / 255, LABELS, 3, SCORING, 0)).scores[
+        "GraNd"
+    ]
     assert torch.equal(ranking.scores, expected)
     for c, row in enumerate(ranking.rows):
         assert sorted(row.tolist()) == (LABELS == c).nonzero().flatten().tolist()
@@ -374,14 +391,14 @@ def test_methods_that_are_missing_share_a_training_and_the_others_are_read(tmp_p
     data = make_data()
     alone = {name: obtain(data, name, tmp_path / "alone" / name) for name in METHODS}
     obtain(data, "Craig", tmp_path)
-    before = (tmp_path / "CIFAR10_Craig.safetensors").stat()
+    before = (tmp_path / "CIFAR10_Craig.safetensors").stat().st_mtime_ns
     trained = []
     wanted = ["CIFAR10_CAL", "Herding", "Craig", "CAL", "CIFAR10_Submodular-GraphCut"]
     found = obtain_all(data, wanted, tmp_path, progress=lambda *at: trained.append(at))
     assert list(found) == wanted and trained == [(0, 0)]
     for name in wanted:
         assert_rows(found[name], alone[name.removeprefix("CIFAR10_")].rows)
-    assert (tmp_path / "CIFAR10_Craig.safetensors").stat() == before
+    assert (tmp_path / "CIFAR10_Craig.safetensors").stat().st_mtime_ns == before
     names = {"Craig", "CAL", "Herding", "Submodular-GraphCut"}
     assert {path.name for path in tmp_path.iterdir()} == {"alone"} | {
         f"CIFAR10_{name}.{suffix}" for name in names for suffix in ("pt", "safetensors")
@@ -403,6 +420,77 @@ def test_what_is_there_is_computed_anew_when_asked(tmp_path):
     Ranking(ROWS, None, {}).write_published(tmp_path / "CIFAR10_Mine.pt")
     with pytest.raises(InputError, match="there is no difficulty method 'Mine'"):
         obtain(data, "Mine", tmp_path, overwrite=True)
+
+
+def small(evidence):
+    return evidence.logits.double().square().sum(dim=1)
+
+
+class Watched:
+    """How large the logits of an image were in training, in sum."""
+
+    def __init__(self, labels):
+        self.total = torch.zeros(len(labels), dtype=torch.float64)
+
+    def __call__(self, indices, logits):
+        self.total[indices] += logits.abs().sum(dim=1)
+
+    def scores(self, epochs):
+        return self.total / epochs
+
+
+OF_ONES_OWN = {
+    "Mine_small": Method(kind="score", summary="small logits", needs="evidence", compute=small),
+    "Mine.bright": Method(
+        kind="score", summary="bright", needs="network", compute=lambda network, images, _: network(images).sum(dim=1)
+    ),
+    "Mine-watched": Method(kind="score", summary="small in training", needs="training", compute=Watched),
+    "Mine": Method(
+        kind="order", summary="small logits", needs="evidence", compute=lambda evidence, rng: small(evidence).argsort()
+    ),
+    "Mine_drawn": Method(
+        kind="order",
+        summary="any",
+        needs="nothing",
+        compute=lambda evidence, rng: torch.randperm(len(evidence), generator=rng),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_ONES_OWN)
+def test_a_method_of_ones_own_is_one_line(tmp_path, monkeypatch, capsys, name):
+    """Put into METHODS from outside, it is scored, drawn, sorted by in stage 1 and chosen coresets by."""
+    monkeypatch.setitem(METHODS, name, OF_ONES_OWN[name])
+    data = ["--dataset", "FashionMNISTMini", "--train_per_class", "6", "--model", "ConvNetD1W8"]
+    scoring = ["repeats", "1", "epochs", "1", "lr", "0.05", "batch", "30"]
+    flags = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(scoring)]
+    assert cli.score([*data, *flags, "--methods", f"GraNd,{name}", "--out", str(tmp_path), "--plot"]) == 0
+    assert f"\n{name} " in capsys.readouterr().out
+    stem = tmp_path / f"FashionMNISTMini_{name}"
+    ranking = Ranking.load(f"{stem}.safetensors")
+    assert Path(f"{stem}.pt").is_file() and (tmp_path / "plots_FashionMNISTMini" / f"images_{name}.png").is_file()
+    assert (ranking.scores is not None) == (tmp_path / "plots_FashionMNISTMini" / f"scores_{name}.png").is_file()
+    assert ranking.metadata["ranked_by"] == METHODS[name].kind
+    everything = {*vars(SCORING), "seed", "preprocessing"}
+    recorded = {"Mine": everything - {"repeats"}, "Mine_drawn": {"seed"}}.get(name, everything)
+    assert ranking.metadata["settings"].keys() == recorded
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    rankings = ["--ranking_path", str(tmp_path)]
+    core = ["--ipc", "2", "--out", str(tmp_path / "coreset")]
+    assert cli.coreset([*data, *rankings, *core, "--method", f"FashionMNISTMini_{name}"]) == 0
+    experts = ["--num_experts", "1", "--train_epochs", "1", "--add_end_epoch", "1", "--init_ratio", "0.5"]
+    experts += ["--batch_train", "30", "--rho_max", "0.01", "--rho_min", "0.01", "--compile", "off"]
+    experts += ["--buffer_path", str(tmp_path / "buffer"), "--sort_method", name]
+    assert cli.buffer([*data, *rankings, *experts]) == 0
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("kind, needs", [("order", "network"), ("order", "training"), ("score", "nothing")])
+def test_a_method_that_could_not_be_computed_cannot_be_made(kind, needs):
+    with pytest.raises(ValueError, match=f"of kind {kind} cannot need {needs}"):
+        Method(kind=kind, summary="", needs=needs, compute=small)
 
 
 class Stop(Exception):
@@ -443,7 +531,9 @@ def test_classes_of_unequal_size_have_our_form_only(tmp_path):
 
 def test_our_form_of_other_images_is_refused(tmp_path):
     obtain(make_data("ImageFolder"), "GraNd", tmp_path)
-    with pytest.raises(InputError, match="ImageFolder_GraNd.safetensors ranks other images: ImageFolder at 8 x 8"):
+    with pytest.raises(
+        InputError, match="GraNd.safetensors ranks other images: fingerprint: .* in the ranking, .* in the data set"
+    ):
         obtain(make_data("ImageFolder", seed=1), "GraNd", tmp_path)  # same labels, other pixels
 
 
@@ -457,7 +547,7 @@ def test_a_file_that_does_not_fit_is_refused_before_any_work(tmp_path):
         obtain(data, "EL2N", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CIFAR10_EL2N.safetensors", "CIFAR10_GraNd.pt"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="folder for rankings, .*file, cannot be made"):
+    with pytest.raises(InputError, match="nothing can be written to .*file: .*file is not a folder"):
         obtain(data, "GraNd", tmp_path / "file")
 
 
@@ -468,8 +558,10 @@ def test_a_second_process_waits_for_the_first_and_reads_its_rankings(tmp_path, m
 
     def second():
         begin.wait(30)
-        monkeypatch.setattr("pad.difficulty.ranking.compute_rankings", lambda *_, **__: os._exit(3))
-        monkeypatch.setattr(logging.getLogger("pad"), "info", lambda text, *_: text.startswith("waiting") and waiting.touch())
+        monkeypatch.setattr("pad.difficulty.obtain.compute_rankings", lambda *_, **__: os._exit(3))
+        monkeypatch.setattr(
+            logging.getLogger("pad"), "info", lambda text, *_: text.startswith("waiting") and waiting.touch()
+        )
         os._exit(0 if obtain(data, "EL2N", tmp_path).rows[0].tolist() == expected.rows[0].tolist() else 4)
 
     begin = multiprocessing.get_context("fork").Event()

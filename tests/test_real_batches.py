@@ -41,7 +41,9 @@ def test_a_class_of_which_nothing_is_left_is_refused_by_number(shares, c):
     if c is None:
         assert [len(row) for row in without_ends(rows, *shares)] == [1, 1]
         return
-    with pytest.raises(InputError, match=f"drop_easy: {shares[0]} and drop_hard: {shares[1]} leave no image of class {c}"):
+    with pytest.raises(
+        InputError, match=f"drop_easy: {shares[0]} and drop_hard: {shares[1]} leave no image of class {c}"
+    ):
         without_ends(rows, *shares)
 
 

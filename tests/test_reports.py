@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pad.reports import Outcome, comma_separated, markdown, plot, standard_error, summarise, write_report
+from pad.study.report import Outcome, comma_separated, markdown, plot, standard_error, summarise, write_report
 
 VALUES = {"A": [[0.40, 0.42], [0.44, 0.46], [0.41, 0.43]], "B": [[0.30, 0.31], [0.39, 0.40], [0.33, 0.34]]}
 
@@ -15,8 +15,9 @@ VALUES = {"A": [[0.40, 0.42], [0.44, 0.46], [0.41, 0.43]], "B": [[0.30, 0.31], [
 def outcomes(ipc: int = 10, methods=VALUES) -> list[Outcome]:
     return [
         Outcome(method, ipc, seed, accuracies, seconds=1.5)
-        for method, seeds in methods.items() for seed, accuracies in enumerate(seeds)
-    ]  # fmt: skip
+        for method, seeds in methods.items()
+        for seed, accuracies in enumerate(seeds)
+    ]
 
 
 def test_means_and_errors_are_over_seeds():
@@ -51,21 +52,34 @@ def test_one_seed_has_no_error():
 def test_the_table_of_a_size_begins_with_the_best():
     rows = summarise([*outcomes(10), *outcomes(1, {"B": [[0.9]], "A": [[0.1]], "C": [[0.5]]})])
     text = markdown(rows)
-    assert [line.split(" | ")[0] for line in text.splitlines() if line[:3] in ("| A", "| B", "| C")] == \
-        ["| B", "| C", "| A", "| A", "| B"]  # fmt: skip
+    assert [line.split(" | ")[0] for line in text.splitlines() if line[:3] in ("| A", "| B", "| C")] == [
+        "| B",
+        "| C",
+        "| A",
+        "| A",
+        "| B",
+    ]
     assert text.index("## 1 image per class") < text.index("## 10 images per class")
 
 
 def test_failed_cells_stand_in_the_table_with_their_reason():
-    rows = summarise([*outcomes()[:3], Outcome("B", 10, 0, [0.3]), Outcome("B", 10, 1, None, "the disk | is full"),
-                      Outcome("nanny", 10, 0, None, "nothing")])  # fmt: skip
+    rows = summarise(
+        [
+            *outcomes()[:3],
+            Outcome("B", 10, 0, [0.3]),
+            Outcome("B", 10, 1, None, "the disk | is full"),
+            Outcome("nanny", 10, 0, None, "nothing"),
+        ]
+    )
     text = markdown(rows)
     assert "| B | 30.00 | - | 1 of 2 |" in text
     assert "- B, ipc 10, seed 1: the disk | is full" in text
     assert "| nanny | - | - | 0 of 1 |" in text, "a name is not a number"
     assert {row["method"]: row["failed"] for row in csv.DictReader(io.StringIO(comma_separated(rows)))} == {
-        "A": "", "B": "seed 1: the disk | is full", "nanny": "seed 0: nothing",
-    }  # fmt: skip
+        "A": "",
+        "B": "seed 1: the disk | is full",
+        "nanny": "seed 0: nothing",
+    }
 
 
 def test_the_csv_holds_the_table():

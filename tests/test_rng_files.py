@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from pad.errors import InputError
-from pad.files import atomic_file, load_pt, load_tensors, open_tensors, save_pt, save_tensors, write_text
-from pad.networks import build
+from pad.nn.networks import build
 from pad.rng import derive_seed, generator, seeded
+from pad.store.files import atomic_file, write_text
+from pad.store.foreign import load_pt, save_pt
+from pad.store.tensors import load_tensors, open_tensors, save_tensors
 
 # Random streams
 
@@ -146,7 +148,9 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
 def test_it_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle)
+    )
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("replace") or replace(*paths))
     write_text(tmp_path / "file", "text")
     assert events[0].startswith(f"{tmp_path}/file.") and events[1:] == ["replace", str(tmp_path)]
@@ -212,7 +216,7 @@ def test_tensors_come_back_with_their_description(tmp_path):
     assert described == metadata and set(loaded) == set(tensors)
     assert all(loaded[name].equal(tensors[name]) and loaded[name].dtype == tensors[name].dtype for name in tensors)
     with open_tensors(str(path)) as (file, described):
-        assert described == metadata and file.row("a", 1).tolist() == [3, 4, 5] and file.keys() == sorted(tensors)
+        assert described == metadata and file.row("a", 1).tolist() == [3, 4, 5] and list(file.layout) == sorted(tensors)
         assert file.layout["b"] == (torch.int64, (2,))
     loaded["a"] += 1
     assert load_tensors(path)[0]["a"].equal(tensors["a"])  # what was read is a copy

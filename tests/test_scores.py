@@ -10,7 +10,7 @@ from torch import nn
 from pad.difficulty import scores
 from pad.difficulty.evidence import Evidence, collect_evidence
 from pad.difficulty.scores import ForgettingEvents, cal, deepfool, deepfool_perturbation, el2n, grand
-from pad.networks import build
+from pad.nn.networks import build
 
 
 def random_task(n=40, classes=3, size=8, seed=0):
@@ -49,7 +49,9 @@ def test_inner_products_of_last_layer_gradients():
     evidence = collect_evidence(network, images, labels)
     products = (evidence.errors @ evidence.errors.T) * (1 + evidence.features @ evidence.features.T)
     torch.testing.assert_close(products, gradients @ gradients.T, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(evidence.errors, evidence.probabilities - F.one_hot(labels, 4), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        evidence.errors, evidence.logits.softmax(dim=1) - F.one_hot(labels, 4), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_errors_of_the_easiest_images_are_not_rounded_to_zero():

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from test_distributed import on_ranks
 
 from pad.data.augment import DSA, augment
-from pad.data.sources import ImageData
-from pad.difficulty import methods
+from pad.data.images import ImageData
 from pad.difficulty.evidence import collect_evidence
-from pad.difficulty.methods import METHODS, compute_rankings, score_images, score_network
+from pad.difficulty.methods import METHODS, Method, RankingSource, compute_rankings, score_images, score_network
 from pad.difficulty.scores import ForgettingEvents, el2n
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
-from pad.networks import build
+from pad.nn.networks import build
 from pad.rng import generator
 
 SMALL = ScoringSettings("ConvNetD1W8", repeats=2, epochs=3, lr=0.05, batch=16)
@@ -36,14 +35,28 @@ def make_data(sizes=(12, 1, 9), seed=0):
     labels = labels[torch.randperm(len(labels), generator=rng)]
     images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=rng)
     classes = tuple(f"c{c}" for c in range(len(sizes)))
-    return ImageData("CIFAR10", images, labels, images[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
-
-
-def rank(names, data, settings=SMALL, seed=0, **options):
-    images = data.train_images.float() / 255 - 0.5
-    return compute_rankings(
-        names, data, images, data.train_labels, settings, seed=seed, preprocessing=MEANSTD, **options
+    return ImageData(
+        name="CIFAR10",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=classes,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
     )
+
+
+def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu", **options):
+    source = RankingSource(
+        data=data,
+        images=(data.train_images.float() / 255 - 0.5).to(device),
+        labels=data.train_labels.to(device),
+        preprocessing=preprocessing,
+        scoring=settings,
+        seed=seed,
+    )
+    return compute_rankings(names, source, **options)
 
 
 def assert_same(ours, expected):
@@ -65,7 +78,7 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
     settings = ScoringSettings(
         "ConvNetD1W8", epochs=2, lr=0.1, momentum=0.7, weight_decay=0.01, batch=16, augmentation="flip_crop"
     )
-    trained = ScoringTask(images, labels, 3, settings, 2).train(1)
+    trained = ScoringTraining(images, labels, 3, settings, 2).train(1)
     assert not trained.training
 
     network = build("ConvNetD1W8", 3, 3, (8, 8), 2, "score", 1)
@@ -90,7 +103,7 @@ def test_training_is_sgd_with_nesterov_momentum_and_weight_decay():
 def test_observers_see_every_image_once_an_epoch_and_change_nothing():
     images, labels = random_task()
     seen = []
-    task = ScoringTask(images, labels, 3, SMALL, 0)
+    task = ScoringTraining(images, labels, 3, SMALL, 0)
     watched = task.train(0, observers=[lambda indices, logits: seen.append((indices, logits))])
     alone = task.train(0)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters()))
@@ -121,11 +134,9 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
                 history[i].append(prediction == int(labels[i]))
             F.cross_entropy(logits, labels[batch]).backward()
             optimiser.step()
-    expected = [
-        sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history
-    ]
+    expected = [sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history]
     assert len(set(expected)) > 2
-    found = score_images(["Forgetting"], ScoringTask(images, labels, 3, settings, 5)).scores["Forgetting"]
+    found = score_images(["Forgetting"], ScoringTraining(images, labels, 3, settings, 5)).scores["Forgetting"]
     assert found.tolist() == expected
 
 
@@ -133,7 +144,7 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
 def test_scores_do_not_depend_on_the_batch_they_are_computed_in(model):
     images, labels = random_task()
     settings = ScoringSettings(model, repeats=1, epochs=1, lr=0.05, batch=16)
-    network = ScoringTask(images, labels, 3, settings, 0).train(0)
+    network = ScoringTraining(images, labels, 3, settings, 0).train(0)
     whole = score_network(AT_THE_END, network, images, labels, batch=1000).scores
     parts = score_network(AT_THE_END, network, images, labels, batch=7).scores
     for name in AT_THE_END:
@@ -157,7 +168,9 @@ def test_no_epochs_scores_networks_as_initialised():
     network = build("ConvNetD1W8", 3, 3, (8, 8), 0, "score", 0).eval()
     with torch.no_grad():
         expected = el2n(network(images), labels)
-    torch.testing.assert_close(score_images(["EL2N"], ScoringTask(images, labels, 3, settings, 0)).scores["EL2N"], expected)
+    torch.testing.assert_close(
+        score_images(["EL2N"], ScoringTraining(images, labels, 3, settings, 0)).scores["EL2N"], expected
+    )
 
 
 def test_wrongly_labelled_images_are_hardest():
@@ -170,7 +183,7 @@ def test_wrongly_labelled_images_are_hardest():
     labels[flipped] = (labels[flipped] + 1 + torch.randint(3, (40,), generator=rng)) % 4
     settings = ScoringSettings("ConvNetD1W16", repeats=2, epochs=4, lr=0.02, batch=50)
     names = ["GraNd", "EL2N", "Forgetting", "CAL", "DeepFool"]
-    for method, values in score_images(names, ScoringTask(images, labels, 4, settings, 0)).scores.items():
+    for method, values in score_images(names, ScoringTraining(images, labels, 4, settings, 0)).scores.items():
         hardest = values.argsort(descending=True)[:40]
         found = torch.isin(hardest, flipped).double().mean().item()
         assert found >= 0.9, (method, found)  # chance is 0.1
@@ -183,19 +196,19 @@ def test_scores_are_the_mean_over_networks_each_of_which_depends_on_its_number_o
     images, labels = random_task()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    together = score_images(["GraNd", "DeepFool"], ScoringTask(images, labels, 3, SMALL, 3)).scores
+    together = score_images(["GraNd", "DeepFool"], ScoringTraining(images, labels, 3, SMALL, 3)).scores
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     alone = {}
     for repeat in (1, 0):  # the second network before the first: neither needs the other
-        network = ScoringTask(images, labels, 3, SMALL, 3).train(repeat)
+        network = ScoringTraining(images, labels, 3, SMALL, 3).train(repeat)
         alone[repeat] = score_network(["GraNd", "DeepFool"], network, images, labels).scores
     for method in ("GraNd", "DeepFool"):
         assert not torch.equal(alone[0][method], alone[1][method])
         expected = (alone[0][method] + alone[1][method]) / 2
         torch.testing.assert_close(together[method], expected, rtol=1e-14, atol=0)
     assert not torch.equal(
-        score_images(["GraNd"], ScoringTask(images, labels, 3, SMALL, 4)).scores["GraNd"], together["GraNd"]
+        score_images(["GraNd"], ScoringTraining(images, labels, 3, SMALL, 4)).scores["GraNd"], together["GraNd"]
     )
 
 
@@ -240,10 +253,10 @@ def test_orders_are_of_network_0_class_by_class_with_a_stream_for_each(monkeypat
         asked.append((evidence, torch.rand(3, generator=rng).tolist()))
         return torch.arange(len(evidence)).flip(0)
 
-    monkeypatch.setitem(METHODS, "Herding", methods.Method("Herding", "order", "", "evidence", order))
+    monkeypatch.setitem(METHODS, "Herding", Method(kind="order", summary="", needs="evidence", compute=order))
     ranking = rank(["EL2N", "Herding"], data, seed=4)["Herding"]
     images = data.train_images.float() / 255 - 0.5
-    network = ScoringTask(images, data.train_labels, 3, SMALL, 4).train(0)
+    network = ScoringTraining(images, data.train_labels, 3, SMALL, 4).train(0)
     everyone = collect_evidence(network, images, data.train_labels)
     for c, (evidence, drawn) in enumerate(asked):
         row = (data.train_labels == c).nonzero().flatten()
@@ -339,11 +352,8 @@ def test_what_was_kept_of_something_else_is_not_used(tmp_path, caplog, what):
         path.write_bytes(path.read_bytes()[:-9] + bytes(9))
     trained = []
     if what == "preprocessing":
-        images = arguments["data"].train_images.float() / 255 - 0.5
-        compute_rankings(
-            ["EL2N"], arguments["data"], images, arguments["data"].train_labels, settings, seed=0,
-            preprocessing={"kind": "meanstd", "digest": "e"}, progress=lambda *at: trained.append(at), keep=tmp_path,
-        )  # fmt: skip
+        other = {"kind": "meanstd", "digest": "e"}
+        rank(**arguments, preprocessing=other, progress=lambda *at: trained.append(at), keep=tmp_path)
     else:
         expected = rank(**arguments)
         assert_same(rank(**arguments, keep=tmp_path, progress=lambda *at: trained.append(at)), expected)
@@ -361,7 +371,7 @@ def test_divergence_is_named():
     for names in (["GraNd"], ["Forgetting"], ["DeepFool"], []):
         message = r"scoring network 0 \(ConvNetD1W8\) diverged, its .* not finite.*below 1e\+30"
         with pytest.raises(InputError, match=message):
-            score_images(names, ScoringTask(images, labels, 3, settings, 0), evidence=True)
+            score_images(names, ScoringTraining(images, labels, 3, settings, 0), evidence=True)
 
 
 def test_a_diverged_network_is_not_kept(tmp_path):
@@ -398,9 +408,8 @@ def test_a_class_without_images_is_refused_before_any_work():
 
 def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(monkeypatch):
     def give(positions):
-        monkeypatch.setitem(
-            METHODS, "Herding", methods.Method("Herding", "order", "", "nothing", lambda evidence, rng: positions)
-        )
+        always = Method(kind="order", summary="", needs="nothing", compute=lambda evidence, rng: positions)
+        monkeypatch.setitem(METHODS, "Herding", always)
 
     data = make_data((3, 3))
     for wrong in ([0, 1], [0, 1, 1], [0, 1, 3]):
@@ -411,7 +420,8 @@ def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(mo
     def cannot(evidence, rng):
         raise InputError("no")
 
-    monkeypatch.setitem(METHODS, "Herding", methods.Method("Herding", "order", "", "nothing", cannot))
+    unable = Method(kind="order", summary="", needs="nothing", compute=cannot)
+    monkeypatch.setitem(METHODS, "Herding", unable)
     with pytest.raises(InputError, match="Herding cannot order class 0: no"):
         rank(["Herding"], data)
 
@@ -419,10 +429,19 @@ def test_an_order_must_have_each_image_once_and_a_class_it_cannot_do_is_named(mo
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("repeats", 0), ("epochs", -1), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf), ("momentum", 1.0),
-        ("momentum", -0.1), ("weight_decay", -1e-4), ("batch", 0), ("augmentation", "crop_flop"), ("augmentation", ""),
+        ("repeats", 0),
+        ("epochs", -1),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-4),
+        ("batch", 0),
+        ("augmentation", "crop_flop"),
+        ("augmentation", ""),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(InputError, match=f"scoring: {name} is {value!r}"):
         ScoringSettings("ConvNet", **{name: value})
@@ -435,16 +454,15 @@ def test_settings_out_of_range_are_refused(name, value):
 def test_every_method_on_cuda_and_counting_waits_for_nothing(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     data = make_data((60, 1, 30))
-    images, labels = (data.train_images.float() / 255 - 0.5).cuda(), data.train_labels.cuda()
     settings = ScoringSettings("ConvNetD1W8", repeats=1, epochs=0)
     names = [name for name in METHODS if METHODS[name].needs != "training"]
-    found = compute_rankings(names, data, images, labels, settings, seed=0, preprocessing=MEANSTD)
+    found = rank(names, data, settings, device="cuda")
     expected = rank(names, data, settings)
     for name in names:
         found[name].validate(data.train_labels, 3, name)
         if METHODS[name].kind == "score":
             assert (found[name].scores - expected[name].scores).norm() < 0.02 * expected[name].scores.norm(), name
-    events = ForgettingEvents(labels)
+    events = ForgettingEvents(data.train_labels.cuda())
     indices, logits = torch.arange(0, 90, 2).cuda(), torch.randn(45, 3).cuda()
     events(indices, logits)
     torch.cuda.set_sync_debug_mode("error")

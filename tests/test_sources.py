@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pad.data import sources
-from pad.data.sources import DATASETS, IMAGENET_SUBSETS, ImageData, load_data
+from pad.data import folders
+from pad.data.folders import IMAGENET_SUBSETS
+from pad.data.images import ImageData
+from pad.data.sources import DATA_SETS, DataSet, load_data
 from pad.errors import InputError
 
 
@@ -122,7 +124,16 @@ def test_fingerprint_and_identity():
 def test_first_per_class():
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
     labels = torch.tensor([2, 0, 2, 2, 3, 0, 2, 3])  # class 1 has none
-    data = ImageData("x", images, labels, images, labels, tuple("abcd"), (0.5,), (0.5,))
+    data = ImageData(
+        name="x",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        class_names=tuple("abcd"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     few = data.first_per_class(2)
     assert few.train_images.flatten().tolist() == [0, 1, 2, 4, 5, 7] and few.train_labels.tolist() == [2, 0, 2, 3, 0, 3]
     assert few.fingerprint != data.fingerprint and torch.equal(few.test_images, images)
@@ -174,7 +185,7 @@ def test_cifar_files(tmp_path, monkeypatch, name, key, classes):
     meta = {dataset.meta["key"]: [f"c{i}" for i in range(classes)]}
     (folder / dataset.meta["filename"]).write_bytes(pickle.dumps(meta))
 
-    data = load_data(name, tmp_path, download=False)
+    data = load_data(name, tmp_path)
     wanted = np.concatenate([rows[file] for file, _ in dataset.train_list]).reshape(-1, 3, 32, 32)
     assert np.array_equal(data.train_images, wanted) and data.train_images.is_contiguous()
     assert data.train_labels[:2].tolist() == [0, classes - 1] and len(data.test_labels) == 2
@@ -187,7 +198,7 @@ def test_svhn_files(tmp_path, monkeypatch):
     pixels = picture(0, (32 * 32, 3), 4).reshape(32, 32, 3, 4)
     for part in ("train", "test"):
         scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9], [10]], np.uint8)})
-    data = load_data("SVHN", tmp_path, download=False)
+    data = load_data("SVHN", tmp_path)
     assert data.train_labels.tolist() == [0, 1, 9, 0]  # the files call the digit 0 "10"
     assert np.array_equal(data.train_images, pixels.transpose(3, 2, 0, 1)) and data.class_names == tuple("0123456789")
     assert data.mean == (0.4377, 0.4438, 0.4728) and data.std == (0.1980, 0.2010, 0.1970)
@@ -205,11 +216,10 @@ def test_svhn_files(tmp_path, monkeypatch):
 )
 def test_missing_files_and_no_network(tmp_path, no_network, capfd, name, file):
     root = tmp_path / "data"
-    for download in (False, True):
-        with pytest.raises(InputError, match=f"{name} cannot be read from .*{file}") as caught:
-            load_data(name, root, download=download)
-        assert "\n" not in str(caught.value) and str(root) in str(caught.value)
-        assert not root.exists() and bool(no_network) is download
+    with pytest.raises(InputError, match=f"{name} cannot be read from .* nor downloaded .*{file}") as caught:
+        load_data(name, root)
+    assert "\n" not in str(caught.value) and str(root) in str(caught.value)
+    assert not root.exists() and no_network
     assert capfd.readouterr() == ("", "") and socket.getdefaulttimeout() is None
 
 
@@ -251,11 +261,11 @@ def test_archive_beside_is_unpacked(tmp_path, monkeypatch, no_network):
         archive.write_bytes(gzip.compress(unpacked.read_bytes()))
         resources.append((name, datasets.utils.calculate_md5(archive)))
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
-    with pytest.raises(InputError, match="MNIST cannot be read"):
-        load_data("MNIST", tmp_path / "data", download=False)
     data = load_data("MNIST", tmp_path / "data")
     assert len(data.train_labels) == 12 and not no_network
-    assert load_data("MNIST", tmp_path / "data", download=False).fingerprint == data.fingerprint
+    for archive, _ in resources:
+        (tmp_path / "data" / archive).unlink()
+    assert load_data("MNIST", tmp_path / "data").fingerprint == data.fingerprint and not no_network
     assert not list((tmp_path / "data").glob("*.partial"))
 
 
@@ -269,7 +279,9 @@ def test_archive_beside_is_unpacked(tmp_path, monkeypatch, no_network):
 )
 def test_damaged_mnist_is_refused(tmp_path, no_network, file, content, message):
     write_mnist(tmp_path / "MNIST" / "raw")
-    count = len(load_data("MNIST", tmp_path).train_labels if "train" in file else load_data("MNIST", tmp_path).test_labels)
+    count = len(
+        load_data("MNIST", tmp_path).train_labels if "train" in file else load_data("MNIST", tmp_path).test_labels
+    )
     (tmp_path / "MNIST" / "raw" / file).write_bytes(idx(content(count)))
     with pytest.raises(InputError, match=f"MNIST in .* is damaged: .*{message}"):
         load_data("MNIST", tmp_path)
@@ -310,7 +322,8 @@ def test_image_folder_order_and_pixels(tmp_path):
 
 
 def test_image_folder_many_files_keep_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 7)  # many chunks, several threads
+    monkeypatch.setattr(folders, "_CHUNK", 7)  # many chunks, several threads
+    monkeypatch.setattr("pad.data.images._CHUNK", 7)
     for i in range(100):
         write(tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
     tree(tmp_path, "ab", ("val",), 1, size=(2, 2))
@@ -461,10 +474,33 @@ def test_bad_arguments(arguments, options, message):
 
 
 def test_every_name_is_known():
-    for name in DATASETS:
+    for name in DATA_SETS:
         if name != "FashionMNISTMini":
             with pytest.raises(InputError, match=name):
                 load_data(name, None, subset="imagenette" if name == "ImageNet" else None)
+
+
+def test_a_row_of_ones_own(tmp_path, monkeypatch):
+    """Its load function gets what the row allows, and the sizes that it names."""
+    rows = {
+        "Plain": DataSet(load=lambda *asked: asked),
+        "Sized": DataSet(load=lambda *asked: asked, needs_path=True, fixed_size=8),
+        "Parts": DataSet(load=lambda *asked: asked, subsets=("left", "right"), default_size=16),
+    }
+    monkeypatch.setattr("pad.data.sources.DATA_SETS", DATA_SETS | rows)
+    assert load_data("Plain", None) == (None, None, None) and load_data("Plain", "x", res=3) == (Path("x"), None, 3)
+    assert load_data("Sized", tmp_path) == (tmp_path, None, 8)
+    assert load_data("Parts", None, subset="left") == (None, "left", 16)
+    assert load_data("Parts", None, subset="right", res=4) == (None, "right", 4)
+    for name, options, message in [
+        ("plain", {}, "did you mean Plain"),
+        ("Plain", {"subset": "left"}, "only ImageNet, Parts has subsets, Plain has none"),
+        ("Sized", {}, "Sized needs a data_path"),
+        ("Sized", {"res": 9}, "Sized has 8 pixels a side"),
+        ("Parts", {"subset": "lef"}, "Parts needs one of its subsets, not 'lef'; did you mean left"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_data(name, None, **options)
 
 
 def damage_truncate(root: Path) -> None:

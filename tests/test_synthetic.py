@@ -4,9 +4,10 @@ import pickle
 import pytest
 import torch
 
-from pad.data.preprocessing import MeanStd, Preprocessing
+from pad.data.preprocessing import ZCA, MeanStd
 from pad.errors import InputError
-from pad.files import load_pt, load_tensors, save_tensors
+from pad.store.foreign import load_pt
+from pad.store.tensors import load_tensors, save_tensors
 from pad.synthetic import SyntheticSet
 
 K, IPC, SHAPE = 3, 2, (2, 4, 5)
@@ -14,8 +15,9 @@ D = 40
 MEANSTD = MeanStd.of((0.4, 0.6), (0.2, 0.3), "cpu")
 GENERATOR = torch.Generator().manual_seed(5)
 ZCA_MEAN, UNWHITEN = torch.rand(D, generator=GENERATOR), torch.randn(D, D, generator=GENERATOR) / 6
-ZCA = Preprocessing.from_tensors({"kind": "zca", "eps": 0.1, "shape": list(SHAPE), "digest": "abc"},
-                                 {"mean": ZCA_MEAN, "unwhiten": UNWHITEN})
+WHITENED = ZCA(
+    {"kind": "zca", "eps": 0.1, "shape": list(SHAPE), "digest": "abc"}, {"mean": ZCA_MEAN, "unwhiten": UNWHITEN}
+)
 
 
 def unwhitened(images):
@@ -101,23 +103,29 @@ def test_tensors_that_need_gradients_or_are_views_are_saved(tmp_path):
     assert (tmp_path / "images_best.pt").stat().st_size < whole.numel() * 4 / 2
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"images": torch.randn(6, 2, 4)}, r"images are a tensor of shape \[6, 2, 4\]"),
-    ({"images": torch.randn(6, *SHAPE).double()}, "images of type torch.float64"),
-    ({"images": torch.full((6, *SHAPE), torch.nan)}, "images with a value that is not finite"),
-    ({"images": torch.randn(5, *SHAPE)}, "6 labels for 5 images"),
-    ({"images": torch.randn(0, *SHAPE), "labels": torch.randn(0, K)}, "images are a tensor of shape"),
-    ({"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)}, "7 images are not a multiple of the labels' 3"),
-    ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, r"labels are a tensor of shape \[6\]"),
-    ({"labels": torch.full((6, K), torch.inf)}, "labels with a value that is not finite"),
-    ({"lr": torch.tensor([0.1])}, r"lr is a tensor of shape \[1\]"),
-    ({"lr": torch.tensor(0.0)}, "lr is 0"),
-    ({"lr": torch.tensor(-0.5)}, "lr is -0.5"),
-    ({"lr": torch.tensor(torch.nan)}, "lr with a value that is not finite"),
-    ({"classes": torch.tensor([0, 1, 2, 0, 1, 2])}, "classes are not 0 to 2 in order, 2 times each"),
-    ({"metadata": {"class_names": ["cat"]}}, "1 class names for 3 classes"),
-    ({"stored_pixels": torch.randn(6, 2, 4, 4)}, "pixels are not"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"images": torch.randn(6, 2, 4)}, r"images are a tensor of shape \[6, 2, 4\]"),
+        ({"images": torch.randn(6, *SHAPE).double()}, "images of type torch.float64"),
+        ({"images": torch.full((6, *SHAPE), torch.nan)}, "images with a value that is not finite"),
+        ({"images": torch.randn(5, *SHAPE)}, "6 labels for 5 images"),
+        ({"images": torch.randn(0, *SHAPE), "labels": torch.randn(0, K)}, "images are a tensor of shape"),
+        (
+            {"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)},
+            "7 images are not a multiple of the labels' 3",
+        ),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, r"labels are a tensor of shape \[6\]"),
+        ({"labels": torch.full((6, K), torch.inf)}, "labels with a value that is not finite"),
+        ({"lr": torch.tensor([0.1])}, r"lr is a tensor of shape \[1\]"),
+        ({"lr": torch.tensor(0.0)}, "lr is 0"),
+        ({"lr": torch.tensor(-0.5)}, "lr is -0.5"),
+        ({"lr": torch.tensor(torch.nan)}, "lr with a value that is not finite"),
+        ({"classes": torch.tensor([0, 1, 2, 0, 1, 2])}, "classes are not 0 to 2 in order, 2 times each"),
+        ({"metadata": {"class_names": ["cat"]}}, "1 class names for 3 classes"),
+        ({"stored_pixels": torch.randn(6, 2, 4, 4)}, "pixels are not"),
+    ],
+)
 def test_an_unusable_set_is_neither_saved_nor_loaded(tmp_path, changes, message):
     path = tmp_path / "set.safetensors"
     synthetic = make(**changes)
@@ -155,24 +163,24 @@ def test_files_that_are_no_synthetic_set_are_refused_by_name(tmp_path):
         SyntheticSet.load(path)
 
 
-@pytest.mark.parametrize("preprocessing", [MEANSTD, ZCA], ids=["meanstd", "zca"])
+@pytest.mark.parametrize("preprocessing", [MEANSTD, WHITENED], ids=["meanstd", "zca"])
 def test_the_published_trio_goes_out_and_comes_back(tmp_path, preprocessing):
     synthetic = make(preprocessing, images=torch.randn(6, *SHAPE) * 5)
     synthetic.export_published(tmp_path, 1000)
-    expected = ["images_1000.pt", "labels_1000.pt", "lr_1000.pt"] + ["images_zca_1000.pt"] * (preprocessing is ZCA)
+    expected = ["images_1000.pt", "labels_1000.pt", "lr_1000.pt"] + ["images_zca_1000.pt"] * (preprocessing is WHITENED)
     assert sorted(os.listdir(tmp_path)) == sorted(expected)
     back = SyntheticSet.from_published(*(tmp_path / f"{name}_1000.pt" for name in ("images", "labels", "lr")))
     for name in ("images", "labels", "lr", "classes"):
         assert torch.equal(getattr(back, name), getattr(synthetic, name)), name
     assert load_pt(tmp_path / "lr_1000.pt").shape == ()
-    if preprocessing is ZCA:
+    if preprocessing is WHITENED:
         torch.testing.assert_close(load_pt(tmp_path / "images_zca_1000.pt"), unwhitened(synthetic.images))
     back.save(tmp_path / "imported")
     assert SyntheticSet.load(tmp_path / "imported").metadata["provenance"]["published"][0] == "images_1000.pt"
 
 
 def test_a_loaded_zca_set_still_exports_its_unclamped_pixels(tmp_path):
-    synthetic = make(ZCA, images=torch.randn(6, *SHAPE) * 5)
+    synthetic = make(WHITENED, images=torch.randn(6, *SHAPE) * 5)
     synthetic.save(tmp_path / "set")
     SyntheticSet.load(tmp_path / "set").export_published(tmp_path, "best")
     torch.testing.assert_close(load_pt(tmp_path / "images_zca_best.pt"), unwhitened(synthetic.images))
@@ -197,21 +205,24 @@ class Malicious:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
-@pytest.mark.parametrize("changes, file, message", [
-    ({"images": torch.randn(6, 4, 5)}, "images", r"images are a tensor of shape \[6, 4, 5\]"),
-    ({"images": [torch.randn(2)]}, "images", "holds a list, not a tensor"),
-    ({"images": torch.zeros(6, *SHAPE, dtype=torch.uint8)}, "images", "torch.uint8"),
-    ({"images": torch.full((6, *SHAPE), 1e300, dtype=torch.float64)}, "images", "not finite"),
-    ({"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)}, "images", "7 images are not a multiple"),
-    ({"images": torch.randn(6, *SHAPE).to_sparse()}, "images", "torch.sparse_coo"),
-    ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, "labels", "torch.int64"),
-    ({"labels": torch.randn(6)}, "labels", r"labels are a tensor of shape \[6\]"),
-    ({"labels": torch.tensor(1.0)}, "labels", r"labels are a tensor of shape \[\]"),
-    ({"labels": torch.randn(5, K)}, "labels", "5 labels for 6 images"),
-    ({"labels": torch.randn(6, 0)}, "labels", r"shape \[6, 0\]"),
-    ({"lr": torch.tensor([0.1, 0.2])}, "lr", r"lr is a tensor of shape \[2\]"),
-    ({"lr": torch.tensor(-0.1)}, "lr", "lr is -0.1"),
-])
+@pytest.mark.parametrize(
+    "changes, file, message",
+    [
+        ({"images": torch.randn(6, 4, 5)}, "images", r"images are a tensor of shape \[6, 4, 5\]"),
+        ({"images": [torch.randn(2)]}, "images", "holds a list, not a tensor"),
+        ({"images": torch.zeros(6, *SHAPE, dtype=torch.uint8)}, "images", "torch.uint8"),
+        ({"images": torch.full((6, *SHAPE), 1e300, dtype=torch.float64)}, "images", "not finite"),
+        ({"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)}, "images", "7 images are not a multiple"),
+        ({"images": torch.randn(6, *SHAPE).to_sparse()}, "images", "torch.sparse_coo"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, "labels", "torch.int64"),
+        ({"labels": torch.randn(6)}, "labels", r"labels are a tensor of shape \[6\]"),
+        ({"labels": torch.tensor(1.0)}, "labels", r"labels are a tensor of shape \[\]"),
+        ({"labels": torch.randn(5, K)}, "labels", "5 labels for 6 images"),
+        ({"labels": torch.randn(6, 0)}, "labels", r"shape \[6, 0\]"),
+        ({"lr": torch.tensor([0.1, 0.2])}, "lr", r"lr is a tensor of shape \[2\]"),
+        ({"lr": torch.tensor(-0.1)}, "lr", "lr is -0.1"),
+    ],
+)
 def test_an_unusable_published_file_is_named(tmp_path, changes, file, message):
     paths = published(tmp_path, **changes)
     with pytest.raises(InputError, match=message) as error:
@@ -232,8 +243,10 @@ def test_missing_truncated_and_malicious_published_files(tmp_path):
         with pytest.raises(InputError, match="images_best.pt"):
             SyntheticSet.from_published(*paths)
     victim = tmp_path / "victim"
-    for write in (lambda: torch.save(Malicious(str(victim)), paths[0]),
-                  lambda: paths[0].write_bytes(pickle.dumps(Malicious(str(victim)), protocol=2))):
+    for write in (
+        lambda: torch.save(Malicious(str(victim)), paths[0]),
+        lambda: paths[0].write_bytes(pickle.dumps(Malicious(str(victim)), protocol=2)),
+    ):
         write()
         with pytest.raises(InputError, match="images_best.pt"):
             SyntheticSet.from_published(*paths)

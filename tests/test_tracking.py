@@ -8,29 +8,25 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import events_in
 from PIL import Image
 
-from pad import tracking
 from pad.errors import InputError
-from pad.tracking import (
-    Run,
-    append_line,
-    before_after,
-    finished_iterations,
-    image_grid,
-    result_table,
-    run_folder,
-    run_state,
-    save_before_after,
-    save_grid,
-)
+from pad.show.pictures import before_after, image_grid, save_grid
+from pad.show.tables import result_table
+from pad.store import run as tracking
+from pad.store.files import save_picture
+from pad.store.run import Place, Run, append_line, finished_iterations, run_folder, run_state
 
-SETTINGS = {"dataset": "CIFAR10", "ipc": 10, "lr_lr": 1e-5, "threshold": math.inf,
-            "expert": {"epochs": 50, "rho": [0.1, 0.2]}}
+SETTINGS = {"dataset": "CIFAR10", "ipc": 10, "lr_lr": 1e-5, "threshold": math.inf, "epochs": 50, "rho": [0.1, 0.2]}
 
 
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def start(folder, settings, **how):
+    return Run.start(Place(folder=folder, **how), settings)
 
 
 # The run folder
@@ -47,7 +43,7 @@ def test_the_folder_of_a_run():
 def test_the_states_of_a_run(tmp_path):
     folder = tmp_path / "run"
     assert run_state(folder) == "absent"
-    with Run.start(folder, SETTINGS) as run:
+    with start(folder, SETTINGS) as run:
         assert run_state(folder) == "unfinished"
         run.finish(accuracy=torch.tensor(0.5), best=math.nan)
     assert run_state(folder) == "finished"
@@ -55,7 +51,7 @@ def test_the_states_of_a_run(tmp_path):
 
 
 def test_the_configuration_is_written_as_it_was_given(tmp_path):
-    Run.start(tmp_path / "run", SETTINGS | {"path": tmp_path, "size": (32, 32)}).close()
+    start(tmp_path / "run", SETTINGS | {"path": tmp_path, "size": (32, 32)}).close()
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert yaml.safe_load(text) == SETTINGS | {"path": str(tmp_path), "size": [32, 32]}
     assert text.startswith("dataset: CIFAR10\nipc: 10\n")
@@ -68,99 +64,102 @@ def test_a_configuration_that_cannot_be_written_leaves_none(tmp_path, monkeypatc
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        Run.start(tmp_path / "run", SETTINGS)
+        start(tmp_path / "run", SETTINGS)
     assert files(tmp_path) == {} and run_state(tmp_path / "run") == "absent"
 
 
 def test_a_finished_run_is_only_replaced_when_told_to(tmp_path):
     folder = tmp_path / "run"
-    run = Run.start(folder, SETTINGS)
+    run = start(folder, SETTINGS)
     run.record("evaluate", 0, accuracy=0.1)
     run.finish()
     (folder / "checkpoint").write_text("old")
     before = files(folder)
     with pytest.raises(InputError, match="a finished run.*--overwrite") as error:
-        Run.start(folder, SETTINGS)
+        start(folder, SETTINGS)
     assert str(folder) in str(error.value)
     assert files(folder) == before
-    Run.start(folder, SETTINGS, overwrite=True).close()
+    start(folder, SETTINGS, overwrite=True).close()
     assert list(files(tmp_path)) == ["run/config.yaml"] and run_state(folder) == "unfinished"
 
 
 def test_a_finished_run_goes_on_when_resumed(tmp_path):
     folder = tmp_path / "run"
-    run = Run.start(folder, SETTINGS)
+    run = start(folder, SETTINGS)
     run.record("evaluate", 0, accuracy=0.1)
     assert finished_iterations(folder) == 0
     run.finish(iterations=5)
     assert finished_iterations(folder) == 5
-    run = Run.start(folder, SETTINGS, resume=True)
+    run = start(folder, SETTINGS, resume=True)
     assert run_state(folder) == "unfinished" and finished_iterations(folder) == 0
-    assert [event["accuracy"] for event in run.events()] == [0.1]
+    assert [event["accuracy"] for event in events_in(folder)] == [0.1]
     run.close()
 
 
 def test_an_unfinished_run_is_resumed_or_replaced_when_told_to(tmp_path):
     folder = tmp_path / "run"
-    run = Run.start(folder, SETTINGS, resume=True)  # nothing there to resume: a fresh run
+    run = start(folder, SETTINGS, resume=True)  # nothing there to resume: a fresh run
     run.record("step", 0, loss=1.0)
     run.close()
     before = files(folder)
     with pytest.raises(InputError, match="unfinished run.*--resume.*--overwrite"):
-        Run.start(folder, SETTINGS)
+        start(folder, SETTINGS)
     with pytest.raises(InputError, match="resume and overwrite"):
-        Run.start(folder, SETTINGS, resume=True, overwrite=True)
-    Run.start(folder, SETTINGS, resume=True).close()
+        start(folder, SETTINGS, resume=True, overwrite=True)
+    start(folder, SETTINGS, resume=True).close()
     assert files(folder) == before
-    Run.start(folder, SETTINGS, overwrite=True).close()
+    start(folder, SETTINGS, overwrite=True).close()
     assert list(files(folder)) == ["config.yaml"]
 
 
 def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
     folder = tmp_path / "run"
-    Run.start(folder, SETTINGS).close()
-    changed = SETTINGS | {"ipc": 50, "expert": {"epochs": 60, "rho": (0.1, 0.2)}}
+    start(folder, SETTINGS).close()
+    changed = SETTINGS | {"ipc": 50, "epochs": 60, "rho": (0.1, 0.2)}
     with pytest.raises(InputError) as error:
-        Run.start(folder, changed, resume=True)
-    assert "expert.epochs: 50 in the run, 60 in the config; ipc: 10 in the run, 50 in the config" in str(error.value) and "rho" not in str(error.value)
+        start(folder, changed, resume=True)
+    assert "epochs: 50 in the run, 60 in the config; ipc: 10 in the run, 50 in the config" in str(
+        error.value
+    ) and "rho" not in str(error.value)
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 10
-    Run.start(folder, changed, resume=True, may_differ={"ipc", "expert.epochs"}).close()
+    start(folder, changed, resume=True, may_differ={"ipc", "epochs"}).close()
     assert yaml.safe_load((folder / "config.yaml").read_text())["ipc"] == 50
     for damaged in ("a: [", "just words", ""):
         (folder / "config.yaml").write_text(damaged)
         with pytest.raises(InputError, match="config.yaml is damaged"):
-            Run.start(folder, SETTINGS, resume=True)
+            start(folder, SETTINGS, resume=True)
 
 
 def test_a_setting_that_is_younger_than_a_run_had_its_default(tmp_path):
     folder = tmp_path / "run"
-    Run.start(folder, SETTINGS).close()
+    start(folder, SETTINGS).close()
     newer = SETTINGS | {"tf32": False}
     defaults = {"tf32": False, "ipc": 1, "of another stage": 3}
-    Run.start(folder, newer, resume=True, defaults=defaults).close()
-    Run.start(folder, SETTINGS, overwrite=True).close()
+    start(folder, newer, resume=True, defaults=defaults).close()
+    start(folder, SETTINGS, overwrite=True).close()
     with pytest.raises(InputError, match="tf32: False in the run, True in the config"):
-        Run.start(folder, SETTINGS | {"tf32": True}, resume=True, defaults=defaults)
+        start(folder, SETTINGS | {"tf32": True}, resume=True, defaults=defaults)
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "logs").write_text("")
     with pytest.raises(InputError, match="run folder .*logs.* there is a file"):
-        Run.start(tmp_path / "logs" / "run", SETTINGS)
+        start(tmp_path / "logs" / "run", SETTINGS)
 
 
 # Metrics
 
 
 def test_metrics_are_one_sorted_json_object_per_event(tmp_path):
-    with Run.start(tmp_path, SETTINGS) as run:
+    with start(tmp_path, SETTINGS) as run:
         run.record("step", 3, loss=torch.tensor(0.25), grad=math.nan, rows=[1.0, -math.inf], skipped=False)
         run.record("evaluate", 3, accuracy=np.float32(0.5), network="ConvNet")
         run.record_time("step", 3, 1.23456789)
-        assert run.events()[1] == {"event": "evaluate", "iteration": 3, "accuracy": 0.5, "network": "ConvNet"}
+        assert events_in(tmp_path)[1] == {"event": "evaluate", "iteration": 3, "accuracy": 0.5, "network": "ConvNet"}
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"event": "step", "grad": null, "iteration": 3, "loss": 0.25, "rows": [1.0, null], "skipped": false}\n'
-        '{"accuracy": 0.5, "event": "evaluate", "iteration": 3, "network": "ConvNet"}\n')
+        '{"accuracy": 0.5, "event": "evaluate", "iteration": 3, "network": "ConvNet"}\n'
+    )
     assert json.loads((tmp_path / "timing.jsonl").read_text()) == {"event": "step", "iteration": 3, "seconds": 1.234568}
 
 
@@ -173,35 +172,35 @@ def events_of(run, iterations):
 
 @pytest.mark.parametrize("torn", ["", '{"event": "st', '{"event": "step", "iteration": 6, "loss": 0.1}'])
 def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path, torn):
-    with Run.start(tmp_path / "whole", SETTINGS) as run:
+    with start(tmp_path / "whole", SETTINGS) as run:
         events_of(run, range(9))
-    with Run.start(tmp_path / "cut", SETTINGS) as run:
+    with start(tmp_path / "cut", SETTINGS) as run:
         events_of(run, range(6))
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as handle:
         handle.write(torn)
-    with Run.start(tmp_path / "cut", SETTINGS, resume=True) as run:
+    with start(tmp_path / "cut", SETTINGS, resume=True) as run:
         run.truncate_metrics(3)
-        assert [e["iteration"] for e in run.events()] == [0, 0, 1, 2, 2, 3]
+        assert [e["iteration"] for e in events_in(tmp_path / "cut")] == [0, 0, 1, 2, 2, 3]
         events_of(run, range(4, 9))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
-    with Run.start(tmp_path, SETTINGS) as run:
+    with start(tmp_path, SETTINGS) as run:
         events_of(run, range(2))
-    with Run.start(tmp_path, SETTINGS, resume=True) as run:
+    with start(tmp_path, SETTINGS, resume=True) as run:
         run.truncate_metrics(-1)
-        assert run.events() == []
+        assert events_in(tmp_path) == []
 
 
 def test_a_torn_line_never_runs_into_the_next_event(tmp_path):
-    with Run.start(tmp_path, SETTINGS) as run:
+    with start(tmp_path, SETTINGS) as run:
         run.record("step", 0)
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"event": ')
-    with Run.start(tmp_path, SETTINGS, resume=True) as run:
+    with start(tmp_path, SETTINGS, resume=True) as run:
         run.record("step", 1)
-        assert [e["iteration"] for e in run.events()] == [0, 1]
+        assert [e["iteration"] for e in events_in(tmp_path)] == [0, 1]
 
 
 def test_a_disk_that_takes_half_a_line_leaves_the_lines_before(tmp_path, monkeypatch):
@@ -220,7 +219,7 @@ def test_a_disk_that_takes_half_a_line_leaves_the_lines_before(tmp_path, monkeyp
 
 
 def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
-    with Run.start(tmp_path, SETTINGS) as run:
+    with start(tmp_path, SETTINGS) as run:
         for bad in ("nonsense", "[1]", '{"event": "step"}'):
             (tmp_path / "metrics.jsonl").write_text('{"event": "step", "iteration": 0}\n' + bad + "\n")
             with pytest.raises(InputError, match="metrics.jsonl: line 2 is not an event"):
@@ -232,11 +231,11 @@ def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
 
 def test_an_unknown_or_missing_tracker_stops_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="'mlflow' is not one of none, tensorboard, wandb"):
-        Run.start(tmp_path / "run", SETTINGS, tracker="mlflow")
+        start(tmp_path / "run", SETTINGS, tracker="mlflow")
     for tracker, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)  # what an import of a missing package meets
         with pytest.raises(InputError, match=rf"tracker {tracker} .*pip install -e"):
-            Run.start(tmp_path / "run", SETTINGS, tracker=tracker)
+            start(tmp_path / "run", SETTINGS, tracker=tracker)
     assert not (tmp_path / "run").exists()
 
 
@@ -245,11 +244,11 @@ def test_tensorboard_gets_numbers_and_pictures_and_forgets_what_is_truncated(tmp
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     picture = np.zeros((4, 5, 3), np.uint8)
-    with Run.start(tmp_path, SETTINGS, tracker="tensorboard") as run:
+    with start(tmp_path, SETTINGS, tracker="tensorboard") as run:
         for it in range(4):
             run.record("step", it, loss=float(it), skipped=True, note="x", grad=math.nan)
         run.save_picture("images", picture, 0)
-    with Run.start(tmp_path, SETTINGS, resume=True, tracker="tensorboard") as run:
+    with start(tmp_path, SETTINGS, resume=True, tracker="tensorboard") as run:
         run.truncate_metrics(1)
         run.record("step", 2, loss=20.0)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -274,7 +273,7 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
         return FakeRun()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda a: a.shape))
-    with Run.start(tmp_path / "run", SETTINGS, tracker="wandb") as run:
+    with start(tmp_path / "run", SETTINGS, tracker="wandb") as run:
         run.record("step", 4, loss=0.5)
         run.save_picture("images", np.zeros((4, 5, 3), np.uint8), 4)
     assert calls == [("run", 10, str(tmp_path / "run")), ({"step/loss": 0.5}, 4), ({"images": (4, 5, 3)}, 4), "finish"]
@@ -346,8 +345,11 @@ def test_many_images_and_classes_are_capped_and_the_caption_says_so(monkeypatch)
     import PIL.ImageDraw
 
     text = PIL.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(PIL.ImageDraw.ImageDraw, "text",
-                        lambda self, xy, string, **rest: (captions.append(string), text(self, xy, string, **rest)))
+    monkeypatch.setattr(
+        PIL.ImageDraw.ImageDraw,
+        "text",
+        lambda self, xy, string, **rest: (captions.append(string), text(self, xy, string, **rest)),
+    )
     names = [f"class {c}" for c in range(200)]
     classes = torch.arange(200).repeat_interleave(12)
     picture = image_grid(torch.rand(2400, 3, 64, 64), classes, names, caption="iteration 5")
@@ -385,8 +387,9 @@ def test_equal_pictures_give_equal_bytes(tmp_path):
         save_grid(tmp_path / "deep" / name, images, classes, names, caption="iteration 3")
     data = files(tmp_path / "deep")
     assert list(data) == ["a.png", "b.png"] and data["a.png"] == data["b.png"]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data["a.png"]))),
-                          image_grid(images, classes, names, caption="iteration 3"))
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(data["a.png"]))), image_grid(images, classes, names, caption="iteration 3")
+    )
 
 
 def test_before_stands_left_of_after(tmp_path):
@@ -397,7 +400,7 @@ def test_before_stands_left_of_after(tmp_path):
     for c in range(2):
         old, new = where(picture, before[c]), where(picture, after[c])
         assert old[:2] == new[:2] and old[3] < half < new[2]
-    save_before_after(tmp_path / "p.png", before, after, classes, names, 500)
+    save_picture(tmp_path / "p.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), picture)
     caption = picture[:40]
     assert not np.array_equal(caption[:, :half], caption[:, half:])  # iteration 0 / iteration 500
@@ -409,8 +412,6 @@ def test_before_stands_left_of_after(tmp_path):
 def test_a_table_is_aligned():
     rows = [{"model": "ConvNet", "accuracy": 64.2345, "n": 5, "other": 1}, {"model": "VGG", "accuracy": None}]
     assert result_table(rows, ["model", "accuracy", "n"]) == (
-        "model    accuracy  n\n"
-        "-------  --------  -\n"
-        "ConvNet     64.23  5\n"
-        "VGG             -  -")
+        "model    accuracy  n\n-------  --------  -\nConvNet     64.23  5\nVGG             -  -"
+    )
     assert result_table([], ["a", "bc"]) == "a  bc\n-  --"

@@ -8,19 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pad.commands import bench as workbench
+from pad.commands import record as recording
+from pad.commands.record import BufferSettings, expert_training
 from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
-from pad.data.sources import ImageData
+from pad.data.images import ImageData
 from pad.difficulty.ranking import Ranking
 from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
-from pad.files import save_pt
-from pad.functional import FlatModel
-from pad.networks import build
-from pad.settings import BufferSettings
-from pad.stages import recording, workbench
-from pad.trajectories import TrajectoryStore, expert_path, recorded
+from pad.experts.trainer import ExpertTraining
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
+from pad.store.foreign import save_pt
+from pad.store.trajectories import TrajectoryStore, expert_path, recorded
 
 NETWORK, CLASSES, SIZE = "ConvNetD1W8", 3, (8, 8)
 
@@ -51,7 +52,7 @@ def make_task(n=23, dtype=torch.float32, model=None, **changes):
         epochs=3,
         seed=0,
     )
-    return ExpertTask(**(settings | changes))
+    return ExpertTraining(**(settings | changes))
 
 
 def start_of(expert, dtype=torch.float32):
@@ -130,7 +131,7 @@ def test_an_epoch_uses_each_image_of_the_curriculum_once():
             assert not batches
             continue
         expected = []
-        for c, row in enumerate(rows):
+        for row in rows:
             first, last = curriculum.window(epoch - 1, len(row))
             expected += row[first:last].tolist()
         used = torch.cat(batches)
@@ -213,15 +214,32 @@ def bench(tmp_path, monkeypatch):
         return torch.randint(256, (n, 3, *SIZE), dtype=torch.uint8, generator=rng)
 
     data = ImageData(
-        "CIFAR10", pixels(30), labels, pixels(9), torch.arange(9) % 3, ("a", "b", "c"), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+        name="CIFAR10",
+        train_images=pixels(30),
+        train_labels=labels,
+        test_images=pixels(9),
+        test_labels=torch.arange(9) % 3,
+        class_names=("a", "b", "c"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
     )
     monkeypatch.setattr(workbench, "load_data", lambda *_, **__: data)
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
     settings = dict(
-        dataset="CIFAR10", model=NETWORK, num_experts=3, train_epochs=2, batch_train=8, lr_teacher=0.05, mom=0.5,
-        buffer_path=str(tmp_path / "buffers"), ranking_path=str(tmp_path / "rankings"), device="cpu", compile="off",
-        score_repeats=1, score_epochs=1,
-    )  # fmt: skip
+        dataset="CIFAR10",
+        model=NETWORK,
+        num_experts=3,
+        train_epochs=2,
+        batch_train=8,
+        lr_teacher=0.05,
+        mom=0.5,
+        buffer_path=str(tmp_path / "buffers"),
+        ranking_path=str(tmp_path / "rankings"),
+        device="cpu",
+        compile="off",
+        score_repeats=1,
+        score_epochs=1,
+    )
     return SimpleNamespace(
         data=data,
         folder=tmp_path / "buffers" / "CIFAR10_NO_ZCA" / NETWORK,
@@ -249,7 +267,7 @@ def test_a_buffer_that_grew_is_the_one_made_at_once(bench, tmp_path):
 
 def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeypatch):
     whole = digests(bench.record(buffer_path=str(tmp_path / "other")))
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def interrupted(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
@@ -257,7 +275,7 @@ def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeyp
                 raise KeyboardInterrupt
             yield theta
 
-    monkeypatch.setattr(ExpertTask, "train", interrupted)
+    monkeypatch.setattr(ExpertTraining, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.record()
     assert set(digests(bench.folder)) == {expert_path("", 0).name}
@@ -288,11 +306,17 @@ def test_what_a_buffer_holds(bench):
 @pytest.mark.parametrize(
     "change",
     [
-        {"lr_teacher": 0.1}, {"seed": 1}, {"train_epochs": 3}, {"init_ratio": 0.5}, {"alpha": 0.0}, {"dsa": False},
-        {"adaptive": False}, {"batch_train": 9},
+        {"lr_teacher": 0.1},
+        {"seed": 1},
+        {"train_epochs": 3},
+        {"init_ratio": 0.5},
+        {"alpha": 0.0},
+        {"dsa": False},
+        {"adaptive": False},
+        {"batch_train": 9},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_experts_of_another_recipe_are_not_added(bench, change):
     bench.record(num_experts=1)
     before = digests(bench.folder)
@@ -323,11 +347,22 @@ def test_an_epoch_without_images_is_refused_before_any_work(bench, monkeypatch):
 
 def test_the_settings_reach_the_task(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(
-        num_experts=1, train_epochs=1, lr_teacher=0.02, mom=0.3, l2=1e-3, rho_max=0.7, rho_min=0.7, alpha=0.6,
-        adaptive=False, batch_train=7, seed=5, dsa_strategy="flip_crop", siamese=True,
-    )  # fmt: skip
+        num_experts=1,
+        train_epochs=1,
+        lr_teacher=0.02,
+        mom=0.3,
+        l2=1e-3,
+        rho_max=0.7,
+        rho_min=0.7,
+        alpha=0.6,
+        adaptive=False,
+        batch_train=7,
+        seed=5,
+        dsa_strategy="flip_crop",
+        siamese=True,
+    )
     bench.record(num_experts=1, train_epochs=1, dsa=False, buffer_path=str(bench.folder / "other"))
     first, second = tasks
     assert first.optimiser == GSAM(lr=0.02, momentum=0.3, l2=1e-3, rho=0.7, alpha=0.6, adaptive=False)
@@ -340,7 +375,7 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
 
 def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.5, add_end_epoch=1)
     assert [path.name for path in bench.rankings.iterdir()] == ["CIFAR10_GraNd.safetensors"]
     scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores
@@ -360,7 +395,7 @@ def test_a_published_ranking_is_used(bench, monkeypatch):
     rows = torch.arange(30).view(10, 3).T.flip(1)  # row c: 27 + c first, c last
     save_pt(bench.rankings / "CIFAR10_Mine.pt", rows.contiguous())
     tasks = []
-    monkeypatch.setattr(recording, "ExpertTask", lambda *fields: tasks.append(ExpertTask(*fields)) or tasks[-1])
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
     bench.record(num_experts=1, init_ratio=0.2, sort_method="CIFAR10_Mine")
     assert sorted(tasks[0].epoch_indices(0).tolist()) == [24, 25, 26, 27, 28, 29]
 
@@ -385,13 +420,15 @@ def test_whether_to_compile_does_not_depend_on_the_number_of_experts(bench, monk
 
 def diverge(monkeypatch, *when):
     """Experts whose parameters become other than finite in their second epoch: (expert, attempt) in ``when``."""
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def diverging(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
-            yield theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
+            yield (
+                theta.index_fill(0, torch.tensor([5]), math.nan) if (expert, attempt) in when and epoch == 2 else theta
+            )
 
-    monkeypatch.setattr(ExpertTask, "train", diverging)
+    monkeypatch.setattr(ExpertTraining, "train", diverging)
 
 
 def test_an_expert_that_diverges_is_trained_again_with_other_random_numbers(bench, tmp_path, monkeypatch, caplog):
@@ -457,7 +494,8 @@ def test_another_ranking_is_another_recipe(bench):
 
 def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "_EXPERT_RECIPE", recording._EXPERT_RECIPE - {"adaptive"})
+        of = BufferSettings.of
+        patch.setattr(BufferSettings, "of", lambda *args: {k: v for k, v in of(*args).items() if k != "adaptive"})
         bench.record(num_experts=1)
     with pytest.raises(InputError, match="adaptive: True in the buffer, False in the config"):
         bench.record(adaptive=False)
@@ -467,13 +505,13 @@ def test_a_setting_that_is_younger_than_a_buffer_had_its_default(bench, monkeypa
 
 def test_two_runs_with_other_settings_at_once_do_not_mix_their_experts(bench, tmp_path, monkeypatch):
     other = bench.record(num_experts=2, lr_teacher=0.1, buffer_path=str(tmp_path / "other"))
-    train = ExpertTask.train
+    train = ExpertTraining.train
 
     def meanwhile(self, expert, start, attempt):
         yield from train(self, expert, start, attempt)
         shutil.copy(expert_path(other, 1), bench.folder)  # what the other run stores
 
-    monkeypatch.setattr(ExpertTask, "train", meanwhile)
+    monkeypatch.setattr(ExpertTraining, "train", meanwhile)
     with pytest.raises(InputError, match="lr_teacher: 0.1 in the buffer, 0.05 in the config"):
         bench.record()
     assert set(digests(bench.folder)) == {expert_path("", 1).name}

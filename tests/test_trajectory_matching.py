@@ -5,19 +5,25 @@ import torch
 
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.errors import InputError
-from pad.functional import FlatModel
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.matching.unroll import inner_steps
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.trajectories import TrajectoryStore, describe, write_expert
+from pad.store.trajectories import TrajectoryStore, describe, write_expert
 
 
 def sampler(**changes):
     defaults = dict(
-        experts=[0, 1, 2, 3, 4], expert_epochs=2, min_start_epoch=0, max_start_epoch=20, sequential=True,
-        current_max_start_epoch=10, expansion_end_epoch=1000, seed=0,
-    )  # fmt: skip
+        experts=[0, 1, 2, 3, 4],
+        expert_epochs=2,
+        min_start_epoch=0,
+        max_start_epoch=20,
+        sequential=True,
+        current_max_start_epoch=10,
+        expansion_end_epoch=1000,
+        seed=0,
+    )
     return SegmentSampler(**(defaults | changes))
 
 
@@ -103,10 +109,10 @@ class FakeStore:
 
 def test_a_trajectory_that_is_too_short_is_refused_by_name():
     ours = sampler(experts=[0, 2], max_start_epoch=20, expert_epochs=3)  # the last segment goes from 19 to 22
-    ours.check(FakeStore({0: 22, 1: 1, 2: 30}))
+    ours.refuse_short(FakeStore({0: 22, 1: 1, 2: 30}))
     message = "max_start_epoch 20 and expert_epochs 3 need .* 22 epochs.*expert 2 .*has 21"
     with pytest.raises(InputError, match=message) as error:
-        ours.check(FakeStore({0: 22, 1: 1, 2: 21}))
+        ours.refuse_short(FakeStore({0: 22, 1: 1, 2: 21}))
     assert FakeStore.folder in str(error.value)
 
 
@@ -135,7 +141,7 @@ def objective(store, **changes):
     model = FlatModel(build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 0))
     small = sampler(experts=[0, 1, 2], max_start_epoch=5, current_max_start_epoch=2, expansion_end_epoch=4, seed=3)
     settings = dict(augmentation=DSA(), syn_steps=5, batch_syn=4, depth_ratio=0.5, loss_ratio=0.25, seed=3)
-    return TrajectoryObjective(model, store, small, **(settings | changes))
+    return TrajectoryObjective(model=model, store=store, sampler=small, **(settings | changes))
 
 
 def synthetic(dtype=torch.float64):
@@ -187,8 +193,12 @@ def test_the_settings_arrive(store):
     losses = {
         name: objective(store, **(plain | change)).gradients(1, *synthetic()).loss.item()
         for name, change in {
-            "plain": {}, "DSA": {"augmentation": DSA()}, "steps": {"syn_steps": 3}, "batch": {"batch_syn": 2},
-            "depth": {"depth_ratio": 0.5}, "loss": {"loss_ratio": 0.5},
+            "plain": {},
+            "DSA": {"augmentation": DSA()},
+            "steps": {"syn_steps": 3},
+            "batch": {"batch_syn": 2},
+            "depth": {"depth_ratio": 0.5},
+            "loss": {"loss_ratio": 0.5},
         }.items()
-    }  # fmt: skip
+    }
     assert len(set(losses.values())) == len(losses)

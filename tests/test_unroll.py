@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from pad.data.augment import DSA, NoAugmentation, augment
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, adjoint, inner_steps, unroll, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 CLASSES, SHAPE = 3, (3, 16, 16)
@@ -74,9 +74,15 @@ class Setting:
 
     def ours(self, steps, depth_ratio=0.0, loss_ratio=0.0, **how):
         return unrolled_gradients(
-            self.model, self.start, self.images, self.labels, self.lr, steps,
-            lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio), **how,
-        )  # fmt: skip
+            self.model,
+            self.start,
+            self.images,
+            self.labels,
+            self.lr,
+            steps,
+            objective=lambda theta: matching_loss(theta, self.start, self.target, depth_ratio, loss_ratio),
+            **how,
+        )
 
     def autograd(self, steps, depth_ratio=0.0, loss_ratio=0.0):
         """Loss and gradients by differentiating the whole loop on the ordinary module."""
@@ -198,7 +204,7 @@ def test_the_arguments_are_left_as_they_are_and_carry_no_graph():
     before = [tensor.clone() for tensor in arguments]
     path = unroll(setting.model, *arguments[:4], steps)
     rows = path.clone()
-    gradients = adjoint(setting.model, path, *arguments[1:4], steps, lam)
+    gradients = adjoint(setting.model, path, *arguments[1:4], steps, lam=lam)
     assert torch.equal(path, rows)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(arguments, before))
     assert not any(tensor.requires_grad for tensor in (*arguments, path, *gradients))
@@ -303,10 +309,10 @@ def test_steps_are_a_function_of_the_generator():
 MEASURE = """
 import json, sys, torch
 from pad.data.augment import DSA
-from pad.functional import FlatModel, cross_entropy
-from pad.matching.objective import matching_loss
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
-from pad.networks import build
+from pad.nn.networks import build
 
 def peak(f, steps):  # bytes, of this program alone and of this call (ru_maxrss begins at the parent's, and never falls)
     open("/proc/self/clear_refs", "w").write("5")
@@ -324,7 +330,7 @@ lr = torch.tensor(0.01)
 
 def exact(count):
     steps = inner_steps(64, 64, count, DSA(), rng)
-    unrolled_gradients(model, theta, images, labels, lr, steps, lambda end: matching_loss(end, theta, target))
+    unrolled_gradients(model, theta, images, labels, lr, steps, objective=lambda end: matching_loss(end, theta, target))
 
 def graph(count):  # the published way
     at, p = theta.clone().requires_grad_(), labels.softmax(dim=1)
@@ -338,6 +344,7 @@ print(json.dumps({"P": len(theta), **peaks}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_steps_beyond_the_stored_parameters():
     # A fixed threshold: what is freed goes back to the system at once, and no longer counts.

@@ -1,4 +1,4 @@
-"""Batched augmentation as pure functions of (images, draw): DSA (arXiv 2102.08259) and DC's crop-scale-rotate (2006.05929).
+"""Batched augmentation as pure functions of (images, draw): DSA (arXiv 2102.08259) and DC's (2006.05929).
 
 A *draw* holds a batch's random numbers. Drawing and applying are separate, so that the same augmentation can be applied
 again: GSAM's second pass and the adjoint's backward sweep replay it exactly. Draws are made on the CPU from an explicit
@@ -8,6 +8,7 @@ generator and are a few numbers per image, so every device sees the same ones.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ _DRAWS_PER_IMAGE = 3  # the colour transformations need three numbers, the other
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch's augmentation: its ``kind`` and uniform numbers ``u [n, 3]`` in [0, 1), float32 ([1, 3] in siamese mode)."""
+    """One batch's augmentation: its ``kind`` and float32 ``u [n, 3]``, uniform in [0, 1) ([1, 3] in siamese mode)."""
 
     kind: str
     u: Tensor
@@ -34,19 +35,26 @@ class Draw:
         return Draw(self.kind, to_device(self.u, device))
 
 
+class Augmentation(Protocol):
+    """How a batch's augmentation is drawn; :func:`augment` applies it."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Draw | None:
+        """The augmentation of ``n`` images, from ``generator`` on the CPU; None leaves them as they are."""
+
+
 def _pick(u: Tensor, count: int) -> Tensor:
-    """Uniform integers 0..count-1 from uniform float32: at most 1 - 2^-24, so ``u * count`` does not round to ``count``."""
+    """Uniform integers 0..count-1 from uniform float32: that is at most 1 - 2^-24, so nothing rounds to ``count``."""
     return (u * count).long()
 
 
 def _color(x: Tensor, u: Tensor) -> Tensor:
     """Brightness, then saturation about the channel mean, then contrast about the image mean."""
-    u = u.to(x.dtype)[:, :, None, None, None].unbind(1)
-    x = x + (u[0] - 0.5)
+    brightness, saturation, contrast = u.to(x.dtype)[:, :, None, None, None].unbind(1)
+    x = x + (brightness - 0.5)
     mean = x.mean(dim=1, keepdim=True)
-    x = (x - mean) * (2 * u[1]) + mean
+    x = (x - mean) * (2 * saturation) + mean
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * (u[2] + 0.5) + mean
+    return (x - mean) * (contrast + 0.5) + mean
 
 
 def _crop(x: Tensor, u: Tensor) -> Tensor:
@@ -82,33 +90,29 @@ def _flip(x: Tensor, u: Tensor) -> Tensor:
     return torch.where((u[:, 0] < 0.5)[:, None, None, None], x.flip(3), x)
 
 
-def _sample(x: Tensor, matrix: Tensor) -> Tensor:
-    """Bilinear sampling at the affinely transformed grid ``matrix [n, 2, 3]``; zeros outside, corners aligned."""
+def _sample(x: Tensor, *rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Bilinear sampling at the affinely transformed grid, two rows of three ``[n]``; zeros outside, corners aligned."""
+    matrix = torch.stack([number for row in rows for number in row], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=True)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-
-
-def _affine(xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor, dx: Tensor | None = None, dy: Tensor | None = None) -> Tensor:
-    zero = torch.zeros_like(xx)
-    rows = (xx, xy, zero if dx is None else dx, yx, yy, zero if dy is None else dy)
-    return torch.stack(rows, dim=1).view(-1, 2, 3)
 
 
 def _scale(x: Tensor, u: Tensor) -> Tensor:
     u = u.to(x.dtype)
     factor = u * (_SCALE - 1 / _SCALE) + 1 / _SCALE
     zero = torch.zeros_like(factor[:, 0])
-    return _sample(x, _affine(factor[:, 0], zero, zero, factor[:, 1]))
+    return _sample(x, (factor[:, 0], zero, zero), (zero, factor[:, 1], zero))
 
 
 def _rotate(x: Tensor, u: Tensor) -> Tensor:
     angle = (u[:, 0].to(x.dtype) - 0.5) * (2 * math.radians(_ROTATE))
     cos, sin = angle.cos(), angle.sin()
-    return _sample(x, _affine(cos, -sin, sin, cos))
+    zero = torch.zeros_like(cos)
+    return _sample(x, (cos, -sin, zero), (sin, cos, zero))
 
 
 def _crop_scale_rotate(x: Tensor, u: Tensor) -> Tensor:
-    """Per image one of: shift by up to 4 pixels, rescale each axis by 0.8-1.2, rotate by up to 45 degrees.
+    """Per image a shift by 4 pixels, a rescaling of each axis by 0.8-1.2, or a turn by 45 degrees, at most.
 
     The batch's channel mean moves in.
     """
@@ -121,13 +125,18 @@ def _crop_scale_rotate(x: Tensor, u: Tensor) -> Tensor:
     angle = ((2 * u[:, 1] - 1) * math.radians(_DC_ROTATE)).masked_fill(kind != 2, 0.0)
     cos, sin = angle.cos(), angle.sin()
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
-    return _sample(x - mean, _affine(cos * factor[:, 0], -sin, sin, cos * factor[:, 1], dx, dy)) + mean
+    return _sample(x - mean, (cos * factor[:, 0], -sin, dx), (sin, cos * factor[:, 1], dy)) + mean
 
 
 _KINDS = {
-    "color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate,
+    "color": _color,
+    "crop": _crop,
+    "cutout": _cutout,
+    "flip": _flip,
+    "scale": _scale,
+    "rotate": _rotate,
     "crop_scale_rotate": _crop_scale_rotate,
-}  # fmt: skip
+}
 
 
 def augment(x: Tensor, draw: Draw | None) -> Tensor:
@@ -140,7 +149,7 @@ def augment(x: Tensor, draw: Draw | None) -> Tensor:
 
 @torch.enable_grad()
 def augment_and_back(x: Tensor, draw: Draw | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The augmented images, as constants, and what takes a gradient in them back to one in ``x [n, C, H, W]`` (once)."""
+    """The augmented images, as constants, and what takes (once) a gradient in them back to ``x [n, C, H, W]``."""
     if draw is None:
         return x, lambda gradient: gradient
     x = x.detach().requires_grad_()
@@ -148,8 +157,16 @@ def augment_and_back(x: Tensor, draw: Draw | None) -> tuple[Tensor, Callable[[Te
     return augmented.detach(), lambda gradient: torch.autograd.grad(augmented, x, gradient)[0]
 
 
+def refuse_unknown_kinds(setting: str, strategy: str) -> None:
+    """Raise InputError, naming ``setting``, where a strategy has a transformation that DSA has not."""
+    known = DSA_STRATEGY.split("_")
+    for kind in strategy.split("_"):
+        if kind not in known:
+            raise InputError(f"{setting}: {kind!r} is not one of {', '.join(known)}")
+
+
 class DSA:
-    """Differentiable Siamese augmentation (arXiv 2102.08259): per batch one transformation, drawn uniformly from a strategy.
+    """Differentiable Siamese augmentation: per batch one transformation, drawn uniformly from a strategy.
 
     Args:
         strategy: names joined by ``_``, out of color, crop, cutout, flip, scale, rotate.
@@ -159,30 +176,24 @@ class DSA:
     """
 
     def __init__(self, strategy: str = DSA_STRATEGY, siamese: bool = False):
+        refuse_unknown_kinds("dsa_strategy", strategy)
         self.kinds = strategy.split("_")
         self.siamese = siamese
-        known = DSA_STRATEGY.split("_")
-        for kind in self.kinds:
-            if kind not in known:
-                raise InputError(f"dsa_strategy: {kind!r} is not one of {', '.join(known)}")
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
-        """The augmentation of one batch of ``n`` images."""
         kind = self.kinds[int(torch.randint(len(self.kinds), (), generator=generator))]
         return Draw(kind, torch.rand(1 if self.siamese else n, _DRAWS_PER_IMAGE, generator=generator))
 
 
 class CropScaleRotate:
-    """DC's augmentation of real training images (arXiv 2006.05929), batched; the interface of :class:`DSA`."""
+    """DC's augmentation of real training images, batched; each image has its own kind."""
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
-        """The augmentation of one batch of ``n`` images; each image has its own kind."""
         return Draw("crop_scale_rotate", torch.rand(n, _DRAWS_PER_IMAGE, generator=generator))
 
 
 class NoAugmentation:
-    """Leaves images as they are; the interface of :class:`DSA`."""
+    """Leaves images as they are."""
 
     def draw(self, n: int, generator: torch.Generator) -> None:
-        """Nothing to draw."""
         return None

@@ -34,13 +34,11 @@ class HostImages:
     """Images that stay in host memory as uint8 pixels; ``images[i]`` copies and preprocesses those asked for.
 
     Stands in for the tensor ``[N, C, H, W]`` of all of them, preprocessed, wherever that is indexed: ``i`` is int64
-    ``[B]`` or a slice, ``images[i]`` is float32 ``[B, C, H, W]`` on ``device``, that of the preprocessing. Hot loops
-    give CPU indices (see :func:`batches`); others cost a synchronisation.
+    ``[B]`` or a slice, ``images[i]`` is float32 ``[B, C, H, W]`` on ``device``, that of the preprocessing. Indices on
+    another device than the CPU cost a synchronisation.
 
-    The pixels are gathered into one of two pinned buffers and copied in the order of the stream, without waiting: while
-    the device computes on one batch the host gathers the next. A buffer is written again once its last copy is done,
-    which also keeps the host at most two copies ahead. A copy is of bytes, a small part of a training step, and so not
-    worth a stream of its own.
+    The pixels are gathered into one of two pinned buffers and copied without waiting: while the device computes on one
+    batch the host gathers the next. A buffer is written again once its last copy is done.
     """
 
     dtype = torch.float32

@@ -1,21 +1,21 @@
 """The space networks see: mean/std or ZCA-whitened images, and the way back to pixels."""
 
-import hashlib
-import json
 import logging
-import math
-import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pad.data.sources import ImageData
+from pad.allocator import cache_folder
+from pad.data.images import ImageData
 from pad.errors import InputError
-from pad.files import load_tensors, save_tensors
-from pad.locks import in_turn
+from pad.store.identity import digest
+from pad.store.locks import in_turn
+from pad.store.tensors import load_tensors, save_tensors
 
-logger = logging.getLogger("pad")
+log = logging.getLogger("pad")
 
 ZCA_EPS = 0.1
 ZCA_VERSION = 1  # part of the digest: raise it when a fit to the same data would give another transform
@@ -23,8 +23,8 @@ ZCA_MAX_DIMENSIONS = 32_766  # the eigensolver (LAPACK's syevd) counts 1 + 6 D +
 _CHUNK = 1024  # images at a time; the covariance is exact only up to this many, see _moments
 
 
-class Preprocessing:
-    """Maps pixels to the space networks see, and back; made by :func:`fit_preprocessing` or :meth:`from_tensors`.
+class Preprocessing(ABC):
+    """Maps pixels to the space networks see, and back.
 
     ``identity`` is a JSON-able dictionary with ``kind`` ("zca" or "meanstd") and ``digest``; it is equal exactly when
     the transform is the same. Results are on the device of the preprocessing, wherever the images are.
@@ -57,26 +57,22 @@ class Preprocessing:
         """Back from ``[N, C, H, W]`` to pixels of about 0 to 1 (not clamped), float32. Raises as :meth:`apply`."""
         return self._chunked(x, self._backward)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file must hold, beside ``identity``, for :meth:`from_tensors` to restore the transform."""
-        raise NotImplementedError
+    @abstractmethod
+    def _refuse_unfit(self, shape: torch.Size) -> None:
+        """Raise InputError on a shape of images that the transform was not made for."""
 
-    @staticmethod
-    def from_tensors(identity: dict, tensors: dict[str, Tensor]) -> "Preprocessing":
-        """Restore a transform from what a file holds. Raises InputError when that is not one."""
-        try:
-            cls = {"zca": ZCA, "meanstd": MeanStd}[identity["kind"]]
-            whole = "digest" in identity and cls.fits(identity, tensors)
-        except (KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise InputError(f"the preprocessing in the file is not a whole zca or meanstd, but {identity}")
-        return cls(identity, dict(tensors))
+    @abstractmethod
+    def _forward(self, x: Tensor) -> Tensor:
+        """Pixels of 0 to 1, one chunk of images, to the networks' space."""
+
+    @abstractmethod
+    def _backward(self, x: Tensor) -> Tensor:
+        """The way back."""
 
     @torch.no_grad()
-    def _chunked(self, images: Tensor, transform) -> Tensor:
+    def _chunked(self, images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
         """The result is the only float copy of all images; everything else is a chunk at a time."""
-        self._check(images.shape)
+        self._refuse_unfit(images.shape)
         out = torch.empty(images.shape, device=self.device)
         for source, target in zip(images.split(_CHUNK), out.split(_CHUNK)):
             source = source.to(self.device)
@@ -89,18 +85,15 @@ class MeanStd(Preprocessing):
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str) -> "MeanStd":
-        identity = {"kind": "meanstd", "mean": list(mean), "std": list(std), "digest": _digest("meanstd", *mean, *std)}
+        identity = {
+            "kind": "meanstd",
+            "mean": list(mean),
+            "std": list(std),
+            "digest": digest(["meanstd", *mean, *std], 32),
+        }
         return cls(identity, {"mean": torch.tensor(mean, device=device), "std": torch.tensor(std, device=device)})
 
-    @staticmethod
-    def fits(identity: dict, tensors: dict[str, Tensor]) -> bool:
-        shape = (len(identity["mean"]),)
-        return {name: tensor.shape for name, tensor in tensors.items()} == {"mean": shape, "std": shape}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self._tensors)
-
-    def _check(self, shape: torch.Size) -> None:
+    def _refuse_unfit(self, shape: torch.Size) -> None:
         channels = len(self.identity["mean"])
         if len(shape) != 4 or shape[1] != channels:
             raise InputError(f"images of shape {list(shape)} do not fit a mean and std of {channels} channel(s)")
@@ -116,26 +109,14 @@ class ZCA(Preprocessing):
     """(x - mean) U (S + eps)^(-1/2) U^T of the flattened image, where the covariance of the training pixels is U S U^T.
 
     Equals ``kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True)``, up to float rounding. The tensors are ``mean``
-    [D], ``unwhiten`` [D, D] and ``whiten`` [D, D], D = C H W. A file needs only the first two (at 3x64x64 a matrix is
-    600 MB); ``whiten`` is then the inverse, computed when first used.
+    [D], ``whiten`` [D, D] and ``unwhiten`` [D, D], D = C H W.
     """
 
-    @staticmethod
-    def fits(identity: dict, tensors: dict[str, Tensor]) -> bool:
-        dimensions = math.prod(identity["shape"])
-        expected = {"mean": (dimensions,), "unwhiten": (dimensions, dimensions), "whiten": (dimensions, dimensions)}
-        return {"mean", "unwhiten"} <= set(tensors) and all(t.shape == expected[name] for name, t in tensors.items())
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: self._tensors[name] for name in ("mean", "unwhiten")}
-
-    def _check(self, shape: torch.Size) -> None:
+    def _refuse_unfit(self, shape: torch.Size) -> None:
         if list(shape[1:]) != self.identity["shape"]:
             raise InputError(f"images of shape {list(shape)} do not fit a ZCA of images of {self.identity['shape']}")
 
     def _forward(self, x: Tensor) -> Tensor:
-        if "whiten" not in self._tensors:
-            self._tensors["whiten"] = torch.linalg.inv(self._tensors["unwhiten"].double()).float()
         return ((x.flatten(1) - self._tensors["mean"]) @ self._tensors["whiten"]).view_as(x)
 
     def _backward(self, x: Tensor) -> Tensor:
@@ -145,7 +126,7 @@ class ZCA(Preprocessing):
 def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None = None) -> Preprocessing:
     """The preprocessing of a data set, on the device of its images: ZCA fitted to the training images, or mean/std.
 
-    A fitted ZCA is kept in ``cache_dir`` (default: ``$PAD_CACHE``, else ``~/.cache/pad``), named after the data and
+    A fitted ZCA is kept in ``cache_dir`` (default: :func:`pad.allocator.cache_folder`), named after the data and
     eps, and read from there the next time, byte for byte the same. A damaged file is fitted again, a folder that cannot
     be written is done without; both are logged. Raises InputError when the images are too large for ZCA.
     """
@@ -159,38 +140,36 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
             f"ZCA of {data.name} at {shape[1]}x{shape[2]} pixels needs the eigenvectors of a {dimensions}-dimensional "
             f"covariance, {ZCA_MAX_DIMENSIONS} is the most the solver takes; use mean/std or a smaller res"
         )
-    digest = _digest("zca", ZCA_VERSION, ZCA_EPS, data.fingerprint)
-    identity = {"kind": "zca", "eps": ZCA_EPS, "shape": shape, "digest": digest}
-    cache_dir = Path(cache_dir or os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
-    path = cache_dir / f"zca-{digest}.safetensors"
+    # of what it is made from, not of its floats: those may differ in the last bit from machine to machine
+    name = digest(["zca", ZCA_VERSION, ZCA_EPS, data.fingerprint], 32)
+    identity = {"kind": "zca", "eps": ZCA_EPS, "shape": shape, "digest": name}
+    path = Path(cache_dir or cache_folder()).expanduser() / f"zca-{name}.safetensors"
     there = path.is_file()
-    if there and (kept := _kept_zca(path, identity)) is not None:
+    if there and (kept := _kept_zca(path, identity, dimensions)) is not None:
         return kept.to(device)
     with in_turn(path.with_name(f".{path.name}.lock"), "the same ZCA"):
-        if not there and path.is_file() and (kept := _kept_zca(path, identity)) is not None:
+        if not there and path.is_file() and (kept := _kept_zca(path, identity, dimensions)) is not None:
             return kept.to(device)  # fitted meanwhile by the process that was waited for
         tensors = _fit_zca(data.train_images)
         try:
             save_tensors(path, tensors, identity)
         except OSError as error:
-            logger.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
+            log.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
     return ZCA(identity, tensors)
 
 
-def _kept_zca(path: Path, identity: dict) -> Preprocessing | None:
+def _kept_zca(path: Path, identity: dict, dimensions: int) -> Preprocessing | None:
     """The ZCA that was written to ``path``; None, with a line that says why, when it is not usable."""
+    square = (dimensions, dimensions)
     try:
         tensors, found = load_tensors(path)
-        if found != identity or set(tensors) != {"mean", "unwhiten", "whiten"}:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != identity or shapes != {"mean": (dimensions,), "whiten": square, "unwhiten": square}:
             raise InputError("it holds something else than its name says")
-        return Preprocessing.from_tensors(identity, tensors)
+        return ZCA(identity, tensors)
     except InputError as error:
-        logger.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
-
-
-def _digest(*parts) -> str:
-    """Of what a transform is made from, not of its floats: those may differ in the last bit from machine to machine."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        log.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
+        return None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pad.data.placement import Images, fits
 from pad.difficulty.scores import error_vectors
-from pad.networks import Network
+from pad.nn.networks import Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,6 @@ class Evidence:
         return Evidence(self.features.to(device), self.logits.to(device), self.labels.to(device))
 
     @property
-    def probabilities(self) -> Tensor:
-        """The softmax of the logits, ``[n, K]``."""
-        return self.logits.softmax(dim=1)
-
-    @property
     def errors(self) -> Tensor:
         """Probabilities minus the one-hot labels, ``[n, K]``."""
         return error_vectors(self.logits, self.labels)
@@ -59,8 +54,10 @@ def collect_evidence(network: Network, images: Images, labels: Tensor, batch: in
     The network must be in eval mode; then ``batch`` changes speed and memory only. The evidence lies on the device of
     the images, or on the CPU where that has no room for it.
     """
-    n, (num_classes, num_features) = len(images), network.classifier.weight.shape
-    dtype, device = network.classifier.weight.dtype, images.device
+    n = len(images)
+    num_classes, num_features = network.classifier.weight.shape
+    dtype = network.classifier.weight.dtype
+    device = images.device
     if not fits(dtype.itemsize * n * (num_features + num_classes), device):
         device = torch.device("cpu")
     features = torch.empty(n, num_features, dtype=dtype, device=device)

@@ -1,9 +1,9 @@
 """Greedy selections of coresets (arXiv 2204.08499), continued to the last image: the order of selection is a ranking.
 
-An ordering takes the evidence of one class, and a random generator that few of them use, and returns all positions
-0..n-1 in order of selection, ``[n]`` int64 on the CPU. Ties go to the lowest position. Selection knows no difficulty:
-what is selected first comes first, where the easy images are in a ranking by scores, so each docstring says what that
-is. The first k images are the method's coreset of size k, for every k.
+An ordering takes the evidence of one class, and a random generator that only :func:`uniform` uses, and returns all
+positions 0..n-1 in order of selection, ``[n]`` int64 on the CPU. Ties go to the lowest position. Selection knows no
+difficulty: what is selected first comes first, where the easy images are in a ranking by scores, so each docstring says
+what that is. The first k images are the method's coreset of size k, for every k.
 
 Costs are operations for a class of n images with D features and K logits; memory is at most three [n, n] float64
 matrices, except for Uniform. N images in C equal classes cost C times that with n = N / C, so what goes with n^2 falls
@@ -37,7 +37,8 @@ def gradient_similarities(evidence: Evidence) -> Tensor:
     """
     features = evidence.features.double()
     inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)  # of weight and bias
-    errors, inputs = _directions(evidence.errors.double()), _directions(inputs)
+    errors = _directions(evidence.errors.double())
+    inputs = _directions(inputs)
     similarities = (inputs @ inputs.T).mul_(errors @ errors.T).add_(1).div_(2).clamp_(0, 1)
     similarities.diagonal().copy_((1 + errors.any(dim=1)) / 2)  # exactly, as log-determinants begin with a tie of all
     return similarities
@@ -85,7 +86,8 @@ def herding(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
     """
     features = _centred(evidence.features)
     products = features @ features.T
-    squares, sums = products.diagonal().clone(), products.new_zeros(len(products))  # sums: <h_j, sum over S>
+    squares = products.diagonal().clone()
+    sums = products.new_zeros(len(products))  # <h_j, sum over S>
 
     def step(pick: Tensor | None) -> Tensor:
         if pick is not None:
@@ -116,7 +118,7 @@ def contextual_diversity(evidence: Evidence, rng: torch.Generator | None = None)
     return _k_center(prediction_divergences(evidence))
 
 
-def craig(evidence: Evidence, rng: torch.Generator | None = None, optimiser: str = "lazy") -> Tensor:
+def craig(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
     """Craig (arXiv 1906.01827): images whose last-layer gradients are near to those of all.
 
     Facility location of (largest distance) - ||g_i - g_j||: argmax_j of how much nearer the images come to the nearest
@@ -126,7 +128,7 @@ def craig(evidence: Evidence, rng: torch.Generator | None = None, optimiser: str
     distances = gradient_distances(evidence)
     largest = distances.max()
     similarity = 1 - torch.where(largest > 0, distances / largest, 0.0)  # the scale changes no choice
-    return maximise(FacilityLocation(similarity), optimiser, rng)
+    return maximise(FacilityLocation(similarity))
 
 
 def grad_match(evidence: Evidence, rng: torch.Generator | None = None, ridge: float = 1.0) -> Tensor:
@@ -166,9 +168,12 @@ def glister(
     First: images of large gradients that agree with the class's; last: those already right, or opposed to the class.
     n^2 (D + K), then 2 n^2 K per update.
     """
-    features, errors, n = evidence.features.double(), evidence.errors.double(), len(evidence)
+    n = len(evidence)
+    features = evidence.features.double()
+    errors = evidence.errors.double()
     products = (features @ features.T).add_(1)
-    logits, step = evidence.logits.double(), torch.zeros_like(errors)  # step: of the logits, times |S|
+    logits = evidence.logits.double()
+    step = torch.zeros_like(errors)  # of the logits, times |S|
     at_once = at_once or max(1, n // 100)
     picked = torch.zeros(n, dtype=torch.bool, device=errors.device)
     picks = []
@@ -182,32 +187,32 @@ def glister(
     return torch.cat(picks).cpu()
 
 
-def facility_location(evidence: Evidence, rng: torch.Generator | None = None, optimiser: str = "lazy") -> Tensor:
+def facility_location(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
     """Facility location (DeepCore): argmax_j of the sum over i of max(0, s_ij - max_{l in S} s_il).
 
     s is (1 + cosine) / 2 of the last layer's gradients. First: images like many; last: images for which others stand.
     n^2 (D + K), then n per gain; lazy greedy computes some 20 n of the n^2 gains.
     """
-    return maximise(FacilityLocation(gradient_similarities(evidence)), optimiser, rng)
+    return maximise(FacilityLocation(gradient_similarities(evidence)))
 
 
-def graph_cut(evidence: Evidence, rng: torch.Generator | None = None, optimiser: str = "lazy") -> Tensor:
+def graph_cut(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
     """Graph cut (DeepCore): argmax_j (sum of s_ij over all i) - 2 (sum of s_ij over i in S) - s_jj.
 
     s is (1 + cosine) / 2 of the last layer's gradients. First: an image like many, then images unlike those selected;
     from about half the class on gains are negative, and the last are images like many. n^2 (D + K), then n per pick.
     """
-    return maximise(GraphCut(gradient_similarities(evidence)), optimiser, rng)
+    return maximise(GraphCut(gradient_similarities(evidence)))
 
 
-def log_determinant(evidence: Evidence, rng: torch.Generator | None = None, optimiser: str = "lazy") -> Tensor:
+def log_determinant(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
     """Log-determinant (arXiv 1709.05135): argmax_j log det of s over S and j, the volume that the selected span.
 
     s is (1 + cosine) / 2 of the last layer's gradients. First: images unlike each other, beginning with the first of
     the class; last: images that the selected can be combined to, such as copies, in the order of the data. DeepCore
     takes the most explained image instead of the least. n^2 (D + K), then 2 n^3 in matrix products for all picks.
     """
-    return maximise(LogDeterminant(gradient_similarities(evidence)), optimiser, rng)
+    return maximise(LogDeterminant(gradient_similarities(evidence)))
 
 
 def uniform(evidence: Evidence, rng: torch.Generator | None = None) -> Tensor:
@@ -229,7 +234,8 @@ def _k_center(distances: Tensor) -> Tensor:
 
 def _greedy(n: int, step: Callable[[Tensor | None], Tensor]) -> Tensor:
     """Pick all of 0..n-1: always the highest of the values ``[n]`` that ``step(last pick [1], or None)`` gives."""
-    picks, values = [], step(None)
+    picks = []
+    values = step(None)
     picked = torch.zeros_like(values, dtype=torch.bool)
     for _ in range(n):
         pick = values.masked_fill(picked, -math.inf).argmax(keepdim=True)  # nothing waits for the device
@@ -237,19 +243,3 @@ def _greedy(n: int, step: Callable[[Tensor | None], Tensor]) -> Tensor:
         picks.append(pick)
         values = step(pick)
     return torch.cat(picks).cpu()
-
-
-Ordering = Callable[[Evidence, "torch.Generator | None"], Tensor]
-
-ORDERINGS: dict[str, Ordering] = {
-    "Herding": herding,
-    "kCenterGreedy": k_center_greedy,
-    "ContextualDiversity": contextual_diversity,
-    "Craig": craig,
-    "GradMatch": grad_match,
-    "Glister": glister,
-    "Submodular-FacilityLocation": facility_location,
-    "Submodular-GraphCut": graph_cut,
-    "Submodular-LogDeterminant": log_determinant,
-    "Uniform": uniform,
-}

@@ -1,225 +1,189 @@
-"""Finding a difficulty ranking, or computing and keeping it."""
+"""The difficulty ranking: for every class, its images from easiest to hardest, and the files it lives in.
+
+``<NAME>_<METHOD>.safetensors`` is our form: classes of any size, the scores, and what they were computed from.
+``<NAME>_<METHOD>.pt`` is the published one, a bare int64 tensor ``[num_classes, n_per_class]`` (arXiv 2408.03360).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import shutil
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from pad.data.placement import Images
-from pad.difficulty.methods import METHODS, compute_rankings, nearest_method, recorded_settings
-from pad.difficulty.rows import Ranking, read_published
-from pad.difficulty.training import ScoringSettings
-from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.locks import claim, in_turn, remove_leftovers
+from pad.store.foreign import load_pt, save_pt
+from pad.store.tensors import load_tensors, save_tensors
 
-if TYPE_CHECKING:
-    from pad.data.sources import ImageData
+KIND = "ranking"
 
-__all__ = ["Ranking", "obtain_rankings", "ranking_file", "ranking_method", "read_published"]
-
-log = logging.getLogger("pad")
-
-_PUBLISHED_NAMES = {"Tiny": "TinyImageNet"}  # where the published file's name is not the data set's
+FORMAT = 1
 
 
-def _files(stem: Path) -> tuple[Path, Path]:
-    """Our form's and the published form's file. Not with_suffix: a name may hold a dot."""
-    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.pt")
+@dataclass(eq=False)
+class Ranking:
+    """Every class's images in order of difficulty.
 
-
-def _file_name(dataset: str) -> str:
-    """A data set's name in files, as published."""
-    return _PUBLISHED_NAMES.get(dataset, dataset.replace("/", "-"))
-
-
-def ranking_file(folder: Path | str, dataset: str, sort_method: str) -> Path:
-    """Where the ranking of a data set lies, ``<folder>/<NAME>_<METHOD>`` without a suffix.
-
-    ``sort_method`` is ``GraNd`` or, with the data set's name before it, ``CIFAR10_GraNd``. NAME is the data set's, as
-    published: ``Tiny`` becomes ``TinyImageNet``, ``ImageNet/imagenette`` ``ImageNet-imagenette``. Raises InputError for
-    another data set's name, and for a method that cannot be computed unless its file is there.
+    rows: row c holds the data-set indices of class c, ``[n_c]`` int64 on the CPU, easiest first; n_c may differ.
+    scores: ``[N]`` float64 by data-set index, low = easy; None where only the order is known.
+    metadata: JSON-able; ``method``, ``ranked_by`` ("score", or "order": of selection), ``settings``, the identities of
+        ``data`` and ``preprocessing``, as far as known.
     """
-    name = _file_name(dataset)
-    for prefix in (name, dataset):
-        if sort_method.startswith(f"{prefix}_"):
-            method = sort_method.removeprefix(f"{prefix}_")
-            break
-    else:
-        other, _, method = sort_method.rpartition("_")
-        if other:
+
+    rows: list[Tensor]
+    scores: Tensor | None
+    metadata: dict
+
+    @classmethod
+    def from_scores(cls, scores: Tensor, labels: Tensor, num_classes: int, metadata: dict) -> Ranking:
+        """Rank by ``scores [N]``, low = easy, for ``labels [N]``; images of equal score stay in data-set order.
+
+        Raises InputError when a score is not finite, the counts differ, or a class has no image.
+        """
+        scores = scores.detach().double().cpu()
+        labels = labels.cpu()
+        if len(scores) != len(labels):
+            raise InputError(f"{len(scores)} difficulty scores were given for {len(labels)} images")
+        if not scores.isfinite().all():
+            bad = int((~scores.isfinite()).nonzero()[0])
+            raise InputError(f"the difficulty score of image {bad} is {scores[bad].item()}, not a finite number")
+        return cls(by_class(scores.argsort(stable=True), labels, num_classes), scores, metadata)
+
+    @property
+    def digest(self) -> str:
+        """Which image comes where in which class, as 16 hexadecimal digits."""
+        text = ";".join(",".join(map(str, row.tolist())) for row in self.rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def validate(self, labels: Tensor, num_classes: int, source: str) -> None:
+        """Raise InputError, naming ``source``, unless row c holds the images of class c of this data set, each once."""
+        indices = torch.cat(self.rows)
+        labels = labels.cpu()
+        count = len(labels)
+        if (len(indices), len(self.rows)) != (count, num_classes):
             raise InputError(
-                f"sort_method {sort_method} names a ranking of {other}, but the data set is {dataset}: "
-                f"write {method} or {name}_{method}"
+                f"{source} is a ranking of {len(indices)} images in {len(self.rows)} classes, "
+                f"but this data set has {count} images in {num_classes} classes"
             )
-    stem = Path(folder) / f"{name}_{method}"
-    if method not in METHODS and not any(path.is_file() for path in _files(stem)):
-        raise InputError(
-            f"sort_method {sort_method}: {method!r} is not a method that can be computed (the nearest is "
-            f"{nearest_method(method)}), and there is no ranking {stem}.pt"
-        )
-    return stem
+        outside = indices[(indices < 0) | (indices >= count)]
+        if len(outside):
+            image = int(outside[0])
+            raise InputError(f"{source} ranks an image {image}, but this data set has images 0 to {count - 1}")
+        times = indices.bincount(minlength=count)
+        if times.max() > 1:
+            image = int(times.argmax())
+            raise InputError(f"{source} ranks image {image} {int(times[image])} times, and others not at all")
+        rows = torch.arange(num_classes).repeat_interleave(torch.tensor([len(row) for row in self.rows]))
+        wrong = (labels[indices] != rows).nonzero()
+        if len(wrong):
+            row = int(rows[wrong[0]])
+            image = int(indices[wrong[0]])
+            raise InputError(
+                f"row {row} of {source} holds images of class {int(labels[image])} (such as image {image}): "
+                "it is a ranking of other data, or of the same in another order"
+            )
+
+    @property
+    def has_equal_classes(self) -> bool:
+        """Whether all classes are of one size, as the published form needs."""
+        return len({len(row) for row in self.rows}) == 1
+
+    def save(self, path: Path | str) -> None:
+        """Write our form, one safetensors file, atomically; equal rankings give equal bytes."""
+        tensors = {"indices": torch.cat(self.rows), "lengths": torch.tensor([len(row) for row in self.rows])}
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        save_tensors(path, tensors, {**self.metadata, "kind": KIND, "format": FORMAT})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Ranking:
+        """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged or something else."""
+        tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
+        if not _are_a_ranking(tensors):
+            raise InputError(f"{path} is damaged: its tensors are not those of a difficulty ranking")
+        rows = tensors["indices"].split(tensors["lengths"].tolist())
+        return cls(list(rows), tensors.get("scores"), metadata)
+
+    def write_published(self, path: Path | str) -> None:
+        """Write the published form, atomically. Raises InputError when the classes are not of one size."""
+        if not self.has_equal_classes:
+            sizes = [len(row) for row in self.rows]
+            raise InputError(
+                f"{path} cannot be written: the published form needs classes of one size, these have {min(sizes)} to "
+                f"{max(sizes)} images"
+            )
+        save_pt(path, torch.stack(self.rows))
 
 
-def ranking_method(dataset: str, stem: Path) -> str:
-    """The method's name in what :func:`ranking_file` gave for a data set."""
-    return stem.name.removeprefix(f"{_file_name(dataset)}_")
+def _are_a_ranking(tensors: dict[str, Tensor]) -> bool:
+    """Whether a file's tensors fit together: row lengths that add up to the indices, and finite scores, if any."""
+    if not {"indices", "lengths"} <= tensors.keys():
+        return False
+    indices = tensors["indices"]
+    lengths = tensors["lengths"]
+    scores = tensors.get("scores", torch.zeros(indices.shape))
+    if not all(part.dtype == torch.int64 and part.ndim == 1 for part in (indices, lengths)):
+        return False
+    if ((lengths < 0) | (lengths > len(indices))).any():  # before a sum that could overflow
+        return False
+    return 0 < int(lengths.sum()) == len(indices) and scores.shape == indices.shape and bool(scores.isfinite().all())
 
 
-def obtain_rankings(
-    data: ImageData,
-    images: Images,
-    labels: Tensor,
-    sort_methods: Sequence[str],
-    folder: Path | str,
-    scoring: ScoringSettings,
-    *,
-    asked: Collection[str] = (),
-    seed: int,
-    preprocessing: dict,
-    progress: Callable[[int, int], None] | None = None,
-    convert_flat: bool = False,
-    overwrite: bool = False,
-    ranks: Ranks = ALONE,
-) -> dict[str, Ranking]:
-    """The rankings of ``data``, by name in ``sort_methods``: read from ``folder``, or computed and written there.
+def by_class(order: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
+    """Data-set indices ``order [N]``, dealt to their classes; the order within a class is kept.
 
-    Our form is looked for first, then the published one; a ranking that is found is checked against this data set.
-    Those that are not there share one training. What is computed is written in our form, and in the published one too
-    when the classes have one size. Until all is written, what finished networks said is kept in ``<NAME>.partial``,
-    from which an interrupted run goes on.
-
-    Args:
-        images, labels: preprocessed training images ``[N, C, H, W]`` float32 and labels ``[N]``, on the device to use.
-        sort_methods: see :func:`ranking_file`.
-        scoring, seed: how to compute them.
-        asked: names of the settings in ``scoring`` that somebody asked for. A ranking that is there and was made with
-            others of these is refused; one that differs in what was not asked for is used, with a warning.
-        preprocessing: identity of what made ``images``, for the record.
-        progress: called as ``progress(repeat, epoch)`` after each epoch of each scoring network.
-        convert_flat: see :func:`read_published`.
-        overwrite: compute also those that are there.
-        ranks: share the work; rank 0 reads and writes the rankings.
-
-    Raises InputError for an unknown method, and for a file that is damaged, ranks other data or was made otherwise,
-    before any work.
+    ``labels [N]`` int64 on the CPU. Raises InputError when a class has no image.
     """
-    folder, name = Path(folder), _file_name(data.name)
-
-    def there() -> tuple[dict[str, Ranking], dict[str, str]]:
-        """Rankings that need not be computed, and the methods of the others."""
-        found, missing = {}, {}
-        for wanted in sort_methods:
-            stem = ranking_file(folder, data.name, wanted)
-            method = ranking_method(data.name, stem)
-            ours, published = _files(stem)
-            if ours.is_file() and not overwrite:
-                settings = recorded_settings(method, scoring, seed, preprocessing)
-                found[wanted] = _reuse(ours, data, method, settings, asked)
-            elif published.is_file() and not overwrite:
-                found[wanted] = read_published(published, data.train_labels, data.num_classes, convert_flat)
-                log.info("difficulty ranking: using %s", published)
-            else:
-                missing[wanted] = method
-        if missing:
-            _check_writable(folder)
-        return found, missing
-
-    keep, lock = folder / f"{name}.partial", folder / f".{name}.lock"
-    rankings, missing = ranks.on_main(there)
-    if not missing:
-        if ranks.is_main:
-            _clean_up(lock, keep, [(ranking, ranking_file(folder, data.name, wanted)) for wanted, ranking in rankings.items()])
-        return rankings
-    turn = in_turn(lock, f"rankings of {data.name}")
-    with turn if ranks.is_main else contextlib.nullcontext():
-        rankings, missing = ranks.on_main(there)  # of the process that was waited for, if there was one
-        computed = compute_rankings(
-            list(dict.fromkeys(missing.values())), data, images, labels, scoring,
-            seed=seed, preprocessing=preprocessing, progress=progress, ranks=ranks, keep=keep,
-        ) if missing else {}  # fmt: skip
-        if ranks.is_main:
-            for method, ranking in computed.items():
-                _write(ranking, folder / f"{name}_{method}")
-        ranks.barrier()
-        shutil.rmtree(keep, ignore_errors=True)  # by each rank: machines may have folders of their own
-        ranks.barrier()  # before another process may write there
-    rankings |= {wanted: computed[method] for wanted, method in missing.items()}
-    return {wanted: rankings[wanted] for wanted in sort_methods}
+    sizes = labels.bincount(minlength=num_classes).tolist()
+    if 0 in sizes:
+        raise InputError(f"class {sizes.index(0)} has no images to rank")
+    return list(order[labels[order].argsort(stable=True)].split(sizes))
 
 
-def _clean_up(lock: Path, keep: Path, found: list[tuple[Ranking, Path]]) -> None:
-    """Finish what a command left that was killed when all was computed, unless another is at work."""
-    remove_leftovers(lock.parent)
-    if keep.exists():
-        with contextlib.suppress(OSError), claim(lock) as mine:
-            if mine:
-                for ranking, stem in found:
-                    ours, published = _files(stem)
-                    if ours.is_file() and not published.is_file() and len({len(row) for row in ranking.rows}) == 1:
-                        ranking.write_published(published)
-                shutil.rmtree(keep, ignore_errors=True)
+def read_published(path: Path | str, labels: Tensor, num_classes: int, convert_flat: bool = False) -> Ranking:
+    """Read a published ranking, an int64 tensor ``[num_classes, n_per_class]``, and check it against ``labels [N]``.
 
-
-def _write(ranking: Ranking, stem: Path) -> None:
-    """Both forms, or ours alone for classes of unequal size."""
-    ours, published = _files(stem)
-    written = [ours]
-    ranking.save(ours)
-    if len({len(row) for row in ranking.rows}) == 1:
-        ranking.write_published(published)
-        written.append(published)
-    files = " and ".join(map(str, written))
-    log.info("difficulty ranking: computed %s and wrote %s", ranking.metadata["method"], files)
-
-
-def _reuse(path: Path, data: ImageData, method: str, settings: dict, asked: Collection[str]) -> Ranking:
-    """Read a ranking in our form; refuse one that was made otherwise than asked, warn in one line of other differences."""
-    ranking = Ranking.load(path)
-    made_for = ranking.metadata.get("data")
-    if isinstance(made_for, dict) and made_for.get("fingerprint") != data.fingerprint:
-        theirs, these = (
-            f"{about.get('dataset')} at {' x '.join(map(str, about.get('size', '?')))} pixels, "
-            f"fingerprint {about.get('fingerprint')}"
-            for about in (made_for, data.identity)
-        )
+    A flat tensor ``[N]`` (as ``CIFAR10_ConvNet.pt``: all images, hardest first) is refused, or with ``convert_flat``
+    turned round and grouped by class. No code in the file is run. Raises InputError naming the file.
+    """
+    path = Path(path)
+    indices = load_pt(path)
+    if not isinstance(indices, Tensor):
+        raise InputError(f"{path} holds a {type(indices).__name__}, not a tensor of image indices")
+    usable = indices.layout == torch.strided and not indices.is_meta and indices.numel() > 0
+    if not usable or indices.dtype != torch.int64 or indices.ndim not in (1, 2):
         raise InputError(
-            f"{path} ranks other images: {theirs}, where these are {these}; "
-            "move it away to have a ranking computed, or name another folder"
+            f"{path} holds a {indices.dtype} tensor of shape {list(indices.shape)}; "
+            "a ranking is int64 image indices [num_classes, n_per_class]"
         )
-    ranking.validate(data.train_labels, data.num_classes, str(path))
-    made_with = ranking.metadata.get("settings")
-    made_with = {"method": ranking.metadata.get("method", method), **(made_with if isinstance(made_with, dict) else settings)}
-    wanted = {"method": method, **settings}
-    for name in wanted:
-        if name in ("method", *asked) and made_with.get(name) != wanted[name]:
-            raise InputError(
-                f"{path}: {name}: {made_with.get(name)} in the ranking, {wanted[name]} in the settings; "
-                "move it away to have one computed, or ask for no other"
-            )
-    differences = [
-        f"{name} {made_with.get(name)} (now {value})" for name, value in wanted.items() if made_with.get(name) != value
-    ]
-    if differences:
-        what = ", ".join(differences)
-        log.warning("difficulty ranking: using %s, computed with %s; remove the file to compute it anew", path, what)
+    metadata = {"published": path.name}
+    if indices.ndim == 2:
+        ranking = Ranking(list(indices.contiguous()), None, metadata)
+    elif not convert_flat:
+        raise InputError(
+            f"{path} is one flat list of {len(indices)} images, hardest first, not grouped by class as a ranking is; "
+            "--convert_flat turns it round and groups it"
+        )
     else:
-        log.info("difficulty ranking: using %s", path)
+        labels = labels.cpu()
+        if not torch.equal(indices.sort().values, torch.arange(len(labels))):
+            raise InputError(f"{path} does not list each of this data set's {len(labels)} images once")
+        ranking = Ranking(by_class(indices.flip(0), labels, num_classes), None, metadata)
+    ranking.validate(labels, num_classes, str(path))
     return ranking
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before hours of training that the result can be kept."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder for rankings, {folder}, cannot be made ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"the folder for rankings, {folder}, cannot be written to")
+def first_of_each_class(rows: Sequence[Tensor], ipc: int, end: str = "easiest") -> Tensor:
+    """The coreset of ``ipc`` images per class: data-set indices ``[K * ipc]`` int64, class by class.
+
+    Coresets are real images that a ranking chooses, as training sets of a synthetic set's size (arXiv 2204.08499).
+    rows: of the K classes, as :attr:`Ranking.rows` has them. end: "easiest", the first of each row, or "hardest", the
+    last of each, hardest first. Raises InputError when a class has fewer images.
+    """
+    for c, row in enumerate(rows):
+        if len(row) < ipc:
+            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {len(row)}")
+    return torch.cat([(row if end == "easiest" else row.flip(0))[:ipc] for row in rows])

@@ -9,13 +9,13 @@ numbers: of the easiest images, which the curriculum adds first, most have a p_y
 import torch
 from torch import Tensor
 
-from pad.networks import Network
+from pad.nn.networks import Network
 
 # --------------------------------------------------------------------------- of the label and what is predicted
 
 
 def error_vectors(logits: Tensor, labels: Tensor) -> Tensor:
-    """p - y, ``[n, K]`` in the logits' type, for logits ``[n, K]`` and labels ``[n]`` int64; p is the softmax, y one-hot."""
+    """p - y, ``[n, K]`` in the logits' type; logits ``[n, K]``, labels ``[n]`` int64; p is the softmax, y one-hot."""
     # 1 - p_y is the sum of the other probabilities; a difference would round the easiest images to the same zero
     wrong = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0)
     return wrong.scatter(1, labels[:, None], -wrong.sum(dim=1, keepdim=True))
@@ -87,7 +87,7 @@ def cal(features: Tensor, logits: Tensor, neighbours: int = 10) -> Tensor:
     The mean over the ``neighbours`` images j nearest to image i, by Euclidean distance of features, of
     (KL(p_i || p_j) + KL(p_j || p_i)) / 2: both directions, as DeepCore (arXiv 2204.08499) has it, the paper has the
     second. Neighbours are looked for among the images given, which are those of one class. Low is easy: around the
-    image, the network says the same. Of n <= ``neighbours`` images all others are neighbours; a single one scores 0.
+    image, the network says the same. Where n <= ``neighbours`` all others are neighbours. A single image scores 0.
     Cost n^2 D, exact search; memory 1024 n.
 
     features ``[n, D]``, logits ``[n, K]`` -> ``[n]`` float64, at least 0.
@@ -133,7 +133,7 @@ def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50)
 
     Each step goes to the nearest boundary of the network linearised where the image is: to class k of the least
     |f_k - f_own| / ||grad(f_k - f_own)||. An image stops when 1.02 r changes its class, or after ``max_steps``.
-    Of an affine classifier the first step is exact. Gradients of one class are taken for all images at once, and only
+    The first step is exact for an affine classifier. Gradients of one class are taken for all images at once, and only
     the nearest boundary is kept, so memory is that of a training step on these images, whatever K.
     """
     with torch.no_grad():
@@ -180,7 +180,7 @@ class ForgettingEvents:
     scores the number of epochs, which no count reaches. Counts are whole numbers, so there are many ties, the fewer
     the more networks are averaged.
 
-    An observer of :class:`pad.difficulty.training.ScoringTask`. labels: ``[n]`` int64, on the device.
+    An observer of :class:`pad.difficulty.training.ScoringTraining`. labels: ``[n]`` int64, on the device.
     """
 
     def __init__(self, labels: Tensor):

@@ -1,4 +1,4 @@
-"""Greedy maximisation of set functions: naive, lazy and stochastic, to the last image, so that the picks are an order.
+"""Greedy maximisation of set functions to the last image, so that the picks are an order.
 
 A set function keeps what it knows of the picks so far, and says what further images would add. Similarities are held as
 multiples of 2^-24, so that sums of them in float64 are exact for some 100 million images: gains do not depend on the
@@ -13,9 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pad.errors import InputError
-
-OPTIMISERS = ("lazy", "naive", "stochastic")
 _GRID = 2.0**24
 _BLOCK = 8  # candidates that lazy greedy evaluates together at first
 _CHUNK = 256  # rows of an [n, n] matrix that are copied at once
@@ -40,31 +37,19 @@ class SetFunction(Protocol):
         """Put the image ``pick [1]`` int64 into the set."""
 
 
-def maximise(
-    function: SetFunction, optimiser: str = "lazy", rng: torch.Generator | None = None, epsilon: float = 0.1
-) -> Tensor:
+def maximise(function: SetFunction) -> Tensor:
     """All images in the order in which greedy maximisation picks them, ``[n]`` int64 on the CPU; ties: lowest first.
 
-    * naive evaluates every image for each pick: n^2 gains.
-    * lazy returns the same. For a submodular function an image's gain never grows, so old gains are upper bounds, and
-      only images whose bound is highest need be evaluated (Minoux 1978); here a block of them at a time.
-    * stochastic evaluates a random sample for each pick (arXiv 1409.7938), drawn by ``rng``. For k picks the paper
-      samples (n / k) ln(1 / epsilon) images each time. The order is cut at any k, so pick number k samples that many:
-      the paper's guarantee, 1 - 1/e - epsilon of the best value in expectation for monotone functions, then holds for
-      the first k images for all k. Some n ln(n) ln(1 / epsilon) gains.
-
-    Raises InputError for another optimiser.
+    Greedy maximisation evaluates every image for each pick, n^2 gains. Where gains are costly it is lazy, with the same
+    picks: an image's gain never grows for a submodular function, so old gains are upper bounds, and only images whose
+    bound is highest need be evaluated (Minoux 1978); here a block of them at a time.
     """
-    if optimiser not in OPTIMISERS:
-        raise InputError(f"there is no greedy optimiser {optimiser!r}; there are {', '.join(OPTIMISERS)}")
-    if optimiser == "stochastic":
-        return _stochastic(function, rng, epsilon)
     everything = torch.arange(function.n, device=function.device)
     bounds = torch.full((function.n,), math.inf, dtype=torch.float64, device=function.device)
     picked = torch.zeros(function.n, dtype=torch.bool, device=function.device)
     picks = []
     for _ in range(function.n):
-        if optimiser == "lazy" and function.costly:
+        if function.costly:
             pick = _refresh(function, bounds, picked)
         else:
             pick = function.gains(everything).masked_fill_(picked, -math.inf).argmax(keepdim=True)
@@ -90,20 +75,6 @@ def _refresh(function: SetFunction, bounds: Tensor, picked: Tensor) -> Tensor:
         block = min(2 * block, function.n)
 
 
-def _stochastic(function: SetFunction, rng: torch.Generator | None, epsilon: float) -> Tensor:
-    left = torch.arange(function.n)  # on the CPU: the draws are
-    picks = torch.empty(function.n, dtype=torch.int64)
-    for k in range(1, function.n + 1):
-        size = min(len(left), math.ceil(function.n / k * math.log(1 / epsilon)))
-        places = torch.randperm(len(left), generator=rng)[:size].sort().values
-        best = function.gains(left[places].to(function.device)).argmax().cpu()
-        place = places[best]
-        picks[k - 1] = left[place]
-        left = torch.cat([left[:place], left[place + 1 :]])
-        function.add(picks[k - 1 : k].to(function.device))
-    return picks
-
-
 class FacilityLocation:
     """f(S) = sum over all images i of the largest s_ij, j in S: how well the set stands for every image.
 
@@ -114,32 +85,32 @@ class FacilityLocation:
 
     def __init__(self, similarity: Tensor):
         self.similarity = _on_grid(similarity).float()
-        self.n, self.device = len(similarity), similarity.device
+        self.n = len(similarity)
+        self.device = similarity.device
         self.covered = self.similarity.new_zeros(self.n)  # each image's largest similarity to the set
 
     def gains(self, candidates: Tensor) -> Tensor:
-        return torch.cat([
-            (self.similarity[chunk] - self.covered).clamp_(min=0).sum(dim=1, dtype=torch.float64)
-            for chunk in candidates.split(_CHUNK)
-        ])  # fmt: skip
+        rows = (self.similarity[chunk] for chunk in candidates.split(_CHUNK))
+        return torch.cat([(row - self.covered).clamp_(min=0).sum(dim=1, dtype=torch.float64) for row in rows])
 
     def add(self, pick: Tensor) -> None:
         torch.maximum(self.covered, self.similarity[pick][0], out=self.covered)
 
 
 class GraphCut:
-    """f(S) = weight * (sum of s_ij, i in all images, j in S) - (sum of s_ij, i and j in S): typical, yet not alike.
+    """f(S) = (sum of s_ij, i in all images, j in S) - (sum of s_ij, i and j in S): typical, yet not alike.
 
-    similarity: symmetric ``[n, n]``, s in [0, 1]; held in float32, rounded to 2^-24. Submodular since no s is negative;
-    monotone only for ``weight`` of 2 or more. Adding an image costs n and updates all gains.
+    similarity: symmetric ``[n, n]``, s in [0, 1]; held in float32, rounded to 2^-24. Submodular since no s is negative,
+    but not monotone. Adding an image costs n and updates all gains.
     """
 
     costly = False
 
-    def __init__(self, similarity: Tensor, weight: float = 1.0):
+    def __init__(self, similarity: Tensor):
         self.similarity = _on_grid(similarity).float()
-        self.n, self.device = len(similarity), similarity.device
-        self.current = weight * self.similarity.sum(dim=0, dtype=torch.float64) - self.similarity.diagonal()
+        self.n = len(similarity)
+        self.device = similarity.device
+        self.current = self.similarity.sum(dim=0, dtype=torch.float64) - self.similarity.diagonal()
 
     def gains(self, candidates: Tensor) -> Tensor:
         return self.current[candidates]
@@ -153,13 +124,14 @@ class LogDeterminant:
 
     similarity: symmetric positive semi-definite ``[n, n]`` float64; it is overwritten. By the chain rule of
     determinants (arXiv 1709.05135) a gain is the log of what is left of s_jj once the set has explained what it can.
-    An image of which nothing is left would make the determinant zero; among such the order is that of the data.
+    An image of which nothing is left would make the determinant zero. Such images come in the order of the data.
     """
 
     costly = False
 
     def __init__(self, similarity: Tensor):
-        self.n, self.device = len(similarity), similarity.device
+        self.n = len(similarity)
+        self.device = similarity.device
         self.left = similarity.diagonal().clone()
         self.floor = self.n * torch.finfo(torch.float64).eps * self.left.max()
         self.factor = GrowingFactor(similarity)
@@ -182,8 +154,10 @@ class GrowingFactor:
     """
 
     def __init__(self, kernel: Tensor, ridge: float = 0.0):
-        self.kernel, self.ridge = kernel, ridge
-        self.panel, self.width = kernel.new_zeros(_PANEL, len(kernel)), 0
+        self.kernel = kernel
+        self.ridge = ridge
+        self.panel = kernel.new_zeros(_PANEL, len(kernel))
+        self.width = 0  # columns in the panel
 
     def add(self, pick: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """The next column ``[n]``, of image ``pick [1]``, its ridge left out; and 1 / the diagonal entry ``[1]``.

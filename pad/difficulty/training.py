@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,13 @@ from torch import Tensor
 from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
 from pad.data.placement import Images, batches, to_device
 from pad.errors import InputError
-from pad.fused import forward_of
-from pad.networks import Network, build
+from pad.nn.fused import forward_of
+from pad.nn.networks import Network, build
 from pad.rng import generator
+
+Progress = Callable[[int, int], None]  # called with (number of the network, epoch) after each epoch
+
+Observer = Callable[[Tensor, Tensor], None]  # called with (indices [B], logits [B, K]) at each training step
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ScoringSettings:
     The paper that proposed GraNd and EL2N augments and takes them early (epochs of 10 to 20).
 
     Args:
-        model: name of a network (:func:`pad.networks.build`).
+        model: name of a network (:func:`pad.nn.networks.build`).
         repeats: how many independently initialised networks are averaged.
         epochs: epochs each is trained for; 0 scores networks as initialised.
         lr, momentum, weight_decay, batch: of SGD; momentum is Nesterov's.
@@ -34,6 +38,7 @@ class ScoringSettings:
     """
 
     model: str
+    _: KW_ONLY
     repeats: int = 10
     epochs: int = 40
     lr: float = 0.1
@@ -59,7 +64,7 @@ class ScoringSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoringTask:
+class ScoringTraining:
     """The networks that score images: what they are trained on, and how.
 
     Args:
@@ -73,16 +78,18 @@ class ScoringTask:
     settings: ScoringSettings
     seed: int
 
-    def epochs(self, repeat: int, observers: Sequence[Callable[[Tensor, Tensor], None]] = ()) -> Iterator[Network]:
+    def epochs(self, repeat: int, observers: Sequence[Observer] = ()) -> Iterator[Network]:
         """Network ``repeat`` as initialised, and after each epoch on everything; always the same module, in eval mode.
 
         Up to an epoch it does not depend on how many follow. ``observer(indices, logits)`` is called with each step's
         indices ``[B]`` and logits ``[B, K]``, which are those before the step, of the images as augmented; both on the
-        device. Raises InputError as :func:`pad.networks.build` does.
+        device. Raises InputError as :func:`pad.nn.networks.build` does.
         """
-        settings, (channels, height, width) = self.settings, self.images.shape[1:]
+        settings = self.settings
+        channels, height, width = self.images.shape[1:]
         # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
-        network = build(settings.model, channels, self.num_classes, (height, width), self.seed, "score", repeat)
+        shape = channels, self.num_classes, (height, width)
+        network = build(settings.model, *shape, self.seed, "score", repeat)
         network.to(self.images.device)
         forward = forward_of(network)
         optimiser = torch.optim.SGD(
@@ -109,14 +116,11 @@ class ScoringTask:
                     observer(seen, logits.detach())
             yield network.eval()
 
-    def train(
-        self,
-        repeat: int,
-        progress: Callable[[int, int], None] | None = None,
-        observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
-    ) -> Network:
+    def train(self, repeat: int, progress: Progress | None = None, observers: Sequence[Observer] = ()) -> Network:
         """The last of :meth:`epochs`. ``progress(repeat, epoch)`` is called after each epoch."""
-        for epoch, network in enumerate(self.epochs(repeat, observers), -1):
-            if epoch >= 0 and progress is not None:
+        epochs = self.epochs(repeat, observers)
+        network = next(epochs)
+        for epoch, _ in enumerate(epochs):
+            if progress is not None:
                 progress(repeat, epoch)
         return network

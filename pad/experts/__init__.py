@@ -1,0 +1,1 @@
+"""Expert networks: which images they see when, and how they are trained."""

@@ -1,15 +1,17 @@
-"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, section 3.2)."""
+"""Which real images an expert sees in each epoch: PAD's filter on information extraction (arXiv 2408.03360, 3.2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from pad.errors import InputError
+from pad.shares import exact_share
 
 ADD_SCHEDULES = ("linear", "root", "geometric")
+
 REMOVALS = ("step", "linear")
 
 
@@ -45,6 +47,7 @@ class Curriculum:
     rm_epoch_second: int = 60
     rm_easy_ratio_first: float = 0.1
     rm_easy_ratio_second: float = 0.1
+    _: KW_ONLY
     add_schedule: str = "linear"
     removal: str = "step"
 
@@ -73,23 +76,18 @@ class Curriculum:
         """floor(p n) at the share ``t`` of the way to all images."""
         init = exact_share(self.init_ratio)
         if self.add_schedule == "linear":
-            return int(min(1, init + (1 - init) * t) * n)
+            return int(min(Fraction(1), init + (1 - init) * t) * n)
         if self.add_schedule == "root":  # floor(sqrt(q)) is the whole-number root of floor(q)
-            return math.isqrt(int(min(1, init**2 + (1 - init**2) * t) * n * n))
+            return math.isqrt(int(min(Fraction(1), init**2 + (1 - init**2) * t) * n * n))
         # A power is no fraction: what misses a whole number by rounding alone, as 1000 * 0.729^(2/3) does 810, is that
         # number.
         return int(n * float(init) ** float(1 - t) + 1e-9)
 
     def indices(self, epoch: int, rows: list[Tensor]) -> Tensor:
-        """Data-set indices (int64) of the images used in ``epoch``, for a ranking's ``rows`` (one class each, easiest first)."""
+        """Data-set indices (int64) of what ``epoch`` uses, for a ranking's ``rows`` (a class each, easiest first)."""
         return torch.cat([row[slice(*self.window(epoch, len(row)))] for row in rows])
 
     def uses_ranking(self, epochs: int) -> bool:
         """Whether any of the first ``epochs`` epochs leaves an image out (if not, no ranking is needed)."""
         probe = 10**6
         return any(self.window(epoch, probe) != (0, probe) for epoch in range(epochs))
-
-
-def exact_share(ratio: float) -> Fraction:
-    """What the person typed: 0.1 means one tenth, so floor(0.1 * 30) is 3 whatever binary rounding says."""
-    return Fraction(repr(float(ratio)))

@@ -1,7 +1,7 @@
-"""GSAM, surrogate-gap guided sharpness-aware minimisation (arXiv 2203.08065), as algebra on the flat parameter vector."""
+"""GSAM, surrogate-gap guided sharpness-aware minimisation (arXiv 2203.08065), on the flat parameter vector."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class GSAM:
-    """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is (the perturbed gradient is then the gradient itself).
+    """GSAM over SGD. ``rho = 0`` is plain SGD whatever ``alpha`` is: the perturbed gradient is then the gradient.
 
     Args:
         lr, momentum, l2: of the SGD step.
@@ -34,7 +34,7 @@ class GSAM:
         return scale * scaled * (self.rho / (scaled.norm() + _EPSILON))
 
     def combine(self, g: Tensor, perturbed: Tensor) -> Tensor:
-        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times the part of ``g`` orthogonal to it."""
+        """The descent direction ``[P]``: the perturbed gradient less ``alpha`` times ``g``'s orthogonal part."""
         norm, perturbed_norm = g.norm(), perturbed.norm()
         cosine = (g @ perturbed) / (norm * perturbed_norm + _EPSILON)
         orthogonal = g - perturbed * (cosine * norm / (perturbed_norm + _EPSILON))

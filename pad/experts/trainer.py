@@ -1,21 +1,21 @@
 """Training one expert network on the curriculum and handing out its parameters after every epoch."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.data.augment import augment
+from pad.data.augment import Augmentation, augment
 from pad.data.placement import Images, batches, to_device
 from pad.experts.gsam import GSAM
-from pad.functional import FlatModel
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 
-@dataclass(frozen=True)
-class ExpertTask:
+@dataclass(frozen=True, kw_only=True)
+class ExpertTraining:
     """What all experts of a buffer share: the model, the training images and how they are trained on.
 
     Args:
@@ -30,7 +30,7 @@ class ExpertTask:
     num_classes: int
     epoch_indices: Callable[[int], Tensor]
     optimiser: GSAM
-    augmentation: object
+    augmentation: Augmentation
     batch_size: int
     epochs: int
     seed: int
@@ -40,10 +40,12 @@ class ExpertTask:
 
         Depends on (seed, expert, attempt) only, so an expert is the same however many are trained, and where.
         """
-        w, momentum = to_device(start, self.images.device), None
+        w = to_device(start, self.images.device)
+        momentum: Tensor | None = None
         yield w
         for epoch in range(self.epochs):
-            rng = generator(self.seed, "expert", expert, epoch, *(("attempt", attempt) if attempt else ()))
+            again = ("attempt", attempt) if attempt else ()
+            rng = generator(self.seed, "expert", expert, epoch, *again)
             indices = self.epoch_indices(epoch)
             order = indices[torch.randperm(len(indices), generator=rng)]
             labels = self.labels[to_device(order, self.labels.device)].split(self.batch_size)

@@ -7,44 +7,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pad.data.augment import augment
+from pad.data.augment import Augmentation, augment
 from pad.distributed import ALONE, Ranks
-from pad.experts.curriculum import exact_share
-from pad.fused import blocks_of
-from pad.matching.base import Gradients, Objective
+from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
-from pad.networks import Network
+from pad.nn.fused import blocks_of
+from pad.nn.networks import Network
 from pad.rng import generator
+from pad.shares import exact_share
 
 
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
     """How many of a network's ``count`` blocks, the deepest, give the features that are matched.
 
-    None: the last, whose features are the embedding before the classifier: DM as published. Else, for a share in [0, 1),
-    ceil((1 - depth_ratio) count): with 0 all, and near 1 the last again. What PAD's filter means for DM is not published;
-    this is ours.
+    None: the last, whose features are the embedding before the classifier, as published. A share in [0, 1):
+    ceil((1 - depth_ratio) count), so 0 gives all. This is ours: what PAD's filter means for DM is not published.
     """
     return 1 if depth_ratio is None else math.ceil((1 - exact_share(depth_ratio)) * count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistributionObjective(Objective):
-    """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set).
+    """The sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2.
 
-    Loss: the sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2, with m and m*
-    the means of the block's features, flattened, of the class's synthetic and real images.
+    m and m* are the means of the block's features, flattened, of the class's synthetic and real images.
 
     Args:
-        network: iteration ``it``'s, on the device of the images, of whose parameters no gradient is asked.
+        network: iteration ``it``'s, on the device of the images. Its parameters ask for no gradient.
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
-        separable: whether the features of an image do not depend on those beside it. If they do (BatchNorm), the
-            network sees all classes at once, as published, and rank 0 does the work.
+        separable: whether an image's features depend on it alone. If not (BatchNorm), the network sees all classes at
+            once, as published, and rank 0 does the work.
         ranks: share the classes.
     """
 
     network: Callable[[int], Network]
     real: RealBatches
-    augmentation: object
+    augmentation: Augmentation
     blocks: int
     separable: bool
     seed: int
@@ -60,11 +58,14 @@ class DistributionObjective(Objective):
             loss, d_images = self.ranks.on_main(lambda: self._gradients(it, images, [list(classes)], len(classes)))
         return Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
 
-    def _gradients(self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int) -> tuple[Tensor, Tensor]:
+    def _gradients(
+        self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int
+    ) -> tuple[Tensor, Tensor]:
         """The share of ``groups`` of classes, each of which the network sees at once."""
         features = blocks_of(self.network(it))
         ipc = len(images) // num_classes
-        loss, d_images = images.new_zeros(()), torch.zeros_like(images)
+        loss = images.new_zeros(())
+        d_images = torch.zeros_like(images)
 
         def means(batches: list[Tensor]) -> list[list[Tensor]]:
             """Of each matched block, each batch's mean features."""
@@ -83,7 +84,9 @@ class DistributionObjective(Objective):
                 xs = [images[mine].detach().requires_grad_() for mine in rows]
                 found = means([augment(x, draw) for x, draw in zip(xs, draws)])
                 pairs = [pair for block in zip(found, targets) for pair in zip(*block)]
-                distance = sum((mean - target).square().sum() for mean, target in pairs)
+                distance = images.new_zeros(())
+                for mean, target in pairs:
+                    distance = distance + (mean - target).square().sum()
                 for mine, gradient in zip(rows, torch.autograd.grad(distance, xs)):
                     d_images[mine] = gradient
             loss += distance.detach()

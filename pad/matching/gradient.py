@@ -1,11 +1,11 @@
 """Gradient matching (DC, arXiv 2006.05929; with augmentation DSA, 2102.08259), with PAD's depth filter (2408.03360).
 
-A step makes the gradient that the synthetic images of a class give a network resemble the one that real images give. What
-it needs of the network are the two functions that everything here is built of: with g = grad(theta, A(x), y) of the
-synthetic images, g* of the real ones and v = dD(g, g*)/dg, the images' gradient is that of the slope <g, v>, which hvp
-gives, taken back through the augmentation A.
+A step makes the gradient that the synthetic images of a class give a network resemble the one that real images give.
+With g = grad(theta, A(x), y) of the synthetic images, g* of the real ones and v = dD(g, g*)/dg, the images' gradient is
+that of the slope <g, v>, which hvp gives, taken back through the augmentation A.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.data.augment import augment, augment_and_back
+from pad.data.augment import Augmentation, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel
-from pad.matching.base import Gradients, Objective
-from pad.matching.objective import shallow
+from pad.matching.loss import shallow
+from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
+from pad.nn.flat import FlatModel
 from pad.rng import generator
 
 STATISTICS = 16  # real images of a class from which BatchNorm's statistics are taken, as published
@@ -28,15 +28,18 @@ STATISTICS = 16  # real images of a class from which BatchNorm's statistics are 
 def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...]], depth_ratio: float = 0.0) -> Tensor:
     """D(g, target) of flat gradients ``[P]`` of parameters of these shapes: a scalar (arXiv 2006.05929).
 
-    The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with a
-    and b the unit's rows of g and target. Vectors, such as biases and norms, are left out, and with ``depth_ratio`` the
-    first floor(depth_ratio P) coordinates, shallow to deep: of a row the cut falls into what remains counts.
+    The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with
+    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out. With ``depth_ratio`` the
+    first floor(depth_ratio P) coordinates, shallow to deep, are, too: where the cut falls into a row, its rest counts.
     """
-    dropped, at, total = shallow(depth_ratio, len(g)), 0, g.new_zeros(())
+    dropped = shallow(depth_ratio, len(g))
     if dropped:
         kept = torch.arange(len(g), device=g.device) >= dropped
         g, target = g * kept, target * kept
-    for shape, size in ((shape, shape.numel()) for shape in map(torch.Size, shapes)):
+    total = g.new_zeros(())
+    at = 0
+    for shape in shapes:
+        size = math.prod(shape)
         if len(shape) > 1:
             width = size // shape[0]
             whole = min(shape[0], max(0, dropped - at) // width)  # rows of which nothing is left
@@ -46,13 +49,13 @@ def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientObjective(Objective):
-    """The image steps of an outer iteration, as a function of (seed, iteration, synthetic set).
+    """The sum over the classes of D, in ``outer`` steps under a network that learns.
 
-    An iteration has a fresh network. In each of ``outer`` steps it gives the gradient, in the images, of the sum over the
-    classes of D; between the steps it is trained for ``inner`` epochs on the synthetic set as it then is. Networks with
-    BatchNorm are trained with the statistics of the batch, and matched with those of 16 real images a class, fixed.
+    An iteration has a fresh network. Between the steps it is trained for ``inner`` epochs on the synthetic set as it
+    then is. Networks with BatchNorm are trained with the statistics of the batch, and matched with those of 16 real
+    images a class, fixed.
 
     Args:
         start: the parameters ``[P]`` of iteration ``it``'s network.
@@ -60,15 +63,15 @@ class GradientObjective(Objective):
         training: augmentation of the inner training.
         lr_net, batch_train: of that training, plain SGD.
         ranks: share the classes; each does the training.
-        real_model: the same network, for the real batches, if those of ``model`` should not be filled up to their size
-            (compiled code is for batches of a size).
+        real_model: the same network for the real batches. Compiled code is for batches of a size, and ``model``'s
+            would be filled up to theirs.
     """
 
     model: FlatModel
     start: Callable[[int], Tensor]
     real: RealBatches
-    augmentation: object
-    training: object
+    augmentation: Augmentation
+    training: Augmentation
     outer: int
     inner: int
     lr_net: float
@@ -88,17 +91,21 @@ class GradientObjective(Objective):
 
     @torch.no_grad()
     def _match(self, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, it: int, step: int) -> Gradients:
-        model, of_real = self.model, self.real_model or self.model
+        model = self.model
+        of_real = self.real_model or model
         if not model.separable:
             model = of_real = self._with_statistics(theta, it, step)
-        p, num_classes = labels.softmax(dim=1), labels.shape[1]
+        num_classes = labels.shape[1]
         ipc = len(images) // num_classes
-        loss, d_images = torch.zeros_like(lr), torch.zeros_like(images)
+        p = labels.softmax(dim=1)
+        loss = torch.zeros_like(lr)
+        d_images = torch.zeros_like(images)
         for c in self.ranks.deal(range(num_classes)):
             rng = generator(self.seed, "gradient matching", it, step, c)
             real = self.real.draw(c, rng).to(images.dtype)
             draw = self.augmentation.draw(1, rng)
-            target = of_real.grad(theta, augment(real, draw), self._one_hot(c, len(real), p))
+            one_hot = F.one_hot(torch.full((len(real),), c, device=p.device), num_classes).to(p.dtype)
+            target = of_real.grad(theta, augment(real, draw), one_hot)
             mine = slice(c * ipc, (c + 1) * ipc)
             x, back = augment_and_back(images[mine], draw)
             with torch.enable_grad():
@@ -112,7 +119,8 @@ class GradientObjective(Objective):
 
     def _train(self, theta: Tensor, images: Tensor, labels: Tensor, it: int, step: int) -> Tensor:
         """The network after ``inner`` epochs of SGD on the synthetic set."""
-        rng, p = generator(self.seed, "inner training", it, step), labels.softmax(dim=1)
+        rng = generator(self.seed, "inner training", it, step)
+        p = labels.softmax(dim=1)
         for _ in range(self.inner):
             for batch in to_device(torch.randperm(len(images), generator=rng), images.device).split(self.batch_train):
                 x = augment(images[batch], self.training.draw(len(batch), rng))
@@ -123,7 +131,3 @@ class GradientObjective(Objective):
         rng = generator(self.seed, "statistics", it, step)
         some = [self.real.draw(c, rng, STATISTICS) for c in range(len(self.real.rows))]
         return self.model.with_statistics(theta, torch.cat(some).to(theta.dtype))
-
-    @staticmethod
-    def _one_hot(c: int, n: int, p: Tensor) -> Tensor:
-        return F.one_hot(torch.full((n,), c, device=p.device), p.shape[1]).to(p.dtype)

@@ -1,37 +1,44 @@
-"""The trajectory-matching loss (MTT, arXiv 2203.11932, eq. 2) with PAD's filters: what counts (2408.03360, 3.3)."""
+"""What a way of matching is: gradients of a synthetic set, and nothing about settings, files or the loop."""
 
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from pad.experts.curriculum import exact_share
 
+@dataclass(frozen=True)
+class Gradients:
+    """The loss (scalar) and its gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar).
 
-def shallow(depth_ratio: float, count: int) -> int:
-    """How many of ``count`` flat coordinates, from the shallow end on, PAD's filter leaves out: floor(depth_ratio count)."""
-    return int(exact_share(depth_ratio) * count)
-
-
-@torch.no_grad()
-def matching_loss(
-    theta: Tensor, start: Tensor, target: Tensor, depth_ratio: float = 0.0, loss_ratio: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """L = sum_K (theta - target)^2 / sum_K (start - target)^2 and dL/dtheta, for flat parameters ``[P]``.
-
-    K, the coordinates that count, is all of them but
-
-    - the first floor(depth_ratio P), shallow to deep: PAD's filter (a cut may fall inside a tensor);
-    - the floor(loss_ratio P) with the smallest (theta - target)^2 (ties: the shallower first). Which these are depends
-      on theta, but is constant around almost every theta, so the gradient takes K as given.
-
-    Each share counts over all P; with both, K is the intersection. Both ratios lie in [0, 1).
+    All of them are on the device of the set, and zero where the loss does not depend on a variable.
     """
-    difference = theta - target
-    weight = torch.ones_like(theta)
-    weight[: shallow(depth_ratio, theta.numel())] = 0
-    dropped = int(exact_share(loss_ratio) * theta.numel())
-    if dropped:
-        # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
-        weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)
-    kept = difference * weight
-    scale = ((start - target).square() * weight).sum()
-    return kept @ difference / scale, 2 * kept / scale
+
+    loss: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+
+
+class Objective:
+    """The loss that a synthetic set is to make small. A subclass defines :meth:`gradients`, or :meth:`steps`.
+
+    Both get the outer iteration ``it`` >= 0, and the set of K classes, ipc images each, N = ipc * K: ``images
+    [N, C, H, W]`` class by class, ``labels [N, K]`` (logits) and ``lr`` (scalar, > 0), which ask for no gradients.
+    A method may assume that nothing else changes them, and must not change them itself.
+
+    What it returns is a function of these arguments alone. So it draws every random number from
+    ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing from one iteration to the next: a resumed run
+    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each asks, and all
+    must get the same: work that is shared among them is added up before it is returned.
+
+    A loss or gradient that is not finite, or a loss above the threshold, is returned as it is:
+    :class:`pad.distiller.Distiller` skips that step.
+    """
+
+    def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
+        """Loss and gradients of an iteration of one step. Raises TypeError where a subclass does not define it."""
+        raise TypeError(f"{type(self).__name__} defines neither gradients nor steps")
+
+    def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
+        """Loss and gradients of each step of an iteration; the set moves, in place, before the next are asked for."""
+        yield self.gradients(it, images, labels, lr)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.experts.curriculum import exact_share
+from pad.shares import exact_share
 
 
 def without_ends(rows: Sequence[Tensor], drop_easy: float, drop_hard: float) -> list[Tensor]:

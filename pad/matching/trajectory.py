@@ -1,7 +1,7 @@
 """Trajectory matching: which expert segment an outer iteration follows, and the gradients for following it.
 
-MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and PAD's
-depth filter (2408.03360).
+MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and
+PAD's depth filter (2408.03360).
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pad.data.augment import Augmentation
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.functional import FlatModel
-from pad.matching.base import Gradients, Objective
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
+from pad.matching.objective import Gradients, Objective
 from pad.matching.unroll import inner_steps, unrolled_gradients
+from pad.nn.flat import FlatModel
 from pad.rng import generator
-from pad.trajectories import TrajectoryStore
+from pad.store.trajectories import TrajectoryStore
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Segment:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SegmentSampler:
     """Draws the segment of each outer iteration, as a function of (seed, iteration).
 
@@ -62,7 +63,7 @@ class SegmentSampler:
         start = int(torch.randint(self.min_start_epoch, self.upper_bound(it), (), generator=rng))
         return Segment(self.experts[int(order[position])], start, start + self.expert_epochs)
 
-    def check(self, store: TrajectoryStore) -> None:
+    def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""
         last = self.max_start_epoch - 1 + self.expert_epochs
         for expert in self.experts:
@@ -73,17 +74,20 @@ class SegmentSampler:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryObjective(Objective):
-    """The gradients of one outer iteration, as a function of (seed, iteration, synthetic set): exact, or TESLA's.
+    """The matching loss after training from a segment's start, with its exact gradients or TESLA's.
 
-    ``ranks`` share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
+    Args:
+        augmentation: of the ``syn_steps`` inner steps, on ``batch_syn`` synthetic images each.
+        ranks: share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
+        truncated: TESLA's gradients, see :func:`pad.matching.unroll.adjoint`.
     """
 
     model: FlatModel
     store: TrajectoryStore
     sampler: SegmentSampler
-    augmentation: object
+    augmentation: Augmentation
     syn_steps: int
     batch_syn: int
     depth_ratio: float
@@ -105,7 +109,13 @@ class TrajectoryObjective(Objective):
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng, images.device)
         return unrolled_gradients(
-            self.model, start, images, labels, lr, steps,
-            lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
-            ranks, self.truncated,
-        )  # fmt: skip
+            self.model,
+            start,
+            images,
+            labels,
+            lr,
+            steps,
+            objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            ranks=ranks,
+            truncated=self.truncated,
+        )

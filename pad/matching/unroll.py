@@ -11,22 +11,22 @@ With lam = dL/dtheta_N, for i = N-1..0 and (h_theta, h_x, h_p) the derivative of
 
     dL/dlr -= <g_i, lam>;   dL/dX[b_i] -= lr (dA_i)^T h_x;   dL/dp[b_i] -= lr h_p;   lam -= lr h_theta
 
-Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them, and g_i, <g_i, lam>
+Everything is a sum over the images of a mini-batch. With several ranks each takes its share of them. g_i, <g_i, lam>
 and h_theta are added up as they arise, dL/dX and dL/dp once at the end: the same result, up to float rounding. This
 needs a network whose images do not depend on each other (``FlatModel.separable``) and such an augmentation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
 
-from pad.data.augment import Draw, augment, augment_and_back
+from pad.data.augment import Augmentation, Draw, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
-from pad.functional import FlatModel
-from pad.matching.base import Gradients
+from pad.matching.objective import Gradients
+from pad.nn.flat import FlatModel
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class Step:
         return Step(indices, draw), len(indices) / n
 
 
-def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.Generator, device="cpu") -> list[Step]:
+def inner_steps(
+    n: int, batch: int, steps: int, augmentation: Augmentation, rng: torch.Generator, device: torch.device | str = "cpu"
+) -> list[Step]:
     """The mini-batches of ``steps`` inner steps: chunks of a permutation of ``n``, made afresh whenever it is used up.
 
     Chunks are taken from the end, as the published code does, so a short remainder comes first.
@@ -55,18 +57,25 @@ def inner_steps(n: int, batch: int, steps: int, augmentation, generator: torch.G
     chunks: list[Tensor] = []
     for _ in range(steps):
         if not chunks:
-            chunks = list(to_device(torch.randperm(n, generator=generator), device).split(batch))
+            chunks = list(to_device(torch.randperm(n, generator=rng), device).split(batch))
         indices = chunks.pop()
-        draw = augmentation.draw(len(indices), generator)
+        draw = augmentation.draw(len(indices), rng)
         plan.append(Step(indices, draw and draw.to(device)))
     return plan
 
 
 @torch.no_grad()
 def unroll(
-    model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step], ranks: Ranks = ALONE
+    model: FlatModel,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: list[Step],
+    *,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, the steps shared by ``ranks``."""
+    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, shared by ``ranks``."""
     path = theta.new_empty(len(steps) + 1, theta.numel())
     path[0] = theta
     p = labels.softmax(dim=1)
@@ -90,6 +99,7 @@ def adjoint(
     labels: Tensor,
     lr: Tensor,
     steps: list[Step],
+    *,
     lam: Tensor,
     ranks: Ranks = ALONE,
     truncated: bool = False,
@@ -128,15 +138,16 @@ def unrolled_gradients(
     labels: Tensor,
     lr: Tensor,
     steps: list[Step],
+    *,
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
     ranks: Ranks = ALONE,
     truncated: bool = False,
 ) -> Gradients:
     """Loss and gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
 
-    They are exact unless ``truncated`` (see :func:`adjoint`).
-    Several ``ranks`` share each step's mini-batch; all of them have the same arguments and get the same result.
+    Exact unless ``truncated``, see :func:`adjoint`. All ``ranks`` have the same arguments and get the same result.
     """
-    path = unroll(model, theta, images, labels, lr, steps, ranks)
+    path = unroll(model, theta, images, labels, lr, steps, ranks=ranks)
     loss, lam = objective(path[-1])
-    return Gradients(loss, *adjoint(model, path, images, labels, lr, steps, lam, ranks, truncated))
+    found = adjoint(model, path, images, labels, lr, steps, lam=lam, ranks=ranks, truncated=truncated)
+    return Gradients(loss, *found)

@@ -16,12 +16,12 @@ import common  # noqa: F401  finds pad, from any working directory
 import torch
 
 from pad.data.augment import DSA, augment
-from pad.functional import FlatModel, cross_entropy
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import inner_steps, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 DEPTH_RATIO, LOSS_RATIO = 0.3, 0.2
 
@@ -43,7 +43,13 @@ def errors(name: str, side: int, count: int, compile: str) -> list[float]:
     lr = torch.tensor(0.02, dtype=torch.float64)
     steps = inner_steps(10, 4, count, DSA(), rng)
     ours = unrolled_gradients(
-        model, theta, images, labels, lr, steps, lambda end: matching_loss(end, theta, target, DEPTH_RATIO, LOSS_RATIO)
+        model,
+        theta,
+        images,
+        labels,
+        lr,
+        steps,
+        objective=lambda end: matching_loss(end, theta, target, DEPTH_RATIO, LOSS_RATIO),
     )
     variables = [tensor.clone().requires_grad_() for tensor in (images, labels, lr)]
     x, y, rate = variables

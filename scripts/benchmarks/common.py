@@ -13,9 +13,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, from any working directory
 
@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pad.allocator import keep_freed_memory
 from pad.data.augment import DSA
-from pad.functional import FlatModel
 from pad.matching.unroll import Step, inner_steps
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 CLASSES = 10
 
@@ -225,7 +225,15 @@ class Matching:
     """One outer iteration of trajectory matching on random numbers: networks, a segment, a synthetic set, its steps."""
 
     def __init__(
-        self, depth: int, width: int, n: int, batch: int, count: int, side: int = 32, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        depth: int,
+        width: int,
+        n: int,
+        batch: int,
+        count: int,
+        side: int = 32,
+        dtype: torch.dtype = torch.float32,
     ):
         rng = generator(0, "benchmark")
         network = build(f"ConvNetD{depth}W{width}", 3, CLASSES, (side, side), 0)
@@ -236,6 +244,7 @@ class Matching:
         self.images = torch.randn(n, 3, side, side, generator=rng).to(dtype)
         self.labels = torch.randn(n, CLASSES, generator=rng).to(dtype)
         self.lr = torch.tensor(0.01, dtype=dtype)
+        self.data = self.images, self.labels, self.lr
         self.steps: list[Step] = inner_steps(n, batch, count, DSA(), rng)
 
 

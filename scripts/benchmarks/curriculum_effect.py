@@ -18,8 +18,8 @@ from pathlib import Path
 from common import describe_machine
 
 from pad import cli
-from pad.tracking import result_table
-from pad.trajectories import TrajectoryStore
+from pad.show.tables import result_table
+from pad.store.trajectories import TrajectoryStore
 
 # PAD's published curriculum for CIFAR-10 at 10 images per class, in a fifth of its epochs
 CURRICULA = {
@@ -40,31 +40,64 @@ def accuracies(args: argparse.Namespace, curriculum: str, seed: int) -> dict[str
     """Test accuracy, in %, of the last experts, and of networks trained on what is distilled from them."""
     own = Path(args.out).absolute() / f"seed{seed}" / ("none" if curriculum == "none" else "pad")
     rankings = own.parent / "rankings"
-    common = {"dataset": args.dataset, "model": args.model, "zca": args.zca, "seed": seed, "buffer_path": own / "buffer"}
+    common = {
+        "dataset": args.dataset,
+        "model": args.model,
+        "zca": args.zca,
+        "seed": seed,
+        "buffer_path": own / "buffer",
+    }
     common |= {"data_path": args.data_path} if args.data_path else {}
     part = {"train_per_class": args.images_per_class, "ranking_path": rankings}
     call(
-        cli.buffer, f"{CURRICULA[curriculum]} --score_repeats 3 --score_epochs 10 --rho_max 0.01 --rho_min 0.01 --alpha 0.3",
-        **common, **part, num_experts=args.experts, train_epochs=args.train_epochs, batch_train=args.batch, lr_teacher=0.05,
+        cli.buffer,
+        f"{CURRICULA[curriculum]} --score_repeats 3 --score_epochs 10 --rho_max 0.01 --rho_min 0.01 --alpha 0.3",
+        **common,
+        **part,
+        num_experts=args.experts,
+        train_epochs=args.train_epochs,
+        batch_train=args.batch,
+        lr_teacher=0.05,
         eval_every=args.train_epochs,
-    )  # fmt: skip
+    )
     (folder,) = {path.parent for path in (own / "buffer").rglob("expert_*.safetensors")}
     store = TrajectoryStore.open(folder)
     experts = [100 * store.figures(k)["test_accuracy"][-1].item() for k in store.experts]
     call(
-        cli.distill, "--resume --Sequential_Generation False --skip_first_eva True --eval_it 1000000 --depth_ratio 0.25",
-        **common, train_per_class=args.images_per_class, ipc=args.ipc, Iteration=args.iterations - 1, syn_steps=args.steps,
-        expert_epochs=2, min_start_epoch=0, max_start_epoch=max(1, args.train_epochs - 6),
-        lr_teacher=0.05, lr_img=args.lr_img, lr_y=5, lr_lr=0.0001, num_eval=1, epoch_eval_train=1, log_dir=own, name="set",
-    )  # fmt: skip
+        cli.distill,
+        "--resume --Sequential_Generation False --skip_first_eva True --eval_it 1000000 --depth_ratio 0.25",
+        **common,
+        train_per_class=args.images_per_class,
+        ipc=args.ipc,
+        Iteration=args.iterations - 1,
+        syn_steps=args.steps,
+        expert_epochs=2,
+        min_start_epoch=0,
+        max_start_epoch=max(1, args.train_epochs - 6),
+        lr_teacher=0.05,
+        lr_img=args.lr_img,
+        lr_y=5,
+        lr_lr=0.0001,
+        num_eval=1,
+        epoch_eval_train=1,
+        log_dir=own,
+        name="set",
+    )
     (run,) = own.glob("*/*/*/set")
     results = own / "evaluation.json"
     if not results.exists():
         line = "--baselines none" if curriculum != "none" else "--baselines hard,soft"
         call(
-            cli.evaluate, line, synthetic=run, out=results, data_path=args.data_path, num_eval=args.networks,
-            epoch_eval_train=args.epochs, seed=seed, buffer_path=own / "buffer",
-        )  # fmt: skip
+            cli.evaluate,
+            line,
+            synthetic=run,
+            out=results,
+            data_path=args.data_path,
+            num_eval=args.networks,
+            epoch_eval_train=args.epochs,
+            seed=seed,
+            buffer_path=own / "buffer",
+        )
     rows = {row["set"]: 100 * row["mean"] for row in json.loads(results.read_text())["results"]}
     return {"experts": statistics.mean(experts), **rows}
 
@@ -96,7 +129,13 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
     args = parser.parse_args(command_line)
     if args.tiny:
-        args.dataset, args.images_per_class, args.model, args.zca, args.batch = "FashionMNISTMini", 40, "ConvNetD1W8", "False", 20
+        args.dataset, args.images_per_class, args.model, args.zca, args.batch = (
+            "FashionMNISTMini",
+            40,
+            "ConvNetD1W8",
+            "False",
+            20,
+        )
         args.experts, args.train_epochs, args.iterations, args.steps, args.seeds = 1, 5, 2, 2, [0]
         args.networks, args.epochs, args.ipc = 1, 2, 1
     print(describe_machine(), flush=True)
@@ -109,7 +148,10 @@ def main(command_line: list[str] | None = None) -> None:
             pairs = [after[what] - before[what] for before, after in zip(without, with_it)]
             row |= {"PAD's": with_error([run[what] for run in with_it]), "difference": with_error(pairs)}
         rows.append(row)
-    print(f"\n{len(args.seeds)} seeds, {args.experts} experts of {args.train_epochs} epochs, {args.networks} networks each")
+    print(
+        f"\n{len(args.seeds)} seeds, {args.experts} experts of {args.train_epochs} epochs, "
+        f"{args.networks} networks each"
+    )
     print(result_table(rows, ["accuracy %", "no curriculum", "PAD's", "difference"]))
 
 

@@ -21,11 +21,11 @@ from common import CLASSES, Competitor, arguments, describe_machine, difference,
 from torch import Tensor
 
 from pad.difficulty.evidence import Evidence, collect_evidence
-from pad.difficulty.orderings import ORDERINGS, facility_location
+from pad.difficulty.methods import METHODS
 from pad.difficulty.scores import grand
-from pad.networks import Network, build
+from pad.nn.networks import Network, build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 BATCH = 256  # images between two gradients, DeepCore's default
 
@@ -87,11 +87,10 @@ def random_class(n: int, features: int) -> Evidence:
 
 
 def orderings(args: argparse.Namespace) -> list[Competitor]:
-    """Every ordering, and facility location by sampling."""
+    """Every ordering."""
     whole = random_class(args.class_size, args.features)
     few = whole.of(torch.arange(min(50, len(whole))))
-    functions = dict(ORDERINGS)
-    functions["Submodular-FacilityLocation, stochastic"] = lambda *at: facility_location(*at, optimiser="stochastic")
+    functions = {name: method.compute for name, method in METHODS.items() if method.kind == "order"}
     return [
         Competitor(
             name,

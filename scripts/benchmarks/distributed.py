@@ -20,9 +20,9 @@ import torch
 from common import Competitor, Matching, describe_machine, difference, matching_arguments, race
 
 from pad import distributed
-from pad.matching.objective import matching_loss
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import unrolled_gradients
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 
 def work(case: dict, rounds: int, out: str) -> None:
@@ -34,9 +34,15 @@ def work(case: dict, rounds: int, out: str) -> None:
         def iterate() -> list[torch.Tensor]:
             ranks.barrier()
             result = unrolled_gradients(
-                problem.model, problem.start, problem.images, problem.labels, problem.lr, problem.steps,
-                lambda end: matching_loss(end, problem.start, problem.target), ranks,
-            )  # fmt: skip
+                problem.model,
+                problem.start,
+                problem.images,
+                problem.labels,
+                problem.lr,
+                problem.steps,
+                objective=lambda end: matching_loss(end, problem.start, problem.target),
+                ranks=ranks,
+            )
             return [result.loss, result.images, result.labels, result.lr]
 
         if dtype == torch.float64:

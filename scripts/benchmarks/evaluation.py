@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from pad.data.augment import DSA, augment
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
-from pad.evaluation import Protocol, accuracy, score
-from pad.networks import build
+from pad.evaluation import Evaluation, Protocol, accuracy
+from pad.nn.networks import build
 from pad.rng import generator
 
 LR = 0.01
@@ -71,19 +71,21 @@ def competitors(args: argparse.Namespace) -> list[Competitor]:
     images, classes, test_images, test_labels = fashion(args.ipc, args.side)
     noise = torch.randn(len(images), CLASSES, generator=generator(0, "benchmark", "labels"))
     p = (5.0 * F.one_hot(classes, CLASSES) + noise).softmax(dim=1)
-    protocol = Protocol(dsa, args.epochs - 1, args.batch, together=1, compile="off")
+    protocol = Protocol(dsa, epochs=args.epochs - 1, batch_size=args.batch, together=1, compile="off")
 
     def plain(protocol: Protocol) -> list[float]:
         accuracies = []
         for j in range(args.networks):
-            like = build(name, 3, CLASSES, (args.side, args.side), 0, "evaluation", j)
+            shape = 3, CLASSES, (args.side, args.side)
+            like = build(name, *shape, 0, "evaluation", j)
             net = plain_convnet(args.depth, args.width, 3, args.side, like)
             plain_training(net, images, p, protocol, generator(0, "evaluation", name, j))
             accuracies.append(accuracy(net, test_images, test_labels))
         return accuracies
 
     def ours(protocol: Protocol) -> list[float]:
-        *_, last = score(protocol, name, range(args.networks), lambda j: (images, p), LR, test_images, test_labels)
+        by = Evaluation(protocol=protocol, lr=LR, test_images=test_images, test_labels=test_labels)
+        *_, last = by.train(name, range(args.networks), lambda j: (images, p))
         return last.accuracies
 
     settings = {

@@ -6,11 +6,12 @@
 4,000 images 3 x 32 x 32, ConvNetW32, batches of 128, GSAM, DSA. The plain loop is trajectory matching's usual one: a
 data set that hands out one image at a time, a module differentiated by eager autograd, GSAM as an optimiser that loops
 over the list of parameters, loss and accuracy read after every batch. Both see the same batches and augmentations, so
-they end at the same parameters, up to float32 rounding (last column). Expect ours by the CPU kernels to take about a third of the time.
+they end at the same parameters, up to float32 rounding (last column). Expect ours by the CPU kernels to take about a
+third of the time.
 """
 
 import argparse
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from common import CLASSES, Competitor, arguments, describe_machine, difference, plain_convnet, race, standings
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pad.data.augment import DSA, augment
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
-from pad.networks import build
+from pad.experts.trainer import ExpertTraining
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
 
 LR, RHO, ALPHA = 0.01, 0.01, 0.3  # the published CIFAR-10 setting; adaptive, without momentum and weight decay
@@ -105,10 +106,18 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
 
 def our_epoch(model: FlatModel, start: Tensor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """Parameters after one epoch from ``start``."""
-    task = ExpertTask(
-        model, images, labels, CLASSES, lambda epoch: torch.arange(len(images)), GSAM(LR, rho=RHO, alpha=ALPHA), DSA(),
-        batch_size, epochs=1, seed=0,
-    )  # fmt: skip
+    task = ExpertTraining(
+        model=model,
+        images=images,
+        labels=labels,
+        num_classes=CLASSES,
+        epoch_indices=lambda epoch: torch.arange(len(images)),
+        optimiser=GSAM(LR, rho=RHO, alpha=ALPHA),
+        augmentation=DSA(),
+        batch_size=batch_size,
+        epochs=1,
+        seed=0,
+    )
     return list(task.train(0, start))[-1]
 
 

@@ -33,13 +33,13 @@ from pad.data.augment import DSA, augment
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.experts.gsam import GSAM
-from pad.experts.trainer import ExpertTask
-from pad.functional import FlatModel
-from pad.matching.objective import matching_loss
+from pad.experts.trainer import ExpertTraining
+from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, inner_steps, unroll, unrolled_gradients
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 PASSES = 3 + 8  # of each convolution: forward and two backwards in grad; eight in hvp, forward over reverse
 
@@ -51,11 +51,12 @@ def functional(net: nn.Module, theta: Tensor, x: Tensor) -> Tensor:
     return torch.func.functional_call(net, {name: part.view_as(p) for (name, p), part in zip(named, parts)}, (x,))
 
 
-def unrolled(
-    net: nn.Module, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step]
-):
+Synthetic = tuple[Tensor, Tensor, Tensor]  # images, labels, lr
+
+
+def unrolled(net: nn.Module, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step]):
     """Loss and gradients (images, labels, lr) by differentiating the whole loop, every step's graph kept."""
-    x, y, rate = (tensor.clone().requires_grad_() for tensor in (images, labels, lr))
+    x, y, rate = (tensor.clone().requires_grad_() for tensor in data)
     path = [start.clone().requires_grad_()]
     for step in steps:
         logits = functional(net, path[-1], augment(x[step.indices], step.draw))
@@ -66,13 +67,11 @@ def unrolled(
     return loss.detach(), *torch.autograd.grad(loss, (x, y, rate))
 
 
-def truncated(
-    net: nn.Module, model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps
-):
+def truncated(net: nn.Module, model: FlatModel, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step]):
     """Loss and TESLA's gradients: those of sum_i -lr <g_i, lam> with lam = dL/dtheta_N, every theta_i held constant."""
-    path = unroll(model, start, images, labels, lr, steps)
+    path = unroll(model, start, *data, steps)
     loss, lam = matching_loss(path[-1], start, target)
-    x, y, rate = (tensor.clone().requires_grad_() for tensor in (images, labels, lr))
+    x, y, rate = (tensor.clone().requires_grad_() for tensor in data)
     total = [torch.zeros_like(tensor) for tensor in (x, y, rate)]
     for at, step in zip(path, steps):
         at = at.clone().requires_grad_()
@@ -84,20 +83,21 @@ def truncated(
 
 
 def adjoint(
-    model: FlatModel, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: list[Step],
-    truncated: bool = False,
-):  # fmt: skip
+    model: FlatModel, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step], truncated: bool = False
+):
     """Loss and gradients (images, labels, lr), ours: exact, or TESLA's."""
     result = unrolled_gradients(
-        model, start, images, labels, lr, steps, lambda end: matching_loss(end, start, target), truncated=truncated
+        model, start, *data, steps, objective=lambda end: matching_loss(end, start, target), truncated=truncated
     )
     return result.loss, result.images, result.labels, result.lr
 
 
 def times(args: argparse.Namespace) -> None:
     """The table of times."""
-    problem = Matching(args.depth, args.width, args.images, args.images, args.steps, args.side)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    problem = Matching(
+        depth=args.depth, width=args.width, n=args.images, batch=args.images, count=args.steps, side=args.side
+    )
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     fused = FlatModel(problem.network, "fused")
     competitors = [
         Competitor("unrolled, C library's default memory", lambda: unrolled(problem.plain, *rest), ours=False),
@@ -114,13 +114,15 @@ def times(args: argparse.Namespace) -> None:
     rate = max(rate, product_rate(args.product))
     operations = forward_operations(problem.model, problem.images) * PASSES * args.steps
     exact = competitors[0].result[1]
-    print(standings(
-        competitors,
-        **{
-            "image gradient off by": lambda c: difference(c.result[1], exact),
-            "share of the floor": lambda c: operations / rate / c.median,
-        },
-    ))  # fmt: skip
+    print(
+        standings(
+            competitors,
+            **{
+                "image gradient off by": lambda c: difference(c.result[1], exact),
+                "share of the floor": lambda c: operations / rate / c.median,
+            },
+        )
+    )
     print(
         f"floor: {operations / 1e9:.4g} G operations ({PASSES} passes x {args.steps} steps), matrix products at "
         f"{rate / 1e9:.1f} G operations/s: {operations / rate:.3g} s"
@@ -133,10 +135,18 @@ def expert(args: argparse.Namespace) -> tuple[FlatModel, list[Tensor], Tensor, T
     images = fit_preprocessing(data, zca=False).apply(data.train_images)
     net = build(f"ConvNetD{args.depth}W{args.cosine_width}", 1, CLASSES, data.size, 0)
     model = FlatModel(net, "fused")
-    task = ExpertTask(
-        model, images, data.train_labels, CLASSES, lambda epoch: torch.arange(len(images)),
-        GSAM(lr=0.01, rho=0.01, alpha=0.3), DSA(), batch_size=256, epochs=4, seed=0,
-    )  # fmt: skip
+    task = ExpertTraining(
+        model=model,
+        images=images,
+        labels=data.train_labels,
+        num_classes=CLASSES,
+        epoch_indices=lambda epoch: torch.arange(len(images)),
+        optimiser=GSAM(lr=0.01, rho=0.01, alpha=0.3),
+        augmentation=DSA(),
+        batch_size=256,
+        epochs=4,
+        seed=0,
+    )
     path = [theta.clone() for theta in task.train(0, model.flatten(net))]
     chosen = images[torch.randperm(len(images), generator=generator(0, "benchmark", "chosen"))[: args.images]]
     return model, path, chosen, model.logits(path[-1], chosen)
@@ -148,12 +158,19 @@ def cosines(args: argparse.Namespace) -> None:
     lr, rows = torch.tensor(0.01), []
     for count in args.cosine_steps:
         steps = inner_steps(len(images), len(images), count, DSA(), generator(0, "benchmark", "cosine"))
-        rest = (path[1], path[3], images, labels, lr, steps)
+        rest = (path[1], path[3], (images, labels, lr), steps)
         exact, tesla = adjoint(model, *rest), adjoint(model, *rest, truncated=True)
         cosine = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(tesla[1:3], exact[1:3])]
         ratio = (tesla[1].norm() / exact[1].norm()).item()
-        rows.append({"steps": count, "matching loss": exact[0].item(), "cosine, images": cosine[0],
-                     "cosine, labels": cosine[1], "norm ratio, images": ratio})  # fmt: skip
+        rows.append(
+            {
+                "steps": count,
+                "matching loss": exact[0].item(),
+                "cosine, images": cosine[0],
+                "cosine, labels": cosine[1],
+                "norm ratio, images": ratio,
+            }
+        )
         print(f"{count} steps done", flush=True)
     print(result_table(rows, list(rows[0])))
 

@@ -4,12 +4,12 @@
     .venv/bin/python scripts/benchmarks/memory.py               # ConvNet width 128; some minutes on two cores
     .venv/bin/python scripts/benchmarks/memory.py --width 32
 
-The iteration of matching.py, the adjoint by the CPU kernels. Every figure is from a process of its own: the most that was resident during an
-iteration, less what is resident when the process waits for one (after a first, short iteration). Freed memory returns
-to the kernel at once, so a peak is what the iteration needs; "kept" is the adjoint as our programs run it, which keep
-what is freed for the next tensor; "micro" is it in micro-batches of a quarter of the images. A figure with ~ did not
-fit and goes on from the two before it in a straight line. Expect the unrolled loop to grow by the same amount with
-every step, and the adjoint by one parameter vector (what these take is in the last column).
+The iteration of matching.py, the adjoint by the CPU kernels. Every figure is from a process of its own: the most that
+was resident during an iteration, less what is resident when the process waits for one (after a first, short iteration).
+Freed memory returns to the kernel at once, so a peak is what the iteration needs; "kept" is the adjoint as our programs
+run it, which keep what is freed for the next tensor; "micro" is it in micro-batches of a quarter of the images. A
+figure with ~ did not fit and goes on from the two before it in a straight line. Expect the unrolled loop to grow by the
+same amount with every step, and the adjoint by one parameter vector (what these take is in the last column).
 """
 
 import argparse
@@ -22,8 +22,8 @@ from common import Matching, available_memory, describe_machine, forget_peak, ma
 from matching import adjoint, unrolled
 
 from pad.allocator import keep_freed_memory
-from pad.functional import FlatModel
-from pad.tracking import result_table
+from pad.nn.flat import FlatModel
+from pad.show.tables import result_table
 
 KINDS = ("unrolled", "adjoint", "kept", "micro")
 
@@ -37,7 +37,7 @@ def measure(case: dict) -> int:
     model = FlatModel(problem.network, "fused", quarter if kind == "micro" else None)
 
     def iterate(count: int) -> None:
-        rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps[:count])
+        rest = (problem.start, problem.target, problem.data, problem.steps[:count])
         unrolled(problem.plain, *rest) if kind == "unrolled" else adjoint(model, *rest)
 
     iterate(1)
@@ -63,7 +63,9 @@ def straight_on(known: list[tuple[int, int]], count: int) -> float:
 def main(command_line: list[str] | None = None) -> None:
     parser = matching_arguments(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, choices=KINDS, help="which to measure; the first two always are"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(command_line)
     if args.case:
@@ -82,14 +84,16 @@ def main(command_line: list[str] | None = None) -> None:
         if fits:
             known.append((count, peaks["unrolled"]))
         graph = peaks.get("unrolled") or straight_on(known, count)
-        rows.append({
-            "steps": count,
-            "unrolled MB": f"{'' if fits else '~'}{graph / 1e6:.1f}",
-            "adjoint MB": peaks["adjoint"] / 1e6,
-            **{f"{kind} MB": peaks[kind] / 1e6 for kind in kinds if kind in KINDS[2:]},
-            "unrolled / adjoint": f"{'' if fits else '~'}{graph / max(peaks['adjoint'], 1):.1f}",
-            "stored parameter vectors MB": (count + 1) * vector / 1e6,
-        })  # fmt: skip
+        rows.append(
+            {
+                "steps": count,
+                "unrolled MB": f"{'' if fits else '~'}{graph / 1e6:.1f}",
+                "adjoint MB": peaks["adjoint"] / 1e6,
+                **{f"{kind} MB": peaks[kind] / 1e6 for kind in kinds if kind in KINDS[2:]},
+                "unrolled / adjoint": f"{'' if fits else '~'}{graph / max(peaks['adjoint'], 1):.1f}",
+                "stored parameter vectors MB": (count + 1) * vector / 1e6,
+            }
+        )
         print(f"{count} steps done", flush=True)
     print(result_table(rows, list(rows[0])))
 

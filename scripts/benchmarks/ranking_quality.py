@@ -23,14 +23,15 @@ from common import describe_machine
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from pad.data.images import ImageData
 from pad.data.preprocessing import fit_preprocessing
-from pad.data.sources import ImageData, load_data
+from pad.data.sources import load_data
 from pad.difficulty.evidence import collect_evidence
-from pad.difficulty.methods import compute_rankings
+from pad.difficulty.methods import RankingSource, compute_rankings
 from pad.difficulty.scores import grand
-from pad.difficulty.training import ScoringSettings, ScoringTask
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.rng import generator
-from pad.tracking import result_table
+from pad.show.tables import result_table
 
 METHODS = ("GraNd", "EL2N", "Forgetting")
 
@@ -40,7 +41,7 @@ def grand_after(
 ) -> dict[int, Tensor]:
     """GraNd ``[N]`` by one network after each number of ``epochs``, from one training."""
     found = {}
-    task = ScoringTask(images, data.train_labels, data.num_classes, settings, seed)
+    task = ScoringTraining(images, data.train_labels, data.num_classes, settings, seed)
     for done, network in enumerate(task.epochs(repeat)):
         if done in epochs:
             evidence = collect_evidence(network, images, data.train_labels)
@@ -106,7 +107,9 @@ def main(command_line: list[str] | None = None) -> None:
     data = load_data(args.dataset, args.data_path).first_per_class(args.images_per_class)
     preprocessing = fit_preprocessing(data, args.zca)
     images = preprocessing.apply(data.train_images)
-    settings = ScoringSettings(args.model, max(args.repeats), max(args.epochs), args.lr, batch=args.batch)
+    settings = ScoringSettings(
+        args.model, repeats=max(args.repeats), epochs=max(args.epochs), lr=args.lr, batch=args.batch
+    )
     print(f"{len(images)} images of {data.name}, {args.model}\n")
 
     began = time.perf_counter()
@@ -118,16 +121,24 @@ def main(command_line: list[str] | None = None) -> None:
     print(f"agreement of GraNd by so many networks with as many others ({time.perf_counter() - began:.0f} s)")
     print(result_table(rows, list(rows[0])), flush=True)
 
-    began, rows = time.perf_counter(), []
+    began = time.perf_counter()
+    rows = []
     wrong, chosen = with_wrong_labels(data, args.wrong, args.seed)
     for epochs in args.epochs:
-        found = compute_rankings(
-            METHODS, wrong, images, wrong.train_labels, dataclasses.replace(settings, epochs=epochs), seed=args.seed,
+        source = RankingSource(
+            data=wrong,
+            images=images,
+            labels=wrong.train_labels,
             preprocessing=preprocessing.identity,
-        )  # fmt: skip
+            scoring=dataclasses.replace(settings, epochs=epochs),
+            seed=args.seed,
+        )
+        found = compute_rankings(METHODS, source)
         shares = {name: f"{100 * share_in_hardest_tenth(ranking.rows, chosen):.1f}" for name, ranking in found.items()}
         rows.append({"epochs": epochs, **shares})
-    title = f"% of {len(chosen)} wrongly labelled images in the hardest tenth of their class, {settings.repeats} networks"
+    title = (
+        f"% of {len(chosen)} wrongly labelled images in the hardest tenth of their class, {settings.repeats} networks"
+    )
     print(f"\n{title}, chance 10 ({time.perf_counter() - began:.0f} s)")
     print(result_table(rows, list(rows[0])))
 

@@ -16,9 +16,9 @@ from common import CLASSES, Competitor, Matching, arguments, describe_machine, r
 from matching import adjoint
 from memory import in_child
 
-from pad.functional import FlatModel
-from pad.networks import build
-from pad.tracking import result_table
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
+from pad.show.tables import result_table
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def iteration(case: dict, compile: str) -> Competitor:
     """One case of :class:`common.Matching`, to be timed."""
     problem = Matching(**case)
     model = flat_model(*(case[key] for key in ("depth", "width", "side", "batch")), compile)
-    rest = (problem.start, problem.target, problem.images, problem.labels, problem.lr, problem.steps)
+    rest = (problem.start, problem.target, problem.data, problem.steps)
     return Competitor("", lambda: adjoint(model, *rest))
 
 
@@ -40,7 +40,9 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--compile", default="fused", choices=("off", "on", "fused"), help="how derivatives are computed")
+    parser.add_argument(
+        "--compile", default="fused", choices=("off", "on", "fused"), help="how derivatives are computed"
+    )
     parser.set_defaults(rounds=3)
     args = parser.parse_args(command_line)
     base = {"depth": 3, "width": 32, "n": 100, "batch": 100, "count": 10, "side": 32}

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from common import CLASSES, arguments, describe_machine, forget_peak, memory_status
 
-from pad.functional import FlatModel
-from pad.networks import build
+from pad.nn.flat import FlatModel
+from pad.nn.networks import build
 from pad.rng import generator
-from pad.tracking import result_table
-from pad.trajectories import TrajectoryStore, describe, write_expert
+from pad.show.tables import result_table
+from pad.store.trajectories import TrajectoryStore, describe, write_expert
 
 PUBLISHED = 10  # experts a file
 

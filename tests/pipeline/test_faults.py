@@ -6,78 +6,54 @@ Commands that are killed are forked from the test process, which saves them the 
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
+import helpers
 import pytest
 import yaml
+from helpers import EXPERTS, FORK, RUN, command_line, forked, slow, wait_for
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
-from tqdm import tqdm
 
-from pad import cli, evaluation, stages
+from pad import cli, evaluation
+from pad.commands import record as recording
+from pad.commands import trajectory as tasks
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.record import BufferSettings
+from pad.commands.table import COMMANDS
+from pad.commands.trajectory import DistillSettings
 from pad.data import preprocessing
 from pad.data.sources import load_data
-from pad.files import load_tensors
-from pad.settings import BufferSettings, DistillSettings, EvaluationSettings
-from pad.stages import recording, tasks
-from pad.trajectories import recorded
+from pad.store.tensors import load_tensors
+from pad.store.trajectories import recorded
 
-FORK = multiprocessing.get_context("fork")
 MODEL = "ConvNetD1W8"
-KILLS = 30  # of each of the first two stages
+IMAGES = {"dataset": "ImageFolder", "model": MODEL, "compile": "off"}
+KILLS = pytest.mark.parametrize("kills", [2, slow(30)])  # of each of the first two stages
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    """An ImageFolder of three easy classes, 16 x 16 in colour."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    y, x = np.indices((16, 16)) // 2 % 2
-    for part, count in (("train", 12), ("test", 4)):
-        for name, pattern in (("ant", y), ("bee", x), ("cat", y ^ x)):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = 100 * pattern[:, :, None].astype(np.uint8) + rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i:02d}.png")
-    return root
-
-
-def record_args(images: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--compile", "off",
-        "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"),
-        "--num_experts", "4", "--train_epochs", "3", "--batch_train", "12", "--lr_teacher", "0.05",
-        "--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--score_repeats", "2", "--score_epochs", "1", *more,
-    ]  # fmt: skip
+def record_args(images: Path, folder: Path) -> list[str]:
+    here = {"data_path": images, "buffer_path": folder / "buffer", "ranking_path": folder / "rankings"}
+    asked = {"num_experts": 4, "batch_train": 12, "alpha": 0.3, "score_repeats": 2}
+    return command_line(**IMAGES | here | EXPERTS | asked)
 
 
 def distil_args(images: Path, buffer: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--zca", "False", "--ipc", "1",
-        "--compile", "off", "--buffer_path", str(buffer / "buffer"), "--log_dir", str(folder), "--name", "run",
-        "--Iteration", "6", "--syn_steps", "2", "--batch_syn", "2", "--expert_epochs", "1", "--max_start_epoch", "2",
-        "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10", "--lr_img", "10",
-        "--eval_it", "3", "--save_it", "4", "--checkpoint_every", "2", "--num_eval", "1", "--epoch_eval_train", "1",
-        "--batch_train", "4", *more,
-    ]  # fmt: skip
+    here = {"data_path": images, "buffer_path": buffer / "buffer", "log_dir": folder, "zca": False, "ipc": 1}
+    asked = {"Iteration": 6, "syn_steps": 2, "batch_syn": 2, "checkpoint_every": 2, "num_eval": 1}
+    return command_line(*more, **IMAGES | here | RUN | asked, epoch_eval_train=1)
 
 
 def evaluation_args(images: Path, buffer: Path, runs: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--synthetic", str(run_folder(runs)), "--data_path", str(images), "--out", str(out), "--num_eval", "3",
-        "--buffer_path", str(buffer / "buffer"), "--epoch_eval_train", "2", "--compile", "off", *more,
-    ]  # fmt: skip
+    asked = {"synthetic": run_folder(runs), "data_path": images, "out": out, "buffer_path": buffer / "buffer"}
+    return command_line(*more, **asked, num_eval=3, epoch_eval_train=2, compile="off")
 
 
 def experts_in(folder: Path) -> Path:
@@ -90,26 +66,13 @@ def run_folder(folder: Path) -> Path:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     """Name -> bytes of all files but those of times and of settings, which name folders; these are there, too."""
-    return {
-        str(path.relative_to(folder)): b"" if path.name in ("timing.jsonl", "config.yaml") else path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+    blank = ("timing.jsonl", "config.yaml")
+    return {name: b"" if Path(name).name in blank else data for name, data in helpers.files_in(folder).items()}
 
 
 def start(front_door, argv: list[str], said: Path, prepare=lambda: None):
     """A process that runs a front door after ``prepare()``; what it says goes to the file ``said``."""
-
-    def run() -> None:
-        with open(said, "w") as sys.stdout, open(said, "a") as sys.stderr:
-            os.dup2(sys.stdout.fileno(), 1)
-            os.dup2(sys.stderr.fileno(), 2)
-            tqdm.set_lock(threading.RLock())  # its own is shared by forked processes, and a killed one may hold it
-            prepare()
-            sys.exit(front_door(argv))
-
-    process = FORK.Process(target=run, daemon=True)
-    process.start()
-    return process
+    return forked(lambda: (prepare(), front_door(argv))[1], said, said)
 
 
 def noting(log: Path, cls, name: str, what) -> None:
@@ -160,9 +123,11 @@ class Killed:
         """One attempt: its exit code, -9 when it was killed, before operation ``last`` or after ``seconds``."""
         self.counter.value = 0
         process = start(
-            self.front_door, self.argv, self.said,
+            self.front_door,
+            self.argv,
+            self.said,
             lambda: (self.prepare(), count_operations(self.counter, self.root, last)),
-        )  # fmt: skip
+        )
         process.join(seconds)
         process.kill()
         process.join()
@@ -170,7 +135,7 @@ class Killed:
 
 
 def kill_until_done(rng: random.Random, attempts: Killed, operations: int, seconds: float, check) -> int:
-    """How many times it was killed. ``check()`` begins to watch an attempt and returns what is to be called after it."""
+    """How many times it was killed. ``check()`` begins to watch an attempt; what it returns is called after it."""
     kills = 0
     while True:
         after = check()
@@ -192,8 +157,8 @@ def measured(attempts: Killed) -> tuple[int, float]:
     return attempts.counter.value, time.monotonic() - began
 
 
-def kill_again_and_again(seed: int, attempts, check, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Runs in folder after folder, ``attempts(folder)``, until there were enough kills: each must end as expected.
+def kill_again_and_again(seed: int, wanted: int, attempts, check, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Runs in folder after folder, ``attempts(folder)``, until there were ``wanted`` kills: each must end as expected.
 
     ``check(folder)`` begins to watch an attempt and returns what is to be called after it.
     """
@@ -207,7 +172,7 @@ def kill_again_and_again(seed: int, attempts, check, expected: dict[str, bytes],
         folder.mkdir()
         kills += kill_until_done(rng, attempts(folder), *size, lambda: check(folder))
         assert files_in(folder) == expected
-        if kills >= KILLS:
+        if kills >= wanted:
             break
 
 
@@ -227,13 +192,16 @@ def finished(images, buffer, tmp_path_factory) -> Path:
     return runs
 
 
-def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
+@KILLS
+def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path, kills):
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "experts"
         return Killed(
-            cli.buffer, record_args(images, folder), folder,
-            lambda: noting(log, recording.ExpertTask, "train", lambda expert, *_: expert),
-        )  # fmt: skip
+            cli.buffer,
+            record_args(images, folder),
+            folder,
+            lambda: noting(log, recording.ExpertTraining, "train", lambda expert, *_: expert),
+        )
 
     def check(folder: Path):
         there = {k: (experts_in(folder) / f"expert_{k:04d}.safetensors").stat() for k in recorded(experts_in(folder))}
@@ -247,16 +215,19 @@ def test_the_first_stage_killed_at_any_moment(images, buffer, tmp_path):
 
         return after
 
-    kill_again_and_again(0, attempts, check, files_in(buffer), tmp_path)
+    kill_again_and_again(0, kills, attempts, check, files_in(buffer), tmp_path)
 
 
-def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_path):
+@KILLS
+def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_path, kills):
     def attempts(folder: Path) -> Killed:
         log = tmp_path / "iterations"
         return Killed(
-            cli.distill, distil_args(images, buffer, folder, "--resume"), folder,
+            cli.distill,
+            distil_args(images, buffer, folder, "--resume"),
+            folder,
             lambda: noting(log, tasks.TrajectoryObjective, "gradients", lambda it, *_: it),
-        )  # fmt: skip
+        )
 
     def check(folder: Path):
         checkpoint = run_folder(folder) / "checkpoint.safetensors"
@@ -269,7 +240,7 @@ def test_the_second_stage_killed_at_any_moment(images, buffer, finished, tmp_pat
 
         return after
 
-    kill_again_and_again(1, attempts, check, files_in(finished), tmp_path)
+    kill_again_and_again(1, kills, attempts, check, files_in(finished), tmp_path)
 
 
 # ---- SIGINT and SIGTERM
@@ -316,10 +287,10 @@ def test_a_signal_in_the_first_stage(images, buffer, tmp_path, monkeypatch, capf
     assert files_in(tmp_path) == files_in(buffer)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
 @pytest.mark.parametrize("call, iteration", [(1, 3), (3, 7)], ids=["in between", "last"])
 def test_a_signal_in_an_evaluation_of_the_second_stage(
-    images, buffer, finished, tmp_path, monkeypatch, capfd, number, call, iteration
+    images, buffer, finished, tmp_path, *, monkeypatch, capfd, number, call, iteration
 ):
     argv = distil_args(images, buffer, tmp_path)
     with monkeypatch.context() as patch:
@@ -330,8 +301,8 @@ def test_a_signal_in_an_evaluation_of_the_second_stage(
     assert files_in(tmp_path) == files_in(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_third_stage(images, buffer, finished, tmp_path, monkeypatch, capfd, number):
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
+def test_a_signal_in_the_third_stage(images, buffer, finished, tmp_path, *, monkeypatch, capfd, number):
     whole, out = tmp_path / "whole.json", tmp_path / "out.json"
     assert cli.evaluate(evaluation_args(images, buffer, finished, whole)) == 0
     argv = evaluation_args(images, buffer, finished, out)
@@ -355,10 +326,10 @@ def test_a_signal_in_the_third_stage(images, buffer, finished, tmp_path, monkeyp
 
 def test_scores_of_other_networks_are_not_taken_for_these(images, buffer, finished, tmp_path, monkeypatch):
     """What is kept counts for the same set, protocol, seed and number only."""
-    argv = evaluation_args(images, buffer, finished, tmp_path / "out.json", "--baselines", "none")
+    argv = evaluation_args(images, buffer, finished, tmp_path / "out.json", "--baselines none")
     networks = []
-    others = ["--seed", "1"], ["--epoch_eval_train", "3"], ["--batch_train", "2"], ["--dsa", "False"]
-    for more in ([], *others, ["--num_eval", "4"]):
+    others = ("--seed=1", "--epoch_eval_train=3", "--batch_train=2", "--dsa=False")
+    for more in ([], *([other] for other in others), ["--num_eval=4"]):
         with monkeypatch.context() as patch:
             calls = signal_at(patch, evaluation, "accuracy", signal.SIGINT, call=2)
             cli.evaluate([*argv, *more])
@@ -378,8 +349,8 @@ def test_two_processes_share_the_experts_of_one_folder(images, buffer, tmp_path)
                 time.sleep(0.1)
                 yield theta
 
-        train, recording.ExpertTask.train = recording.ExpertTask.train, slow
-        noting(tmp_path / f"experts {number}", recording.ExpertTask, "train", lambda expert, *_: expert)
+        train, recording.ExpertTraining.train = recording.ExpertTraining.train, slow
+        noting(tmp_path / f"experts {number}", recording.ExpertTraining, "train", lambda expert, *_: expert)
 
     folder = tmp_path / "folder"
     argv = record_args(images, folder)
@@ -402,7 +373,7 @@ def test_an_expert_of_a_killed_process_is_taken_over(images, buffer, tmp_path):
             time.sleep(60)
             yield
 
-        recording.ExpertTask.train = train
+        recording.ExpertTraining.train = train
 
     folder = tmp_path / "folder"
     argv = record_args(images, folder)
@@ -415,13 +386,6 @@ def test_an_expert_of_a_killed_process_is_taken_over(images, buffer, tmp_path):
     hanging.kill()
     other.join(60)
     assert other.exitcode == 0 and files_in(folder) == files_in(buffer)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_zca_is_fitted_by_one_process_and_read_by_the_other(images, tmp_path, monkeypatch):
@@ -438,11 +402,13 @@ def test_zca_is_fitted_by_one_process_and_read_by_the_other(images, tmp_path, mo
     data = load_data("ImageFolder", images)
     processes = [
         start(
-            lambda _: preprocessing.fit_preprocessing(data, zca=True) and 0, [], tmp_path / f"said {i}",
+            lambda _: preprocessing.fit_preprocessing(data, zca=True) and 0,
+            [],
+            tmp_path / f"said {i}",
             lambda i=i: prepare(i),
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -450,7 +416,7 @@ def test_zca_is_fitted_by_one_process_and_read_by_the_other(images, tmp_path, mo
 
 
 def test_a_run_folder_has_one_writer(images, buffer, finished, tmp_path, capfd):
-    argv = distil_args(images, buffer, tmp_path / "runs", "--Iteration", "1000000", "--eval_it", "1000000")
+    argv = distil_args(images, buffer, tmp_path / "runs", "--Iteration 1000000 --eval_it 1000000")
     writer = start(cli.distill, argv, tmp_path / "said")
     try:
         wait_for((run_folder(tmp_path / "runs") / "metrics.jsonl").exists)
@@ -467,7 +433,7 @@ def test_a_run_folder_has_one_writer(images, buffer, finished, tmp_path, capfd):
 
 
 def test_results_have_one_writer(images, buffer, finished, tmp_path, capfd):
-    argv = evaluation_args(images, buffer, finished, tmp_path / "out.json", "--epoch_eval_train", "1000000")
+    argv = evaluation_args(images, buffer, finished, tmp_path / "out.json", "--epoch_eval_train 1000000")
     writer = start(cli.evaluate, argv, tmp_path / "said")
     try:
         wait_for((tmp_path / ".out.json.lock").exists)
@@ -484,24 +450,33 @@ def test_results_have_one_writer(images, buffer, finished, tmp_path, capfd):
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
 SCALARS = st.one_of(
-    st.integers(), st.floats(), st.booleans(), st.none(), TEXT, st.binary(max_size=4), st.dates(),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    TEXT,
+    st.binary(max_size=4),
+    st.dates(),
     st.sampled_from([10**30, -(10**30), 1e308, "1e999", "nan", "-1", "0", "[0,1]", "cuda:99", "~nobody/x", "x" * 5000]),
-)  # fmt: skip
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4
 )
 
 
 @pytest.mark.parametrize(
-    ("front_door", "cls", "stage"),
+    ("front_door", "cls", "command"),
     [
-        (cli.buffer, BufferSettings, "record_experts"), (cli.distill, DistillSettings, "distill"),
-        (cli.evaluate, EvaluationSettings, "evaluate"),
+        slow(cli.buffer, BufferSettings, "buffer"),
+        slow(cli.distill, DistillSettings, "PAD"),
+        slow(cli.evaluate, EvaluationSettings, "evaluate"),
     ],
     ids=["buffer", "distill", "evaluate"],
-)  # fmt: skip
-def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cls, stage, tmp_path, monkeypatch, capfd):
-    names = [*(field.name for field in dataclasses.fields(cls)), *cls.dead]
+)
+def test_any_command_is_refused_with_a_sentence_or_gives_settings(
+    front_door, cls, command, tmp_path, monkeypatch, capfd
+):
+    names = [*cls.fields(), *cls.dead]
     word = TEXT.filter(lambda text: not text.startswith("-h") and not text.startswith("--h"))
     flags = st.one_of(
         st.tuples(st.sampled_from(names), SCALARS).map(lambda pair: [f"--{pair[0]}", str(pair[1])]),
@@ -511,12 +486,16 @@ def test_any_command_is_refused_with_a_sentence_or_gives_settings(front_door, cl
     )
     content = st.one_of(
         st.dictionaries(st.sampled_from(names), VALUES, max_size=4),
-        st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4), VALUES, st.binary(max_size=60), TEXT,
-    )  # fmt: skip
+        st.dictionaries(st.sampled_from(names) | SCALARS, VALUES, max_size=4),
+        VALUES,
+        st.binary(max_size=60),
+        TEXT,
+    )
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config, accepted = tmp_path / "some.yaml", []
-    monkeypatch.setattr(stages, stage, lambda settings, *_: accepted.append(settings))
+    taking = dataclasses.replace(COMMANDS[command], recipe=lambda settings, *_: accepted.append(settings))
+    monkeypatch.setitem(COMMANDS, command, taking)
 
     @hypothesis_settings(
         max_examples=170, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,56 +12,52 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import (
+    CHECKOUT,
+    EXPERTS,
+    RUN,
+    assert_refused,
+    at_iteration,
+    command_line,
+    contents,
+    events_in,
+    make_images,
+    run_command,
+    run_contents,
+    run_script,
+    signal_self,
+    slow,
+)
 from PIL import Image
 
 from pad import cli
-from pad.difficulty import ranking
-from pad.files import save_pt
-from pad.stages import distilling, evaluating, recording, tasks, workbench
+from pad.commands import bench as workbench
+from pad.commands import distil as distilling
+from pad.commands import record as recording
+from pad.commands import trajectory as tasks
+from pad.difficulty import obtain as ranking
+from pad.evaluation import Evaluation
+from pad.store.foreign import save_pt
+from pad.store.trajectories import TrajectoryStore
 from pad.synthetic import SyntheticSet
-from pad.trajectories import TrajectoryStore
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = "ConvNetD1W8"
-ARTIFACTS = [
-    f"Normal/{name}" for name in
-    ("synthetic_last.safetensors", "synthetic_best.safetensors", "images_last.pt", "labels_last.pt", "lr_last.pt")
-]  # fmt: skip
+IMAGES = {"dataset": "ImageFolder", "model": MODEL}
+ARTIFACTS = ["Normal/synthetic_last.safetensors", "Normal/synthetic_best.safetensors"]
+ARTIFACTS += ["Normal/images_last.pt", "Normal/labels_last.pt", "Normal/lr_last.pt"]
 
 
-def make_images(root: Path, seed: int = 0, per_class: int = 12) -> Path:
-    """An ImageFolder of three easy classes, 16 x 16 in colour: horizontal stripes, vertical stripes, squares."""
-    rng = np.random.default_rng(seed)
-    y, x = np.indices((16, 16)) // 2 % 2
-    stripes = [100 * pattern[:, :, None].astype(np.uint8) for pattern in (y, x, y ^ x)]
-    for part, count in (("train", per_class), ("test", 4)):
-        for c, name in enumerate(("ant", "bee", "cat")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = stripes[c] + rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i:02d}.png")
-    return root
+def record_args(images: Path, folder: Path, *more: str, **settings) -> list[str]:
+    here = {"data_path": images, "buffer_path": folder / "buffer", "ranking_path": folder / "rankings"}
+    asked = {"num_experts": 2, "batch_train": 6, "alpha": 0.3, "score_repeats": 1}
+    asked |= {"rm_epoch_first": 1, "rm_epoch_second": 2}
+    return command_line(*more, **IMAGES | here | EXPERTS | asked | settings)
 
 
-def record_args(images: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL,
-        "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"),
-        "--num_experts", "2", "--train_epochs", "3", "--batch_train", "6", "--lr_teacher", "0.05",
-        "--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--rm_epoch_first", "1", "--rm_epoch_second", "2", "--score_repeats", "1",
-        "--score_epochs", "1", *more,
-    ]  # fmt: skip
-
-
-def distil_args(images: Path, buffer: Path, runs: Path, *more: str) -> list[str]:
-    return [
-        "--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL, "--zca", "False", "--ipc", "2",
-        "--buffer_path", str(buffer / "buffer"), "--log_dir", str(runs), "--name", "run", "--Iteration", "7",
-        "--syn_steps", "3", "--batch_syn", "4", "--expert_epochs", "1", "--max_start_epoch", "3", "--lr_img", "10",
-        "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10", "--eval_it", "3",
-        "--save_it", "4", "--num_eval", "2", "--epoch_eval_train", "2", "--batch_train", "4", *more,
-    ]  # fmt: skip
+def distil_args(images: Path, buffer: Path, runs: Path, *more: str, **settings) -> list[str]:
+    here = {"data_path": images, "buffer_path": buffer / "buffer", "log_dir": runs, "zca": False, "ipc": 2}
+    asked = {"Iteration": 7, "syn_steps": 3, "batch_syn": 4, "max_start_epoch": 3, "num_eval": 2, "epoch_eval_train": 2}
+    return command_line(*more, **IMAGES | here | RUN | asked | settings)
 
 
 def run_folder(runs: Path) -> Path:
@@ -71,23 +66,6 @@ def run_folder(runs: Path) -> Path:
 
 def experts_in(folder: Path, zca: bool = False) -> Path:
     return folder / "buffer" / ("ImageFolder" if zca else "ImageFolder_NO_ZCA") / MODEL
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under ``folder``, and every folder as such."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder" for path in folder.rglob("*")
-    }
-
-
-def run_contents(folder: Path) -> dict[str, bytes]:
-    """What two runs of one command must have in common: all but times, and the folders named in the settings."""
-    return {name: data for name, data in contents(folder).items() if name not in ("timing.jsonl", "config.yaml")}
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
@@ -109,23 +87,14 @@ def finished(images, buffer, tmp_path_factory) -> Path:
 # ---- the commands, from a checkout and another working directory
 
 
-def command(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess:
-    """Run one of the three scripts in ``folder``, as a person does."""
-    done = subprocess.run(
-        [sys.executable, str(CHECKOUT / script), *argv], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert "Traceback" not in done.stderr
-    return done
+EMBEDDED = {"dataset": "FashionMNISTMini", "train_per_class": 100, "model": "ConvNetW8", "buffer_path": "buffer"}
 
 
+@pytest.mark.slow
 def test_three_commands_on_the_embedded_images(tmp_path):
-    done = command(
-        tmp_path, "buffer/buffer_CL.py", "--dataset", "FashionMNISTMini", "--train_per_class", "100",
-        "--model", "ConvNetW8", "--buffer_path", "buffer", "--num_experts", "2", "--train_epochs", "3",
-        "--batch_train", "100",
-        "--ranking_path", "rankings", "--score_repeats", "1", "--score_epochs", "1", "--init_ratio", "0.75",
-        "--add_end_epoch", "1", "--lr_teacher", "0.1", "--rho_max", "0.01", "--rho_min", "0.01", "--eval_every", "3",
-    )  # fmt: skip
+    asked = {"num_experts": 2, "batch_train": 100, "ranking_path": "rankings", "score_repeats": 1, "eval_every": 3}
+    asked |= {"init_ratio": 0.75, "lr_teacher": 0.1}
+    done = run_script("buffer/buffer_CL.py", command_line(**EMBEDDED | EXPERTS | asked), tmp_path)
     assert done.returncode == 0, done.stderr
     store = TrajectoryStore.open(tmp_path / "buffer" / "FashionMNISTMini_NO_ZCA" / "ConvNetW8")
     assert store.experts == [0, 1] and store.epochs(0) == store.epochs(1) == 3
@@ -134,36 +103,30 @@ def test_three_commands_on_the_embedded_images(tmp_path):
     assert accuracies[-1] > accuracies[0]
     assert torch.load(tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt", weights_only=True).shape == (10, 100)
 
-    (tmp_path / "mini.yaml").write_text(
-        "dataset: FashionMNISTMini\ntrain_per_class: 100\nmodel: ConvNetW8\nzca: False\nbuffer_path: buffer\nipc: 1\n"
-        "Iteration: 2\nsyn_steps: 3\nexpert_epochs: 1\nmax_start_epoch: 3\ncurrent_max_start_epoch: 1\nthreshold: 9\n"
-        "epoch_eval_train: 3\neval_it: 2\n"
-    )
-    done = command(tmp_path, "distill/PAD.py", "--cfg", "mini.yaml", "--num_eval", "1")
+    asked = {"zca": False, "ipc": 1, "Iteration": 2, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 3}
+    asked |= {"current_max_start_epoch": 1, "threshold": 9, "epoch_eval_train": 3, "eval_it": 2}
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(EMBEDDED | asked))
+    done = run_script("distill/PAD.py", command_line("--cfg mini.yaml --num_eval 1"), tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "logged_files" / "FashionMNISTMini" / "1" / "ConvNetW8" / "mini-seed0"
     last = SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
     assert last.images.shape == (10, 1, 28, 28) and last.labels.shape == (10, 10) and last.lr > 0
     for name, tensor in (("images", last.images), ("labels", last.labels), ("lr", last.lr)):
         assert torch.equal(torch.load(run / "Normal" / f"{name}_last.pt", weights_only=True), tensor)
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [event["iteration"] for event in events if event["event"] == "match"] == [0, 1, 2]
-    assert [event["iteration"] for event in events if event["event"] == "evaluation"] == [0, 2, 3]
+    assert [event["iteration"] for event in events_in(run, "match")] == [0, 1, 2]
+    assert [event["iteration"] for event in events_in(run, "evaluation")] == [0, 2, 3]
     for picture in (run / "pictures").glob("*.png"):
         with Image.open(picture) as opened:
             opened.verify()
     assert {path.name for path in (run / "pictures").iterdir()} >= {"synthetic_000000.png", "before_after_000003.png"}
 
-    done = command(
-        tmp_path, "distill/evaluation.py", "--synthetic", str(run / "Normal" / "synthetic_last.safetensors"),
-        "--buffer_path", "buffer", "--num_eval", "2", "--epoch_eval_train", "3", "--out", "results/table.json",
-    )  # fmt: skip
+    asked = {"synthetic": run / "Normal" / "synthetic_last.safetensors", "buffer_path": "buffer"}
+    asked |= {"num_eval": 2, "epoch_eval_train": 3, "out": "results/table.json"}
+    done = run_script("distill/evaluation.py", command_line(**asked), tmp_path)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results" / "table.json").read_text())
-    assert [row["set"] for row in results["results"]] == [
-        "synthetic", "random real, hard labels", "random real, expert labels"
-    ]  # fmt: skip
-    for row in results["results"]:
+    results = json.loads((tmp_path / "results" / "table.json").read_text())["results"]
+    assert [row["set"] for row in results] == ["synthetic", "random real, hard labels", "random real, expert labels"]
+    for row in results:
         assert row["n"] == len(row["accuracies"]) == 2 and row["network"] == "ConvNetW8"
         mean = sum(row["accuracies"]) / 2
         assert row["mean"] == pytest.approx(mean)
@@ -171,8 +134,9 @@ def test_three_commands_on_the_embedded_images(tmp_path):
         assert row["set"] in done.stdout and f"{100 * mean:.2f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_input_from_a_shell(tmp_path):
-    done = command(tmp_path, "distill/PAD.py", "--modle", "ConvNet")
+    done = run_script("distill/PAD.py", ["--modle", "ConvNet"], tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: unknown option '--modle'; the nearest is --model\n" and done.stdout == ""
     assert not list(tmp_path.iterdir())
@@ -187,12 +151,10 @@ PUBLISHED_STAGE_1 = (
 
 
 def test_the_published_command_of_the_first_stage(images, tmp_path):
-    smaller = [
-        "--dataset=ImageFolder", f"--data_path={images}", f"--model={MODEL}", "--train_epochs=2", "--num_experts=1",
-        f"--buffer_path={tmp_path / 'buffer'}", f"--ranking_path={tmp_path / 'rankings'}",
-        "--sort_method=ImageFolder_GraNd", "--batch_train=36", "--score_repeats=1", "--score_epochs=1",
-    ]  # fmt: skip
-    assert cli.buffer([*shlex.split(PUBLISHED_STAGE_1), *smaller]) == 0
+    smaller = {"dataset": "ImageFolder", "data_path": images, "model": MODEL, "train_epochs": 2, "num_experts": 1}
+    smaller |= {"buffer_path": tmp_path / "buffer", "ranking_path": tmp_path / "rankings", "batch_train": 36}
+    smaller |= {"sort_method": "ImageFolder_GraNd", "score_repeats": 1, "score_epochs": 1}
+    assert cli.buffer([*shlex.split(PUBLISHED_STAGE_1), *command_line(**smaller)]) == 0
     store = TrajectoryStore.open(experts_in(tmp_path, zca=True))
     settings = store.header(0)["settings"]
     assert store.experts == [0] and store.metadata["preprocessing"]["kind"] == "zca"
@@ -202,38 +164,43 @@ def test_the_published_command_of_the_first_stage(images, tmp_path):
 def test_the_published_form_scores_like_our_own_file(images, finished, tmp_path):
     """Stage 3 on the trio, with the flags it needs for what the trio does not say, equals stage 3 on the one file."""
     normal = run_folder(finished) / "Normal"
-    common = ["--data_path", str(images), "--epoch_eval_train", "2", "--num_eval", "2", "--batch_train", "4"]
-    trio = ["--data_dir", str(normal / "images_last.pt"), "--label_dir", str(normal / "labels_last.pt")]
-    trio += ["--lr_dir", str(normal / "lr_last.pt"), "--dataset", "ImageFolder", "--model", MODEL]
-    ours = ["--synthetic", str(normal / "synthetic_last.safetensors")]
-    for name, argv in (("trio", trio), ("ours", ours)):
-        assert cli.evaluate([*argv, *common, "--out", str(tmp_path / name)]) == 0
+    common = {"data_path": images, "epoch_eval_train": 2, "num_eval": 2, "batch_train": 4}
+    trio = {
+        "data_dir": normal / "images_last.pt",
+        "label_dir": normal / "labels_last.pt",
+        "lr_dir": normal / "lr_last.pt",
+    }
+    ours = {"synthetic": normal / "synthetic_last.safetensors"}
+    for name, given in (("trio", trio | IMAGES), ("ours", ours)):
+        assert cli.evaluate(command_line(**given | common, out=tmp_path / name)) == 0
     assert (tmp_path / "trio").read_bytes() == (tmp_path / "ours").read_bytes()
     rows = json.loads((tmp_path / "ours").read_text())["results"]
     assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]  # no buffer: no expert labels
 
 
 def test_zca_from_end_to_end(images, tmp_path):
-    assert cli.buffer(record_args(images, tmp_path, "--zca", "--train_epochs", "8")) == 0
-    assert cli.distill(distil_args(images, tmp_path, tmp_path / "runs", "--zca", "--Iteration", "2")) == 0
+    assert cli.buffer(record_args(images, tmp_path, "--zca", train_epochs=8)) == 0
+    assert cli.distill(distil_args(images, tmp_path, tmp_path / "runs", "--zca", Iteration=2)) == 0
     normal = run_folder(tmp_path / "runs") / "Normal"
     last = SyntheticSet.load(normal / "synthetic_last.safetensors")
     assert last.metadata["preprocessing"]["kind"] == "zca"
     whitened = torch.load(normal / "images_last.pt", weights_only=True)
     pixels = torch.load(normal / "images_zca_last.pt", weights_only=True)
-    training = torch.stack([
-        torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).double() / 255
-        for path in sorted((images / "train").glob("*/*.png"))
-    ]).flatten(1)  # fmt: skip
+    training = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).double() / 255
+            for path in sorted((images / "train").glob("*/*.png"))
+        ]
+    ).flatten(1)
     centred = training - training.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
     unwhiten = (vectors * (values.clamp(min=0) + 0.1).sqrt()) @ vectors.T
     expected = whitened.flatten(1).double() @ unwhiten + training.mean(0)
     torch.testing.assert_close(pixels.flatten(1).double(), expected, atol=1e-4, rtol=0)
     out = tmp_path / "results.json"
-    argv = ["--synthetic", str(normal / "synthetic_last.safetensors"), "--data_path", str(images), "--out", str(out)]
-    argv += ["--buffer_path", str(tmp_path / "buffer"), "--epoch_eval_train", "2", "--num_eval", "1"]
-    assert cli.evaluate(argv) == 0
+    asked = {"synthetic": normal / "synthetic_last.safetensors", "data_path": images, "out": out}
+    asked |= {"buffer_path": tmp_path / "buffer", "epoch_eval_train": 2, "num_eval": 1}
+    assert cli.evaluate(command_line(**asked)) == 0
     assert json.loads(out.read_text())["preprocessing"] == "zca"
 
 
@@ -249,16 +216,16 @@ def test_pictures_and_artifacts_of_a_run(finished):
 
 @pytest.mark.parametrize("pix_init", ["real", "noise"])
 def test_other_initialisations(images, buffer, tmp_path, pix_init):
-    assert cli.distill(distil_args(images, buffer, tmp_path, "--pix_init", pix_init, "--Iteration", "0")) == 0
+    assert cli.distill(distil_args(images, buffer, tmp_path, pix_init=pix_init, Iteration=0)) == 0
 
 
 # ---- reproducibility
 
 
 def test_experts_do_not_depend_on_how_many_are_trained(images, buffer, tmp_path):
-    assert cli.buffer(record_args(images, tmp_path, "--num_experts", "1")) == 0
+    assert cli.buffer(record_args(images, tmp_path, num_experts=1)) == 0
     first = contents(experts_in(tmp_path))
-    assert cli.buffer(record_args(images, tmp_path, "--num_experts", "3")) == 0  # goes on where the other stopped
+    assert cli.buffer(record_args(images, tmp_path, num_experts=3)) == 0  # goes on where the other stopped
     two, three = contents(experts_in(buffer)), contents(experts_in(tmp_path))
     assert list(first) == ["expert_0000.safetensors"] and len(two) == 2 and len(three) == 3
     assert two == {name: three[name] for name in two} and first == {name: three[name] for name in first}
@@ -266,15 +233,16 @@ def test_experts_do_not_depend_on_how_many_are_trained(images, buffer, tmp_path)
     assert contents(buffer / "rankings") == contents(tmp_path / "rankings")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, buffer, finished, tmp_path):
     shutil.copytree(images, tmp_path / "moved")
     shutil.copytree(buffer, tmp_path / "larger")
-    assert cli.buffer(record_args(images, tmp_path / "larger", "--num_experts", "3")) == 0
+    assert cli.buffer(record_args(images, tmp_path / "larger", num_experts=3)) == 0
     runs = {}
     for name, folder, more in (
         ("plain", buffer, []),
-        ("two of two", buffer, ["--max_experts", "2"]),
-        ("two of three", tmp_path / "larger", ["--max_experts", "2"]),
+        ("two of two", buffer, ["--max_experts 2"]),
+        ("two of three", tmp_path / "larger", ["--max_experts 2"]),
         ("three", tmp_path / "larger", []),
     ):
         assert cli.distill(distil_args(tmp_path / "moved", folder, tmp_path / name, *more)) == 0
@@ -288,31 +256,23 @@ def test_a_run_does_not_depend_on_folders_or_on_what_was_trained_before(images, 
 
 
 def test_another_seed_is_another_run(images, buffer, finished, tmp_path):
-    assert cli.distill(distil_args(images, buffer, tmp_path, "--seed", "1")) == 0
+    assert cli.distill(distil_args(images, buffer, tmp_path, seed=1)) == 0
     for name in ("Normal/images_last.pt", "metrics.jsonl"):
         assert run_contents(run_folder(tmp_path))[name] != run_contents(run_folder(finished))[name]
 
 
-def interrupt_at(monkeypatch, iteration: int, how) -> None:
-    """Call ``how`` in the middle of an outer iteration."""
-    gradients = tasks.TrajectoryObjective.gradients
-
-    def interrupted(self, it, *tensors):
-        if it == iteration:
-            how()
-        return gradients(self, it, *tensors)
-
-    monkeypatch.setattr(tasks.TrajectoryObjective, "gradients", interrupted)
+def interrupt_at(monkeypatch, iteration: int, do) -> None:
+    at_iteration(monkeypatch, tasks.TrajectoryObjective, "gradients", iteration, do)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    images, buffer, finished, tmp_path, monkeypatch, capfd, number
+    images, buffer, finished, tmp_path, *, monkeypatch, capfd, number
 ):
-    argv, before = distil_args(images, buffer, tmp_path, "--overwrite", "True"), signal.getsignal(number)
+    argv, before = distil_args(images, buffer, tmp_path, "--overwrite True"), signal.getsignal(number)
     monkeypatch.setattr(sys, "argv", [str(CHECKOUT / "distill" / "PAD.py"), *argv])
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4, lambda: os.kill(os.getpid(), number))
+        interrupt_at(patch, 4, signal_self(number))
         assert cli.distill() == 128 + number
     assert signal.getsignal(number) is before
     folder = run_folder(tmp_path)
@@ -322,7 +282,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     words = shlex.split(advice.removeprefix("go on with: "))
     if number == signal.SIGINT:  # the advice is a command
         words = [sys.executable, *words[1:]] if words[0] == "python" else words
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = run_command(words, tmp_path)
         assert done.returncode == 0, done.stderr
     else:
         assert cli.distill(words[words.index("--dataset") :]) == 0
@@ -333,7 +293,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(images, buffer, finished, tmp_
     def die():
         raise KeyboardInterrupt  # as the second Ctrl-C does: nothing is saved any more
 
-    argv = distil_args(images, buffer, tmp_path, "--checkpoint_every", "2")
+    argv = distil_args(images, buffer, tmp_path, checkpoint_every=2)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5, die)
         assert cli.distill(argv) == 130
@@ -369,10 +329,10 @@ def test_a_run_goes_on_with_the_experts_it_began_with(images, buffer, finished, 
     shutil.copytree(buffer, tmp_path, dirs_exist_ok=True)
     argv = distil_args(images, tmp_path, tmp_path)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        interrupt_at(patch, 4, signal_self(signal.SIGTERM))
         assert cli.distill(argv) == 143
     # The buffer grows meanwhile; the ranking's name may be spelled in full.
-    more = record_args(images, tmp_path, "--num_experts", "3", "--sort_method", "ImageFolder_GraNd")
+    more = record_args(images, tmp_path, num_experts=3, sort_method="ImageFolder_GraNd")
     assert cli.buffer(more) == 0
     assert (experts_in(tmp_path) / "expert_0002.safetensors").exists()
     assert cli.distill([*argv, "--resume"]) == 0
@@ -381,8 +341,8 @@ def test_a_run_goes_on_with_the_experts_it_began_with(images, buffer, finished, 
 
 
 def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp_path):
-    argv = distil_args(images, buffer, tmp_path, "--checkpoint_every", "3")
-    assert cli.distill([*argv, "--Iteration", "4"]) == 0
+    argv = distil_args(images, buffer, tmp_path, checkpoint_every=3)
+    assert cli.distill([*argv, "--Iteration=4"]) == 0
     assert cli.distill([*argv, "--resume"]) == 0
     ours, theirs = run_contents(run_folder(tmp_path)), run_contents(run_folder(finished))
     assert ours["metrics.jsonl"] == theirs["metrics.jsonl"]
@@ -391,7 +351,7 @@ def test_a_longer_run_equals_one_that_was_extended(images, buffer, finished, tmp
 
 
 def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, monkeypatch):
-    train = recording.ExpertTask.train
+    train = recording.ExpertTraining.train
 
     def interrupted(self, expert, start, attempt):
         for epoch, theta in enumerate(train(self, expert, start, attempt)):
@@ -400,7 +360,7 @@ def test_stopping_the_first_stage_keeps_whole_experts_only(images, tmp_path, mon
             yield theta
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording.ExpertTask, "train", interrupted)
+        patch.setattr(recording.ExpertTraining, "train", interrupted)
         assert cli.buffer(record_args(images, tmp_path)) == 130
     assert list(contents(experts_in(tmp_path))) == ["expert_0000.safetensors"]
     assert cli.buffer(record_args(images, tmp_path)) == 0
@@ -420,24 +380,15 @@ def refused(tmp_path, monkeypatch, capfd):
         raise AssertionError("work began before the input was checked")
 
     def check(door, argv, *words: str, late: bool = False, root: Path = tmp_path) -> None:
-        before = contents(root)
         with monkeypatch.context() as patch:
             patch.setattr(ranking, "compute_rankings", heavy)
-            patch.setattr(recording.ExpertTask, "train", heavy)
+            patch.setattr(recording.ExpertTraining, "train", heavy)
             patch.setattr(distilling.Distiller, "distill", heavy)
-            patch.setattr(evaluating.evaluation, "score", heavy)
+            patch.setattr(Evaluation, "run", heavy)
             if not late:
                 patch.setattr(workbench, "fit_preprocessing", heavy)
-                patch.setattr(tasks, "initial_set", heavy)
-            capfd.readouterr()
-            code = door([str(word) for word in argv])
-        out, err = capfd.readouterr()
-        assert code == 2, err
-        assert [line for line in err.splitlines() if "Traceback" in line] == []
-        errors = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and err.endswith(f"{errors[0]}\n")
-        assert [word for word in words if str(word) not in errors[0]] == [], errors[0]
-        assert contents(root) == before, "something was written"
+                patch.setattr(distilling, "initial_set", heavy)
+            assert_refused(capfd, door, argv, words, root)
 
     return check
 
@@ -494,7 +445,8 @@ def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
     torch.save([Hidden(tmp_path / "code ran")], path)
     refused(cli.buffer, argv, path, "run code", late=True)
     path.unlink()
-    assert cli.buffer(record_args(make_images(tmp_path / "others", seed=1), tmp_path)) == 0  # leaves a ranking of theirs
+    others = make_images(tmp_path / "others", seed=1)
+    assert cli.buffer(record_args(others, tmp_path)) == 0  # leaves a ranking of theirs
     shutil.rmtree(tmp_path / "buffer")
     refused(cli.buffer, argv, folder / "ImageFolder_GraNd.safetensors", "other images", late=True)
 
@@ -502,7 +454,7 @@ def test_rankings_that_are_not_this_data_sets(refused, images, tmp_path):
 def test_a_buffer_of_another_recipe_is_not_added_to(refused, images, buffer, tmp_path):
     shutil.copytree(buffer, tmp_path, dirs_exist_ok=True)
     refused(cli.buffer, record_args(images, tmp_path, "--lr_teacher", "0.5"), "lr_teacher: 0.05", "0.5 in the config")
-    refused(cli.buffer, record_args(images, tmp_path, "--seed", "1"), "seed")
+    refused(cli.buffer, record_args(images, tmp_path, seed=1), "seed")
     truncate(experts_in(tmp_path) / "expert_0001.safetensors")
     refused(cli.buffer, record_args(images, tmp_path), "expert_0001.safetensors")
 

@@ -1,43 +1,49 @@
 """Gradient and distribution matching, and other methods' settings of trajectory matching, on the embedded images."""
 
 import json
-import os
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_front_doors import CHECKOUT, contents, run_contents
-from test_torchrun import two_ranks
+from helpers import (
+    CHECKOUT,
+    at_iteration,
+    command_line,
+    contents,
+    losses_in,
+    run_contents,
+    run_script,
+    signal_self,
+    slow,
+    two_ranks,
+)
 
 from pad import cli
-from pad.coresets import hard_logits
-from pad.difficulty import ranking
-from pad.files import load_tensors
+from pad.difficulty import obtain as ranking
+from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
 from pad.matching.gradient import GradientObjective
 from pad.matching.trajectory import TrajectoryObjective
+from pad.store.tensors import load_tensors
 from pad.synthetic import SyntheticSet
 
 MODEL = "ConvNetD2W8"
-DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--num_eval", "1"]
-DATA += ["--epoch_eval_train", "1", "--eval_it", "2", "--checkpoint_every", "1"]
-SHORT = ["--ipc", "1", "--batch_real", "8", "--Iteration", "3"]
-OWN = {
-    "DC": ["--outer_loop", "2", "--inner_loop", "1", "--batch_train", "4"],
-    "DM": ["--depth_ratio", "0.5"],
-}
+DATA = {"dataset": "FashionMNISTMini", "train_per_class": 40, "model": MODEL}
+RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eval_train": 1}
+RUN |= {"eval_it": 2, "checkpoint_every": 1}
+OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions}
+QUICK_FOR_DM = pytest.mark.parametrize("system", [slow("DC"), "DM"])
 OBJECTIVES = {"DC": (GradientObjective, "steps"), "DM": (DistributionObjective, "gradients")}
 
 
-def argv_of(method: str, runs: Path, *more: str) -> list[str]:
-    return [*DATA, *SHORT, *OWN[method], "--log_dir", str(runs), "--name", "run", *more]
+def argv_of(system: str, runs: Path | str, *more: str, **settings) -> list[str]:
+    return command_line(*more, **RUN | {"batch_real": 8, "log_dir": runs} | OWN[system] | settings)
 
 
 def run_folder(runs: Path) -> Path:
@@ -49,43 +55,33 @@ def last_of(runs: Path) -> SyntheticSet:
 
 
 def losses(runs: Path) -> list[float]:
-    lines = map(json.loads, (run_folder(runs) / "metrics.jsonl").read_text().splitlines())
-    return [entry["loss"] for entry in lines if entry["event"] == "match"]
+    return losses_in(run_folder(runs))
 
 
-def interrupt(monkeypatch, method: str, iteration: int, how) -> None:
-    """Call ``how`` in the middle of an outer iteration."""
-    cls, name = OBJECTIVES[method]
-    function = getattr(cls, name)
-
-    def interrupted(self, it, *tensors):
-        if it == iteration:
-            how()
-        return function(self, it, *tensors)
-
-    monkeypatch.setattr(cls, name, interrupted)
+def interrupt(monkeypatch, system: str, iteration: int, do) -> None:
+    at_iteration(monkeypatch, *OBJECTIVES[system], iteration, do)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> dict[str, Path]:
     """The ``log_dir`` of a finished run of each."""
-    runs = {method: tmp_path_factory.mktemp(method) for method in DOORS}
-    for method, folder in runs.items():
-        assert DOORS[method](argv_of(method, folder)) == 0
+    runs = {system: tmp_path_factory.mktemp(system) for system in DOORS}
+    for system, folder in runs.items():
+        assert DOORS[system](argv_of(system, folder)) == 0
     return runs
 
 
 # ---- what they write
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_run_moves_the_images_and_nothing_else(finished, method):
-    folder, last = run_folder(finished[method]), last_of(finished[method])
+@pytest.mark.parametrize("system", DOORS)
+def test_a_run_moves_the_images_and_nothing_else(finished, system):
+    folder, last = run_folder(finished[system]), last_of(finished[system])
     first = SyntheticSet.load(folder / "Normal" / "synthetic_0.safetensors")
     assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
     assert not torch.equal(last.images, first.images)
     assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() == pytest.approx(0.01)
-    assert len(losses(finished[method])) == 4 and all(loss > 0 for loss in losses(finished[method]))
+    assert len(losses(finished[system])) == 4 and all(loss > 0 for loss in losses(finished[system]))
     assert "ranking" not in last.metadata["provenance"]
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["batch_real"] == 8 and "experts" not in settings
@@ -94,132 +90,151 @@ def test_a_run_moves_the_images_and_nothing_else(finished, method):
 
 def assert_same_run(folder: Path, other: Path) -> None:
     ours, theirs = run_contents(run_folder(folder)), run_contents(run_folder(other))
-    assert ours == theirs and {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
+    assert ours == theirs
+    assert {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
 
 
+@pytest.mark.slow
 def test_the_same_command_in_another_process_and_folder_writes_the_same_bytes(finished, tmp_path):
-    argv = [sys.executable, str(CHECKOUT / "distill" / "DC.py"), *DATA, *SHORT, *OWN["DC"], "--log_dir", "runs", "--name", "run"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    done = run_script("distill/DC.py", argv_of("DC", "runs"), tmp_path)
+    assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "runs", finished["DC"])
 
 
 def test_the_other_script_does_too(finished, tmp_path, monkeypatch):
     script = CHECKOUT / "distill" / "DM.py"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(script), *DATA, *SHORT, *OWN["DM"], "--log_dir", "runs", "--name", "run"])
+    monkeypatch.setattr(sys, "argv", [str(script), *argv_of("DM", "runs")])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
     assert end.value.code == 0
     assert_same_run(tmp_path / "runs", finished["DM"])
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, method):
-    assert DOORS[method](argv_of(method, tmp_path, "--images_on", "host")) == 0
-    assert_same_run(tmp_path, finished[method])
+@QUICK_FOR_DM
+def test_images_in_host_memory_give_the_same_bytes(finished, tmp_path, system):
+    assert DOORS[system](argv_of(system, tmp_path, "--images_on host")) == 0
+    assert_same_run(tmp_path, finished[system])
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_run_without_a_name_is_called_after_its_method(tmp_path, method):
-    argv = [*DATA, *SHORT, *OWN[method], "--Iteration", "0", "--log_dir", str(tmp_path), "--seed", "3"]
-    assert DOORS[method](argv) == 0
-    assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{method.lower()}-seed3"]
+@pytest.mark.parametrize("system", DOORS)
+def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
+    asked = RUN | {"batch_real": 8, "Iteration": 0, "log_dir": tmp_path, "seed": 3} | OWN[system]
+    del asked["name"]
+    assert DOORS[system](command_line(**asked)) == 0
+    assert [path.name for path in run_folder(tmp_path).parent.glob("[!.]*")] == [f"{system.lower()}-seed3"]
 
 
-@pytest.mark.parametrize("method, more", [
-    ("DC", ["--depth_ratio", "0.5"]), ("DC", ["--dsa", "False"]), ("DC", ["--pix_init", "real"]), ("DC", ["--inner_loop", "2"]),
-    ("DC", ["--lr_net", "0.5"]), ("DC", ["--batch_real", "5"]), ("DC", ["--batch_train", "3"]), ("DC", ["--seed", "1"]),
-    ("DM", ["--depth_ratio", "0"]), ("DM", ["--dsa", "False"]), ("DM", ["--pix_init", "noise"]), ("DM", ["--seed", "1"]),
-], ids=lambda value: " ".join(value))  # fmt: skip
-def test_settings_arrive(finished, tmp_path, method, more):
-    assert DOORS[method](argv_of(method, tmp_path, "--Iteration", "1", "--skip_first_eva", *more)) == 0
-    assert losses(tmp_path) != losses(finished[method])[:2]
+@pytest.mark.parametrize(
+    "system, more",
+    [
+        ("DC", ["--depth_ratio", "0.5"]),
+        slow("DC", ["--dsa", "False"]),
+        slow("DC", ["--pix_init", "real"]),
+        slow("DC", ["--inner_loop", "2"]),
+        slow("DC", ["--lr_net", "0.5"]),
+        slow("DC", ["--batch_real", "5"]),
+        slow("DC", ["--batch_train", "3"]),
+        slow("DC", ["--seed", "1"]),
+        ("DM", ["--depth_ratio", "0"]),
+        ("DM", ["--dsa", "False"]),
+        slow("DM", ["--pix_init", "noise"]),
+        slow("DM", ["--seed", "1"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_settings_arrive(finished, tmp_path, system, more):
+    assert DOORS[system](argv_of(system, tmp_path, "--skip_first_eva", *more, Iteration=1)) == 0
+    assert losses(tmp_path) != losses(finished[system])[:2]
 
 
+@pytest.mark.slow
 def test_a_network_with_batchnorm(tmp_path):
-    for method, door in DOORS.items():
-        argv = argv_of(method, tmp_path / method, "--model", f"{MODEL}BN", "--Iteration", "1", "--skip_first_eva")
+    for system, door in DOORS.items():
+        argv = argv_of(system, tmp_path / system, "--skip_first_eva", model=f"{MODEL}BN", Iteration=1)
         assert door(argv) == 0
-        folder = tmp_path / method / "FashionMNISTMini" / "1" / f"{MODEL}BN" / "run"
+        folder = tmp_path / system / "FashionMNISTMini" / "1" / f"{MODEL}BN" / "run"
         assert SyntheticSet.load(folder / "Normal" / "synthetic_last.safetensors").images.isfinite().all()
 
 
 # ---- going on
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, method):
-    argv = argv_of(method, tmp_path)
+@QUICK_FOR_DM
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, system):
+    argv = argv_of(system, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [str(CHECKOUT / "distill" / f"{method}.py"), *argv])
-        interrupt(patch, method, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert DOORS[method]() == 143
+        patch.setattr(sys, "argv", [str(CHECKOUT / "distill" / f"{system}.py"), *argv])
+        interrupt(patch, system, 2, signal_self(signal.SIGTERM))
+        assert DOORS[system]() == 143
     assert not (run_folder(tmp_path) / "finished.json").exists()
     words = shlex.split(capfd.readouterr().err.splitlines()[-1])
     assert words[:3] == ["go", "on", "with:"] and words[-1] == "--resume"
-    assert DOORS[method](words[words.index("--dataset") :]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+    assert DOORS[system](words[words.index("--dataset") :]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[system]))
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, method):
+@QUICK_FOR_DM
+def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch, capfd, system):
     def die():
         raise KeyboardInterrupt
 
-    argv = argv_of(method, tmp_path)
+    argv = argv_of(system, tmp_path)
     with monkeypatch.context() as patch:
-        interrupt(patch, method, 3, die)
-        assert DOORS[method](argv) == 130
+        interrupt(patch, system, 3, die)
+        assert DOORS[system](argv) == 130
     assert capfd.readouterr().err.splitlines()[-1].endswith("--resume")
-    assert DOORS[method]([*argv, "--resume"]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[method]))
+    assert DOORS[system]([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished[system]))
 
 
-@pytest.mark.parametrize("method, more, words", [
-    ("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
-    ("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
-    ("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
-    ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
-    ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
-    ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
-])  # fmt: skip
-def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, method, more, words):
-    argv = argv_of(method, tmp_path, "--ranking_path", str(tmp_path / "rankings"), "--skip_first_eva")
+@pytest.mark.parametrize(
+    "system, more, words",
+    [
+        slow("DC", ["--inner_loop", "2"], "inner_loop: 1 in the run, 2 in the config"),
+        slow("DC", ["--lr_net", "0.5"], "lr_net: 0.01 in the run, 0.5 in the config"),
+        slow("DC", ["--batch_real", "5"], "batch_real: 8 in the run, 5 in the config"),
+        ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
+        ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
+        ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
+    argv = argv_of(system, tmp_path, "--skip_first_eva", ranking_path=tmp_path / "rankings")
     with monkeypatch.context() as patch:
-        interrupt(patch, method, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert DOORS[method](argv) == 143
+        interrupt(patch, system, 1, signal_self(signal.SIGTERM))
+        assert DOORS[system](argv) == 143
     before = contents(tmp_path)
     capfd.readouterr()
-    assert DOORS[method]([*argv, "--resume", *more]) == 2
+    assert DOORS[system]([*argv, "--resume", *more]) == 2
     assert words in capfd.readouterr().err and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_two_processes_give_what_one_gives(finished, tmp_path, method):
-    codes, out, err = two_ranks(tmp_path, DOORS[method], argv_of(method, tmp_path))
+@QUICK_FOR_DM
+def test_two_processes_give_what_one_gives(finished, tmp_path, system):
+    codes, out, err = two_ranks(tmp_path, DOORS[system], argv_of(system, tmp_path))
     assert codes == [0, 0], err
-    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[method]).images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[system]).images, rtol=1e-4, atol=1e-4)
 
 
 # ---- difficulty
 
 
-def with_ranking(method: str, folder: Path, *more: str) -> list[str]:
-    scoring = ["--score_repeats", "1", "--score_epochs", "1", "--ranking_path", str(folder / "rankings")]
-    return argv_of(method, folder / "runs", *scoring, "--drop_easy", "0.1", "--drop_hard", "0.2", *more)
+def with_ranking(system: str, folder: Path, *more: str, **settings) -> list[str]:
+    scoring = {"score_repeats": 1, "score_epochs": 1, "ranking_path": folder / "rankings"}
+    return argv_of(system, folder / "runs", *more, **scoring, drop_easy=0.1, drop_hard=0.2, **settings)
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, method):
-    assert DOORS[method](with_ranking(method, tmp_path)) == 0
+@QUICK_FOR_DM
+def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, system):
+    assert DOORS[system](with_ranking(system, tmp_path)) == 0
     path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
     assert torch.load(path, weights_only=True).shape == (10, 40)
-    assert losses(tmp_path / "runs") != losses(finished[method])
+    assert losses(tmp_path / "runs") != losses(finished[system])
     first, rankings = run_contents(run_folder(tmp_path / "runs")), contents(tmp_path / "rankings")
     assert last_of(tmp_path / "runs").metadata["provenance"]["ranking"]
     monkeypatch.setattr(ranking, "compute_rankings", lambda *args, **kwargs: pytest.fail("it is there"))
-    assert DOORS[method](with_ranking(method, tmp_path, "--overwrite")) == 0
+    assert DOORS[system](with_ranking(system, tmp_path, "--overwrite")) == 0
     again = run_contents(run_folder(tmp_path / "runs"))
     assert contents(tmp_path / "rankings") == rankings
     assert {name for name in again if again[name] != first[name]} == set()
@@ -228,7 +243,7 @@ def test_a_ranking_is_computed_once_and_kept(finished, tmp_path, monkeypatch, me
 def test_no_batch_holds_an_image_that_is_left_out(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(GradientObjective, "_match", noting(GradientObjective._match, seen))
-    argv = with_ranking("DC", tmp_path, "--sort_method", "EL2N", "--Iteration", "0", "--skip_first_eva", "--outer_loop", "1")
+    argv = with_ranking("DC", tmp_path, "--skip_first_eva", sort_method="EL2N", Iteration=0, outer_loop=1)
     assert cli.match_gradients(argv) == 0
     rows = torch.load(tmp_path / "rankings" / "FashionMNISTMini_EL2N.pt", weights_only=True)
     assert len(seen) == 1
@@ -247,7 +262,7 @@ def noting(function, seen: list):
 def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatch, capfd):
     argv = with_ranking("DM", tmp_path, "--skip_first_eva")
     with monkeypatch.context() as patch:
-        interrupt(patch, "DM", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        interrupt(patch, "DM", 1, signal_self(signal.SIGTERM))
         assert cli.match_distributions(argv) == 143
     assert load_tensors(run_folder(tmp_path / "runs") / "checkpoint.safetensors")[1]["identity"]["ranking"]
     path = tmp_path / "rankings" / "FashionMNISTMini_GraNd.pt"
@@ -263,20 +278,27 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
 # ---- refused before anything is written
 
 
-@pytest.mark.parametrize("method, more, words", [
-    ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
-    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
-    ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--score_model", "ConvNetD8"], "ConvNetD8"),
-    ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
-    ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
-    ("DM", ["--ipc", "41"], "ipc: 41"),
-    ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
-    ("DC", ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"], None),
-    ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
-])  # fmt: skip
-def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
+@pytest.mark.parametrize(
+    "system, more, words",
+    [
+        ("DC", ["--drop_easy", "0.1"], "give --ranking_path"),
+        ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--sort_method", "GraNdd"], "GraNdd"),
+        ("DM", ["--drop_easy", "0.1", "--ranking_path", "here", "--score_model", "ConvNetD8"], "ConvNetD8"),
+        ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
+        ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
+        ("DM", ["--ipc", "41"], "ipc: 41"),
+        ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
+        slow(
+            "DC",
+            ["--drop_easy", "0.5", "--drop_hard", "0.49", "--train_per_class", "1", "--ranking_path", "here"],
+            None,
+        ),
+        ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
+    ],
+)
+def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
     monkeypatch.chdir(tmp_path)
-    code = DOORS[method](argv_of(method, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
+    code = DOORS[system](argv_of(system, tmp_path / "runs", *more, *(["--Iteration", "0"] if words is None else [])))
     err = capfd.readouterr().err
     if words is None:  # one image a class: floor(0.5) and floor(0.49) leave it
         assert code == 0
@@ -288,11 +310,11 @@ def test_refusals(tmp_path, monkeypatch, capfd, method, more, words):
 # ---- scoring what they made
 
 
-@pytest.mark.parametrize("method", DOORS)
-def test_the_third_stage_scores_the_set(finished, tmp_path, method):
+@pytest.mark.parametrize("system", DOORS)
+def test_the_third_stage_scores_the_set(finished, tmp_path, system):
     out = tmp_path / "results.json"
-    argv = ["--synthetic", str(run_folder(finished[method])), "--num_eval", "2", "--epoch_eval_train", "1", "--out", str(out)]
-    assert cli.evaluate(argv) == 0
+    asked = {"synthetic": run_folder(finished[system]), "num_eval": 2, "epoch_eval_train": 1, "out": out}
+    assert cli.evaluate(command_line(**asked)) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
     assert all(row["network"] == MODEL and row["n"] == 2 and 0 <= row["mean"] <= 1 for row in rows)
@@ -305,42 +327,42 @@ def test_the_third_stage_scores_the_set(finished, tmp_path, method):
 def buffer(tmp_path_factory) -> Path:
     """Two experts of two epochs."""
     folder = tmp_path_factory.mktemp("buffer")
-    argv = ["--dataset", "FashionMNISTMini", "--train_per_class", "40", "--model", MODEL, "--buffer_path", str(folder)]
-    argv += ["--num_experts", "2", "--train_epochs", "3", "--batch_train", "40", "--init_ratio", "1", "--add_end_epoch", "0"]
-    argv += ["--rm_easy_ratio_first", "0", "--rm_easy_ratio_second", "0", "--rho_max", "0", "--rho_min", "0", "--alpha", "0"]
-    assert cli.buffer([*argv, "--lr_teacher", "0.1", "--eval_every", "0"]) == 0
+    asked = {"buffer_path": folder, "num_experts": 2, "train_epochs": 3, "batch_train": 40, "lr_teacher": 0.1}
+    plain = {"init_ratio": 1, "add_end_epoch": 0, "rm_easy_ratio_first": 0, "rm_easy_ratio_second": 0}
+    plain |= {"rho_max": 0, "rho_min": 0, "alpha": 0, "eval_every": 0}
+    assert cli.buffer(command_line(**DATA | asked | plain)) == 0
     return folder
 
 
-METHODS = {
-    "MTT": ["--labels", "hard", "--pix_init", "real", "--threshold", "none"],
-    "FTD": ["--labels", "hard", "--pix_init", "real", "--threshold", "none", "--ema_decay", "0.5"],
-    "TESLA": ["--pix_init", "real", "--threshold", "none", "--gradient", "truncated"],
-    "DATM": ["--pix_init", "real", "--threshold", "9", "--Sequential_Generation", "True"],
+SYSTEMS = {
+    "MTT": {"labels": "hard", "threshold": "none"},
+    "FTD": {"labels": "hard", "threshold": "none", "ema_decay": 0.5},
+    "TESLA": {"threshold": "none", "gradient": "truncated"},
+    "DATM": {"threshold": 9, "Sequential_Generation": True},
 }
 
 
-def trajectory_args(method: str, buffer: Path, runs: Path, *more: str) -> list[str]:
-    argv = ["--method", method, "--zca", "False", "--ipc", "1", "--buffer_path", str(buffer), "--syn_steps", "3"]
-    argv += ["--expert_epochs", "1", "--max_start_epoch", "2", "--Sequential_Generation", "False", "--lr_img", "10"]
-    argv += ["--current_max_start_epoch", "1", "--lr_lr", "1e-4", "--lr_teacher", "0.1", "--Iteration", "3"]
-    return [*DATA, *argv, "--log_dir", str(runs), "--name", "run", *METHODS[method], *more]
+def trajectory_args(system: str, buffer: Path, runs: Path, *more: str, **settings) -> list[str]:
+    asked = {"method": system, "zca": False, "buffer_path": buffer, "log_dir": runs, "pix_init": "real", "syn_steps": 3}
+    asked |= {"expert_epochs": 1, "max_start_epoch": 2, "Sequential_Generation": False, "current_max_start_epoch": 1}
+    asked |= {"lr_img": 10, "lr_lr": 1e-4, "lr_teacher": 0.1}
+    return command_line(*more, **RUN | asked | SYSTEMS[system] | settings)
 
 
 @pytest.fixture(scope="module")
 def followed(buffer, tmp_path_factory) -> dict[str, Path]:
-    runs = {method: tmp_path_factory.mktemp(method) for method in METHODS}
-    for method, folder in runs.items():
-        assert cli.distill(trajectory_args(method, buffer, folder)) == 0
+    runs = {system: tmp_path_factory.mktemp(system) for system in SYSTEMS}
+    for system, folder in runs.items():
+        assert cli.distill(trajectory_args(system, buffer, folder)) == 0
     return runs
 
 
 def test_hard_labels_stay_one_hot_and_the_rest_is_learned(followed):
-    for method in ("MTT", "FTD"):
-        last = last_of(followed[method])
+    for system in ("MTT", "FTD"):
+        last = last_of(followed[system])
         assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() != pytest.approx(0.1)
-    for method in ("TESLA", "DATM"):
-        assert not torch.equal(last_of(followed[method]).labels.softmax(dim=1), torch.eye(10))
+    for system in ("TESLA", "DATM"):
+        assert not torch.equal(last_of(followed[system]).labels.softmax(dim=1), torch.eye(10))
 
 
 def test_ftd_is_mtt_with_a_moving_average(followed):
@@ -353,33 +375,30 @@ def test_ftd_is_mtt_with_a_moving_average(followed):
     assert "average" not in load_tensors(run_folder(followed["MTT"]) / "checkpoint.safetensors")[0]
 
 
+@pytest.mark.slow
 def test_teslas_gradient_is_another(followed, buffer, tmp_path):
-    assert cli.distill(trajectory_args("TESLA", buffer, tmp_path, "--method", "PAD", "--gradient", "exact")) == 0
+    assert cli.distill(trajectory_args("TESLA", buffer, tmp_path, method="PAD", gradient="exact")) == 0
     truncated, exact = losses(followed["TESLA"]), losses(tmp_path)
     assert truncated[0] == exact[0] and truncated[1:] != exact[1:]
 
 
+@pytest.mark.slow
 def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
-    high = ["--lr_teacher", "5", "--max_bad_iterations", "9", "--skip_first_eva"]
+    high = {"lr_teacher": 5, "max_bad_iterations": 9, "lr_img": 0}
     for threshold, skipped in (("none", 0), ("1e-9", 4)):
         runs = tmp_path / threshold
-        assert cli.distill(trajectory_args("TESLA", buffer, runs, *high, "--lr_img", "0", "--threshold", threshold)) == 0
+        argv = trajectory_args("TESLA", buffer, runs, "--skip_first_eva", threshold=threshold, **high)
+        assert cli.distill(argv) == 0
         assert json.loads((run_folder(runs) / "finished.json").read_text())["skipped"] == skipped
         assert all(loss > 1 for loss in losses(runs))
 
 
-@pytest.mark.parametrize("method", ["FTD", "TESLA"])
-def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, method):
-    gradients = TrajectoryObjective.gradients
-
-    def interrupted(self, it, *tensors):
-        if it == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return gradients(self, it, *tensors)
-
-    argv = trajectory_args(method, buffer, tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["FTD", "TESLA"])
+def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, system):
+    argv = trajectory_args(system, buffer, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(TrajectoryObjective, "gradients", interrupted)
+        at_iteration(patch, TrajectoryObjective, "gradients", 1, signal_self(signal.SIGTERM))
         assert cli.distill(argv) == 143
     assert cli.distill([*argv, "--resume"]) == 0
-    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[method]))
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[system]))

@@ -4,44 +4,36 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import CHECKOUT, EXPERTS, assert_refused, command_line, files_in, make_images, run_script, slow, two_ranks
 from PIL import Image
-from test_front_doors import contents, experts_in, make_images, record_args
-from test_torchrun import two_ranks
 
 from pad import cli
+from pad.commands import bench as workbench
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.difficulty.methods import METHODS
 from pad.difficulty.ranking import Ranking
-from pad.stages import workbench
 from pad.synthetic import SyntheticSet
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = "ConvNetD1W8"
-DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "12", "--model", MODEL]
-TRAINING = {"repeats": "3", "epochs": "2", "lr": "0.05", "batch": "50"}
+DATA = {"dataset": "FashionMNISTMini", "train_per_class": 12, "model": MODEL}
+TRAINING = {"repeats": 3, "epochs": 2, "lr": 0.05, "batch": 50}
+SCORING = {f"score_{name}": value for name, value in TRAINING.items()}  # what the other commands call these
 METHODS_3 = ("GraNd", "Forgetting", "Herding")
 
 
-def score_args(out: Path, *more: str, data: list[str] = DATA, methods: str = ",".join(METHODS_3)) -> list[str]:
-    training = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
-    return [*data, "--out", str(out), "--methods", methods, *training, *more]
+def score_args(out: Path, *more: str, data: dict = DATA, methods: str = ",".join(METHODS_3), **settings) -> list[str]:
+    return command_line(*more, **data | {"out": out, "methods": methods} | TRAINING | settings)
 
 
-def coreset_args(rankings: Path, out: Path, *more: str, data: list[str] = DATA) -> list[str]:
-    training = [word for name, value in TRAINING.items() for word in (f"--score_{name}", value)]
-    return [*data, "--ranking_path", str(rankings), "--out", str(out), *training, *more]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if data != b"folder"}
+def coreset_args(rankings: Path, out: Path, *more: str, **settings) -> list[str]:
+    return command_line(*more, **DATA | {"ranking_path": rankings, "out": out} | SCORING | settings)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def scored(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ragged(tmp_path_factory) -> list[str]:
+def ragged(tmp_path_factory) -> dict:
     """An ImageFolder of two classes, of 5 images and of 1."""
     root, rng = tmp_path_factory.mktemp("ragged"), np.random.default_rng(0)
     for part, counts in (("train", (5, 1)), ("test", (2, 2))):
@@ -61,14 +53,14 @@ def ragged(tmp_path_factory) -> list[str]:
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(root / part / name / f"{i}.png")
-    return ["--dataset", "ImageFolder", "--data_path", str(root), "--model", MODEL]
+    return {"dataset": "ImageFolder", "data_path": root, "model": MODEL}
 
 
 # ---- scoring
 
 
 def test_one_command_writes_every_ranking_in_both_forms(scored):
-    assert set(files(scored)) == {
+    assert set(files_in(scored)) == {
         f"FashionMNISTMini_{method}{suffix}" for method in METHODS_3 for suffix in (".pt", ".safetensors")
     }, "and nothing is left of the training"
     data = load_data("FashionMNISTMini", None).first_per_class(12)
@@ -83,20 +75,16 @@ def test_one_command_writes_every_ranking_in_both_forms(scored):
 def test_methods_do_not_depend_on_what_else_is_asked_for(scored, tmp_path):
     assert cli.score(score_args(tmp_path, methods="Herding")) == 0
     assert cli.score(score_args(tmp_path, methods="GraNd")) == 0
-    assert files(tmp_path).items() < files(scored).items() and len(files(tmp_path)) == 4
+    assert files_in(tmp_path).items() < files_in(scored).items() and len(files_in(tmp_path)) == 4
 
 
 def test_the_first_stage_makes_the_same_ranking_and_uses_it(scored, tmp_path, capfd):
-    stage = [
-        *DATA, "--buffer_path", str(tmp_path / "buffer"), "--num_experts", "1", "--train_epochs", "1",
-        "--batch_train", "50", "--lr_teacher", "0.05", "--rho_max", "0.01", "--rho_min", "0.01", "--init_ratio", "0.5",
-        "--add_end_epoch", "1", "--compile", "off",
-        "--sort_method", "FashionMNISTMini_Forgetting",
-        *(word for name, value in TRAINING.items() for word in (f"--score_{name}", value)),
-    ]  # fmt: skip
+    asked = {"num_experts": 1, "train_epochs": 1, "batch_train": 50, "compile": "off"}
+    asked |= {"buffer_path": tmp_path / "buffer", "sort_method": "FashionMNISTMini_Forgetting"}
+    stage = command_line(**DATA | EXPERTS | asked | SCORING)
     assert cli.buffer(stage) == 0
-    assert files(tmp_path / "buffer" / "data_indices").items() <= files(scored).items()
-    again = [*stage, "--buffer_path", str(tmp_path / "another"), "--ranking_path", str(scored)]
+    assert files_in(tmp_path / "buffer" / "data_indices").items() <= files_in(scored).items()
+    again = stage + command_line(buffer_path=tmp_path / "another", ranking_path=scored)
     capfd.readouterr()
     assert cli.buffer(again) == 0
     said = capfd.readouterr().err
@@ -125,23 +113,23 @@ def forbid(monkeypatch, *names: str) -> None:
 
 
 def test_what_is_there_is_not_computed_again(scored, monkeypatch, capfd):
-    before = files(scored)
+    before = files_in(scored)
     with monkeypatch.context() as patch:
-        forbid(patch, "pad.difficulty.ranking.compute_rankings")
+        forbid(patch, "pad.difficulty.obtain.compute_rankings")
         assert cli.score(score_args(scored)) == 0
         assert "warning" not in capfd.readouterr().err
-        assert cli.score(score_args(scored, "--epochs", "1")) == 2
+        assert cli.score(score_args(scored, epochs=1)) == 2
     assert "epochs: 2 in the ranking, 1 in the settings" in capfd.readouterr().err
-    assert files(scored) == before
+    assert files_in(scored) == before
 
 
 def test_overwriting(scored, tmp_path, capfd):
-    assert cli.score(score_args(tmp_path, "--epochs", "1")) == 0
+    assert cli.score(score_args(tmp_path, epochs=1)) == 0
     assert cli.score(score_args(tmp_path, "--overwrite")) == 0
-    assert files(tmp_path) == files(scored)
+    assert files_in(tmp_path) == files_in(scored)
 
 
-@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["", "overwriting"])
+@pytest.mark.parametrize("more", [[], slow(["--overwrite"])], ids=["", "overwriting"])
 def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, more):
     """Stopped in the second network: only the second and third are trained then, and the files are the same."""
     argv, trained = score_args(tmp_path / "out", *more), []
@@ -160,11 +148,11 @@ def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, mo
     monkeypatch.setattr(sys, "argv", [str(CHECKOUT / "scripts" / "score_difficulty.py"), *argv])
     if more:
         stop = None
-        assert cli.score(score_args(tmp_path / "out", "--epochs", "1")) == 0
+        assert cli.score(score_args(tmp_path / "out", epochs=1)) == 0
         trained.clear()
-    before, stop = set(files(tmp_path)), (1, 0)
+    before, stop = set(files_in(tmp_path)), (1, 0)
     assert cli.score() == 130
-    assert not {name for name in set(files(tmp_path)) - before if name.endswith(".pt") or "_GraNd" in name}
+    assert not {name for name in set(files_in(tmp_path)) - before if name.endswith(".pt") or "_GraNd" in name}
     advice = capfd.readouterr().err.splitlines()[-1]
     words = shlex.split(advice.removeprefix("go on with: "))
     assert words[-len(argv) :] == argv
@@ -173,14 +161,12 @@ def test_an_interrupted_command_goes_on(scored, tmp_path, monkeypatch, capfd, mo
     stop = None
     assert cli.score(words[words.index("--dataset") :]) == 0
     assert [repeat for repeat, epoch in trained if epoch == 1] == [1, 2]
-    assert files(tmp_path / "out") == files(scored)
+    assert files_in(tmp_path / "out") == files_in(scored)
 
 
+@pytest.mark.slow
 def test_the_command_from_a_shell(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(CHECKOUT / "scripts" / "score_difficulty.py"), "--list"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    done = run_script("scripts/score_difficulty.py", ["--list"], tmp_path)
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     for name, method in METHODS.items():
         assert any(line.startswith(name) and method.summary in line for line in done.stdout.splitlines())
@@ -188,12 +174,13 @@ def test_the_command_from_a_shell(tmp_path):
 
 def test_every_method_on_classes_of_five_images_and_of_one(ragged, tmp_path):
     assert cli.score(score_args(tmp_path, data=ragged, methods="all")) == 0
-    assert set(files(tmp_path)) == {f"ImageFolder_{method}.safetensors" for method in METHODS}
+    assert set(files_in(tmp_path)) == {f"ImageFolder_{method}.safetensors" for method in METHODS}
     for method in METHODS:
         rows = Ranking.load(tmp_path / f"ImageFolder_{method}.safetensors").rows
         assert sorted(rows[0].tolist()) == [0, 1, 2, 3, 4] and rows[1].tolist() == [5]
 
 
+@pytest.mark.slow
 def test_pictures(ragged, tmp_path):
     pytest.importorskip("matplotlib")
     assert cli.score(score_args(tmp_path, "--plot", data=ragged, methods="EL2N,Herding")) == 0
@@ -207,27 +194,23 @@ def test_pictures(ragged, tmp_path):
 def test_two_processes_write_what_one_does(scored, tmp_path):
     codes, out, err = two_ranks(tmp_path, cli.score, score_args(tmp_path / "out"))
     assert codes == [0, 0], err
-    assert files(tmp_path / "out") == files(scored)
+    assert files_in(tmp_path / "out") == files_in(scored)
     assert out[1] == "" and err[1] == "" and "Herding" in out[0], "rank 0 alone talks"
 
 
 # ---- coresets
 
 
-def evaluation_args(synthetic: Path, out: Path, *more: str) -> list[str]:
-    training = ["--num_eval", "2", "--epoch_eval_train", "3", "--compile", "off"]
-    return ["--synthetic", str(synthetic), "--out", str(out), *training, *more]
+def evaluation_args(synthetic: Path, out: Path, **settings) -> list[str]:
+    return command_line(synthetic=synthetic, out=out, num_eval=2, epoch_eval_train=3, compile="off", **settings)
 
 
-@pytest.mark.parametrize("zca", [[], ["--zca"]], ids=["normalised", "whitened"])
+@pytest.mark.parametrize("zca", [[], slow(["--zca"])], ids=["normalised", "whitened"])
 def test_a_coreset_scores_as_the_baseline_does(tmp_path, zca):
-    more = ["--method", "EL2N", "--ipc", "2", *zca]
-    assert cli.coreset(coreset_args(tmp_path / "rankings", tmp_path / "sets", *more)) == 0
-    training = [word for name, value in TRAINING.items() for word in (f"--score_{name}", value)]
-    argv = evaluation_args(
-        tmp_path / "sets" / "FashionMNISTMini_EL2N_2.safetensors", tmp_path / "out.json", *training,
-        "--ranking_path", str(tmp_path / "rankings"), "--baselines", "EL2N,Uniform",
-    )  # fmt: skip
+    assert cli.coreset(coreset_args(tmp_path / "rankings", tmp_path / "sets", *zca, method="EL2N", ipc=2)) == 0
+    made = tmp_path / "sets" / "FashionMNISTMini_EL2N_2.safetensors"
+    asked = {"ranking_path": tmp_path / "rankings", "baselines": "EL2N,Uniform"}
+    argv = evaluation_args(made, tmp_path / "out.json", **SCORING | asked)
     assert cli.evaluate(argv) == 0
     rows = {row["set"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
     assert list(rows) == ["synthetic", "EL2N, hard labels", "Uniform, hard labels"]
@@ -243,8 +226,7 @@ def test_the_first_images_of_either_end_in_both_forms(scored, tmp_path):
         ("easiest", "FashionMNISTMini_GraNd_3", [row[:3] for row in rows]),
         ("hardest", "FashionMNISTMini_GraNd_3_hardest", [row.flip(0)[:3] for row in rows]),
     ):
-        argv = coreset_args(scored, tmp_path, "--method", "GraNd", "--ipc", "3", "--end", end, "--lr", "0.02")
-        assert cli.coreset(argv) == 0
+        assert cli.coreset(coreset_args(scored, tmp_path, method="GraNd", ipc=3, end=end, lr=0.02)) == 0
         coreset = SyntheticSet.load(tmp_path / f"{name}.safetensors")
         chosen = torch.cat(expected)
         assert coreset.metadata["provenance"]["images"] == chosen.tolist()
@@ -257,28 +239,29 @@ def test_the_first_images_of_either_end_in_both_forms(scored, tmp_path):
             assert torch.equal(ours, theirs)
         with Image.open(tmp_path / f"{name}.png") as picture:
             picture.verify()
-    assert len(files(tmp_path)) == 10
+    assert len(files_in(tmp_path)) == 10
 
 
 def test_the_same_coreset_wherever_it_is_written(scored, tmp_path):
     for folder in ("a", "b"):
-        assert cli.coreset(coreset_args(scored, tmp_path / folder, "--ipc", "2")) == 0
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+        assert cli.coreset(coreset_args(scored, tmp_path / folder, ipc=2)) == 0
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
 
 
 def test_soft_labels_are_the_experts(tmp_path):
-    images = make_images(tmp_path / "images")
-    assert cli.buffer(record_args(images, tmp_path, "--train_epochs", "6", "--compile", "off")) == 0
-    data = ["--dataset", "ImageFolder", "--data_path", str(images), "--model", MODEL]
-    more = ["--method", "GraNd", "--ipc", "2", "--labels", "soft", "--buffer_path", str(tmp_path / "buffer")]
-    assert experts_in(tmp_path).is_dir()
-    folders = ["--ranking_path", str(tmp_path / "rankings"), "--out", str(tmp_path / "sets")]
-    assert cli.coreset([*data, *folders, *more]) == 0  # by stage 1's ranking, whatever its settings
+    images = {"dataset": "ImageFolder", "data_path": make_images(tmp_path / "images"), "model": MODEL}
+    here = {"buffer_path": tmp_path / "buffer", "ranking_path": tmp_path / "rankings"}
+    asked = {"num_experts": 2, "train_epochs": 6, "batch_train": 6, "alpha": 0.3, "score_repeats": 1, "compile": "off"}
+    asked |= {"rm_epoch_first": 1, "rm_epoch_second": 2}
+    assert cli.buffer(command_line(**images | here | EXPERTS | asked)) == 0
+    more = {"out": tmp_path / "sets", "method": "GraNd", "ipc": 2, "labels": "soft"}
+    assert cli.coreset(command_line(**images | here | more)) == 0  # by stage 1's ranking, whatever its settings
     coreset = SyntheticSet.load(tmp_path / "sets" / "ImageFolder_GraNd_2_soft.safetensors")
     probabilities = coreset.probabilities()
     assert probabilities.max() < 0.9999 and (probabilities.argmax(1) == coreset.classes).float().mean() > 0.5
-    argv = [*evaluation_args(tmp_path / "sets" / "ImageFolder_GraNd_2_soft.safetensors", tmp_path / "out.json")]
-    assert cli.evaluate([*argv, "--data_path", str(images), "--baselines", "none"]) == 0
+    made = tmp_path / "sets" / "ImageFolder_GraNd_2_soft.safetensors"
+    more = {"data_path": tmp_path / "images", "baselines": "none"}
+    assert cli.evaluate(evaluation_args(made, tmp_path / "out.json", **more)) == 0
 
 
 # ---- wrong input: exit code 2, one sentence, nothing written
@@ -287,17 +270,9 @@ def test_soft_labels_are_the_experts(tmp_path):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capfd):
     def check(door, argv, *words: str) -> None:
-        before = contents(tmp_path)
         with monkeypatch.context() as patch:
-            forbid(patch, "pad.difficulty.ranking.compute_rankings", "pad.stages.workbench.fit_preprocessing")
-            capfd.readouterr()
-            code = door([str(word) for word in argv])
-        out, err = capfd.readouterr()
-        assert code == 2 and out == "", err
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and err.endswith(f"{errors[0]}\n")
-        assert [word for word in words if str(word) not in errors[0]] == [], errors[0]
-        assert contents(tmp_path) == before, "something was written"
+            forbid(patch, "pad.difficulty.obtain.compute_rankings", "pad.commands.bench.fit_preprocessing")
+            assert assert_refused(capfd, door, argv, words, tmp_path) == ""
 
     return check
 
@@ -312,7 +287,7 @@ def refused(tmp_path, monkeypatch, capfd):
         (["--model", "ConvNetD9"], ["ConvNetD9"]),
         (["--dataset", "FashionMNISTMaxi"], ["FashionMNISTMini"]),
         (["--method", "GraNd"], ["--method", "--methods"]),
-        (["--out", ""], ["--out"]),
+        (["--out="], ["--out"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -327,11 +302,11 @@ def test_scoring_refuses_a_file_in_place_of_the_folder(refused, tmp_path):
 
 def test_a_ranking_of_other_images_is_in_the_way(scored, tmp_path, capfd):
     """Found before anything is trained, whatever its place in the list."""
-    assert cli.score(score_args(tmp_path, "--train_per_class", "11", methods="EL2N")) == 0
-    before = files(tmp_path)
+    assert cli.score(score_args(tmp_path, train_per_class=11, methods="EL2N")) == 0
+    before = files_in(tmp_path)
     assert cli.score(score_args(tmp_path, methods="GraNd,EL2N")) == 2
     assert "FashionMNISTMini_EL2N.safetensors ranks other images" in capfd.readouterr().err
-    assert files(tmp_path) == before
+    assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -342,7 +317,7 @@ def test_a_ranking_of_other_images_is_in_the_way(scored, tmp_path, capfd):
         (["--end", "top"], ["end", "easiest", "hardest"]),
         (["--labels", "soft", "--buffer_path", "nowhere"], ["no expert trajectories", "nowhere"]),
         (["--score_model", "ConvNetD9"], ["ConvNetD9"]),
-        (["--ranking_path", ""], ["--ranking_path"]),
+        (["--ranking_path="], ["--ranking_path"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -351,7 +326,7 @@ def test_selecting_refuses(refused, tmp_path, more, words):
 
 
 def test_baselines_that_cannot_be_had(refused, scored, tmp_path):
-    assert cli.coreset(coreset_args(scored, tmp_path, "--method", "GraNd", "--ipc", "2")) == 0
+    assert cli.coreset(coreset_args(scored, tmp_path, method="GraNd", ipc=2)) == 0
     argv = evaluation_args(tmp_path / "FashionMNISTMini_GraNd_2.safetensors", tmp_path / "out.json")
     refused(cli.evaluate, [*argv, "--baselines", "hard,Herding"], "--ranking_path")
     refused(cli.evaluate, [*argv, "--baselines", "hard,hrading", "--ranking_path", scored], "hrading", "Herding")

@@ -10,27 +10,29 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_front_doors import CHECKOUT, contents
+from helpers import CHECKOUT, contents, slow
 
 from pad import cli
 from pad.errors import InputError, Stopped
-from pad.settings import StudySettings
-from pad.stages import studying
-from pad.stages.grid import Grid
+from pad.study import study as studying
+from pad.study.grid import Grid, StudySettings
 
 STUDY = """
 seeds: [0, 1]
 ipc: [1]
 reference: DATM
-common: {dataset: FashionMNISTMini, train_per_class: 20, model: ConvNetD1W8, zca: False, score_repeats: 1, score_epochs: 1}
+common:
+  {dataset: FashionMNISTMini, train_per_class: 20, model: ConvNetD1W8, zca: False, score_repeats: 1, score_epochs: 1}
 buffers:
   SGD: &experts
-    {num_experts: 1, train_epochs: 3, batch_train: 50, lr_teacher: 0.05, rho_max: 0, rho_min: 0, add_end_epoch: 0, eval_every: 3}
+    {num_experts: 1, train_epochs: 3, batch_train: 50, lr_teacher: 0.05, rho_max: 0, rho_min: 0, add_end_epoch: 0,
+     eval_every: 3}
   curriculum: {<<: *experts, init_ratio: 0.5, add_end_epoch: 2}
 templates:
   matching: &matching {skip_first_eva: True, eval_it: 1000, num_eval: 1, epoch_eval_train: 1, Iteration: 1}
   following: &following
-    {<<: *matching, by: PAD, syn_steps: 2, expert_epochs: 1, max_start_epoch: 2, Sequential_Generation: False, pix_init: real}
+    {<<: *matching, by: PAD, syn_steps: 2, expert_epochs: 1, max_start_epoch: 2, Sequential_Generation: False,
+     pix_init: real}
 methods:
   random real: {by: coreset, method: Uniform, lr: 0.05}
   DM: {<<: *matching, by: DM, batch_real: 8, by_ipc: {1: {lr_img: 2}}}
@@ -59,13 +61,17 @@ def table(folder: Path) -> dict[str, dict]:
 
 def outcome_of(folder: Path) -> dict[str, bytes]:
     """Everything but what depends on the clock."""
+
     def plain(name: str, data: bytes) -> bytes:
         if not name.startswith("cells/"):
             return data
         return json.dumps({key: value for key, value in json.loads(data).items() if key != "seconds"}).encode()
 
-    return {name: plain(name, data) for name, data in contents(folder).items()
-            if data != b"folder" and not name.startswith("results") and "timing" not in name and "config.yaml" not in name}  # fmt: skip
+    return {
+        name: plain(name, data)
+        for name, data in contents(folder).items()
+        if data != b"folder" and not name.startswith("results") and "timing" not in name and "config.yaml" not in name
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,9 @@ def test_every_cell_is_in_the_table(done):
     assert tuple(rows) == METHODS
     assert all((row["n"], row["networks"], row["failed"]) == ("2", "2", "") for row in rows.values())
     cells = [json.loads(path.read_text()) for path in (done / "cells").glob("*.json")]
-    assert {(cell["method"], cell["seed"]) for cell in cells} == {(method, seed) for method in METHODS for seed in (0, 1)}
+    assert {(cell["method"], cell["seed"]) for cell in cells} == {
+        (method, seed) for method in METHODS for seed in (0, 1)
+    }
     for cell in cells:
         assert (done / cell["set"]).is_file() and len(cell["accuracies"]) == 2
     means = [100 * sum(cell["accuracies"]) / 2 for cell in cells if cell["method"] == "DM"]
@@ -91,7 +99,10 @@ def test_every_cell_is_in_the_table(done):
 
 
 def test_settings_reach_the_commands(done):
-    configs = {path.parent.name.split("-")[0]: yaml.safe_load(path.read_text()) for path in done.glob("sets/*/*/*/*/config.yaml")}
+    configs = {
+        path.parent.name.split("-")[0]: yaml.safe_load(path.read_text())
+        for path in done.glob("sets/*/*/*/*/config.yaml")
+    }
     assert configs["DM"]["lr_img"] == 2 and configs["DM"]["train_per_class"] == 20
     assert configs["PAD"]["depth_ratio"] == 0.25 and configs["DATM"]["depth_ratio"] == 0
     assert len(list((done / "buffers").iterdir())) == 4, "two recipes, two seeds"
@@ -108,7 +119,9 @@ def test_a_finished_study_does_nothing_again(done, monkeypatch):
 def test_a_change_concerns_its_cells_alone(done, tmp_path, monkeypatch):
     made, distill = [], studying.distill
     shutil.copytree(done, tmp_path / "out")
-    monkeypatch.setattr(studying, "distill", lambda settings, **more: made.append(settings.name) or distill(settings, **more))
+    monkeypatch.setattr(
+        studying, "distill", lambda settings, **more: made.append(settings.name) or distill(settings, **more)
+    )
     methods = yaml.safe_load(STUDY)["methods"]
     methods["PAD"]["lr_img"] = 10
     assert run(tmp_path, methods=methods) == 0
@@ -117,7 +130,9 @@ def test_a_change_concerns_its_cells_alone(done, tmp_path, monkeypatch):
 
 def test_a_part_can_be_asked_for_and_the_report_is_of_all(tmp_path):
     assert run(tmp_path, "out", "--methods", "random real", "--seeds", "1") == 0
-    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / "cells").iterdir()] == ["random_real-ipc1-seed1"]
+    assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / "cells").iterdir()] == [
+        "random_real-ipc1-seed1"
+    ]
     assert run(tmp_path, "out", "--methods", "DM", "--seeds", "0") == 0
     assert {method: row["n"] for method, row in table(tmp_path / "out").items()} == dict(zip(METHODS, "1100"))
 
@@ -147,7 +162,8 @@ def test_paths_in_the_file_and_on_the_command_line(tmp_path, monkeypatch):
     assert Grid.read(StudySettings.resolve({"study": str(study)})).common.data_path == str(tmp_path / "here")
     grid = Grid.read(StudySettings.resolve({"study": str(study), "data_path": "mine"}))
     assert (grid.common.data_path, grid.out) == (str(tmp_path / "mine"), tmp_path / "there")
-    assert Grid.read(StudySettings.resolve({"study": str(write(tmp_path))})).out == CHECKOUT / "runs" / "studies" / "study"
+    elsewhere = StudySettings.resolve({"study": str(write(tmp_path))})
+    assert Grid.read(elsewhere).out == CHECKOUT / "runs" / "studies" / "study"
 
 
 def test_other_images_are_refused(done, tmp_path, capsys):
@@ -165,7 +181,7 @@ def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
     assert "no picture of random real" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop", (Stopped("stopped", 130), KeyboardInterrupt()), ids=("signal", "at once"))
+@pytest.mark.parametrize("stop", (Stopped("stopped", 130), slow(KeyboardInterrupt())), ids=("signal", "at once"))
 def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, capsys, stop):
     evaluate, calls = studying.evaluate, []
 
@@ -185,7 +201,9 @@ def test_a_stopped_study_goes_on_and_ends_the_same(done, tmp_path, monkeypatch, 
     assert ours == expected
 
 
-@pytest.mark.parametrize("error", (InputError("no such thing"), OSError(28, "No space left"), ValueError("odd")), ids=str)
+@pytest.mark.parametrize(
+    "error", (InputError("no such thing"), slow(OSError(28, "No space left")), slow(ValueError("odd"))), ids=str
+)
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, error):
     distill = studying.distill
 
@@ -205,14 +223,20 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
     assert table(tmp_path / "out")["DM"]["failed"] == ""
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cells(done, tmp_path):
-    command = [sys.executable, str(CHECKOUT / "scripts" / "study.py"), str(write(tmp_path)), "--out", str(tmp_path / "out")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ) for _ in "12"]
+    command = [sys.executable, CHECKOUT / "scripts" / "study.py", write(tmp_path), "--out", tmp_path / "out"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ)
+        for _ in "12"
+    ]
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     lines = [line for text in printed for line in text.splitlines() if " %" in line and ", seed " in line]
     assert len(lines) == len(METHODS) * 2, "each cell was computed by one of them"
-    theirs, ours = ({method: row | {"seconds": ""} for method, row in table(folder).items()} for folder in (done, tmp_path / "out"))
+    theirs, ours = (
+        {method: row | {"seconds": ""} for method, row in table(folder).items()} for folder in (done, tmp_path / "out")
+    )
     assert ours == theirs
 
 
@@ -276,9 +300,15 @@ def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--methods", "DN"], "nearest is DM"), (["--seeds", "x"], "seeds"), (["--ipc", "0"], "no ipc 0"), (["--seeds", "7"], "no seed 7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--methods", "DN"], "nearest is DM"),
+        (["--seeds", "x"], "seeds"),
+        (["--ipc", "0"], "no ipc 0"),
+        (["--seeds", "7"], "no seed 7"),
+    ],
+)
 def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
     assert run(tmp_path, "out", *more) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -5,98 +5,58 @@ unlike torchrun, ends nobody.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers import (
+    CHECKOUT,
+    EXPERTS,
+    RUN,
+    command_line,
+    events_in,
+    files_in,
+    losses_in,
+    run_command,
+    slow,
+    two_ranks,
+    wait_for,
+)
 
 from pad import cli
+from pad.commands import bench as workbench
 from pad.errors import InputError
-from pad.files import load_tensors
-from pad.stages import workbench
+from pad.store.tensors import load_tensors
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-FORK = multiprocessing.get_context("fork")
 MODEL = "ConvNetD1W8"
-DATA = ["--dataset", "FashionMNISTMini", "--train_per_class", "12", "--model", MODEL, "--zca", "True"]
-
-
-def two_ranks(
-    folder: Path, front_door, argv: list[str], meanwhile=lambda processes: None, timeout: float = 120
-) -> tuple[list[int], list[str], list[str]]:
-    """Run a front door as two processes: their exit codes, and what each wrote on stdout and on stderr."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    files = [[folder / f"{name} of rank {number}" for name in ("stdout", "stderr")] for number in range(2)]
-
-    def rank(number: int) -> None:
-        os.environ.update(
-            RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
-        )  # fmt: skip
-        with open(files[number][0], "w") as sys.stdout, open(files[number][1], "w") as sys.stderr:
-            os.dup2(sys.stdout.fileno(), 1)
-            os.dup2(sys.stderr.fileno(), 2)
-            sys.exit(front_door(argv))
-
-    processes = [FORK.Process(target=rank, args=(number,), daemon=True) for number in range(2)]
-    for process in processes:
-        process.start()
-    meanwhile(processes)
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    out, err = ([pair[i].read_text() for pair in files] for i in range(2))
-    assert "Traceback" not in "".join(err), err
-    return codes, out, err
+DATA = {"dataset": "FashionMNISTMini", "train_per_class": 12, "model": MODEL, "zca": True}
 
 
 def record_args(folder: Path) -> list[str]:
-    return [
-        *DATA, "--buffer_path", str(folder / "buffer"), "--ranking_path", str(folder / "rankings"), "--num_experts", "3",
-        "--train_epochs", "2", "--batch_train", "40", "--lr_teacher", "0.05", "--rho_max", "0.01", "--rho_min", "0.01",
-        "--init_ratio", "0.5", "--add_end_epoch", "1", "--score_repeats", "3", "--score_epochs", "1",
-    ]  # fmt: skip
+    here = {"buffer_path": folder / "buffer", "ranking_path": folder / "rankings"}
+    return command_line(
+        **DATA | here | EXPERTS | {"num_experts": 3, "train_epochs": 2}, batch_train=40, score_repeats=3
+    )
 
 
 def distil_args(folder: Path, runs: Path, *more: str) -> list[str]:
     """Steps of 3 and 7 images, which two ranks cannot halve."""
-    return [
-        *DATA, "--ipc", "1", "--buffer_path", str(folder / "buffer"), "--log_dir", str(runs), "--name", "run",
-        "--pix_init", "real", "--Iteration", "5", "--syn_steps", "3", "--batch_syn", "7", "--expert_epochs", "1",
-        "--max_start_epoch", "2", "--current_max_start_epoch", "1", "--expansion_end_epoch", "4", "--threshold", "10",
-        "--lr_img", "10", "--eval_it", "3", "--save_it", "4", "--checkpoint_every", "2", "--num_eval", "3",
-        "--epoch_eval_train", "2", "--batch_train", "4", "--compile", "off", *more,
-    ]  # fmt: skip
+    here = {"buffer_path": folder / "buffer", "log_dir": runs, "ipc": 1, "pix_init": "real", "compile": "off"}
+    asked = {"Iteration": 5, "syn_steps": 3, "batch_syn": 7, "checkpoint_every": 2, "num_eval": 3}
+    return command_line(*more, **DATA | here | RUN | asked, epoch_eval_train=2)
 
 
 def evaluation_args(folder: Path, runs: Path, out: Path) -> list[str]:
-    return [
-        "--synthetic", str(run_folder(runs)), "--buffer_path", str(folder / "buffer"), "--out", str(out), "--num_eval", "3",
-        "--epoch_eval_train", "2", "--baselines", "hard",
-    ]  # fmt: skip
+    asked = {"synthetic": run_folder(runs), "buffer_path": folder / "buffer", "out": out, "baselines": "hard"}
+    return command_line(**asked, num_eval=3, epoch_eval_train=2)
 
 
 def run_folder(runs: Path) -> Path:
     return runs / "FashionMNISTMini" / "1" / MODEL / "run"
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def events(runs: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_folder(runs) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +89,7 @@ def test_experts_are_the_same_bytes_whichever_process_records_them(one, tmp_path
     assert codes == [0, 0] and "all 4 experts are in" in err[0], err
 
 
+@pytest.mark.slow
 def test_a_distilled_set_is_the_same_up_to_rounding_and_written_once(one, tmp_path):
     codes, out, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "runs"))
     assert codes == [0, 0], err
@@ -137,9 +98,10 @@ def test_a_distilled_set_is_the_same_up_to_rounding_and_written_once(one, tmp_pa
 
     ours, theirs = run_folder(tmp_path / "runs"), run_folder(one / "runs")
     assert files_in(ours).keys() == files_in(theirs).keys()
-    assert len((ours / "timing.jsonl").read_text().splitlines()) == len((theirs / "timing.jsonl").read_text().splitlines())
-    found, expected = events(tmp_path / "runs"), events(one / "runs")
-    assert len({event["loss"] for event in found if event["event"] == "match"}) == 6
+    times, others = (len((folder / "timing.jsonl").read_text().splitlines()) for folder in (ours, theirs))
+    assert times == others
+    found, expected = events_in(ours), events_in(theirs)
+    assert len(set(losses_in(ours))) == 6
     for event, other in zip(found, expected, strict=True):
         assert event.keys() == other.keys()
         for name, value in event.items():
@@ -155,8 +117,8 @@ def test_a_distilled_set_is_the_same_up_to_rounding_and_written_once(one, tmp_pa
     # One process goes on where two stopped, saying that it rounds otherwise.
     codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "runs", "--resume"))
     assert codes == [0, 0] and "is finished" in err[0], err
-    assert cli.distill(distil_args(one, tmp_path / "runs", "--resume", "--Iteration", "6")) == 0
-    assert [event["iteration"] for event in events(tmp_path / "runs") if event["event"] == "match"] == list(range(7))
+    assert cli.distill(distil_args(one, tmp_path / "runs", "--resume --Iteration 6")) == 0
+    assert [event["iteration"] for event in events_in(ours, "match")] == list(range(7))
 
 
 def test_evaluation_gives_the_same_accuracies(one, tmp_path):
@@ -203,7 +165,7 @@ def test_an_error_of_one_process_in_the_middle_ends_all_and_keeps_what_is_finish
             raise OSError(28, "No space left on device", str(path))
         return written(path, text)
 
-    from pad import tracking
+    from pad.store import run as tracking
 
     written = tracking.write_text
     monkeypatch.setattr(tracking, "write_text", write_text)
@@ -213,24 +175,22 @@ def test_an_error_of_one_process_in_the_middle_ends_all_and_keeps_what_is_finish
     assert (run_folder(tmp_path / "runs") / "checkpoint.safetensors").is_file()
 
 
-ENDLESS = ("--Iteration", "1000000", "--eval_it", "1000000", "--skip_first_eva", "--checkpoint_every", "3")
+ENDLESS = "--Iteration 1000000 --eval_it 1000000 --skip_first_eva --checkpoint_every 3"
 
 
 def wait_for_iterations(runs: Path, count: int) -> None:
-    metrics, deadline = run_folder(runs) / "metrics.jsonl", time.monotonic() + 100
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    metrics = run_folder(runs) / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 100)
 
 
-@pytest.mark.parametrize("told", [(0, 1), (1,)], ids=["all", "one"])
+@pytest.mark.parametrize("told", [slow((0, 1)), (1,)], ids=["all", "one"])
 def test_processes_stop_together_and_the_run_goes_on_to_what_it_would_have_been(one, tmp_path, told):
     def stop(processes):
         wait_for_iterations(tmp_path / "stopped", 4)
         for number in told:
             os.kill(processes[number].pid, signal.SIGTERM)
 
-    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "stopped", *ENDLESS), stop)
+    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "stopped", ENDLESS), stop)
     said = "".join(err)
     assert codes == [143, 143] and said.count("stopped after iteration") == 1, (codes, said)
     command = said.partition("go on with: ")[2].splitlines()[0]
@@ -241,10 +201,10 @@ def test_processes_stop_together_and_the_run_goes_on_to_what_it_would_have_been(
     if told == (1,):
         return
 
-    ends = [*ENDLESS, "--Iteration", str(last + 2)]
-    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "stopped", *ends, "--resume"))
+    ends = f"{ENDLESS} --Iteration {last + 2}"
+    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "stopped", ends, "--resume"))
     assert codes == [0, 0] and f"going on from iteration {last + 1}" in err[0], err
-    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "whole", *ends))
+    codes, _, err = two_ranks(tmp_path, cli.distill, distil_args(one, tmp_path / "whole", ends))
     assert codes == [0, 0], err
     resumed, whole = (run_folder(tmp_path / name) for name in ("stopped", "whole"))
     for name in ("metrics.jsonl", "checkpoint.safetensors", "Normal/images_last.pt"):
@@ -264,13 +224,12 @@ def children(parent: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_ends_torchrun_with_a_sentence(one, tmp_path):
     runs, errors = tmp_path / "runs", tmp_path / "stderr"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(CHECKOUT / "distill" / "PAD.py"), *distil_args(one, runs, *ENDLESS),
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(CHECKOUT / "distill" / "PAD.py"), *distil_args(one, runs, ENDLESS)]
     with open(errors, "w") as stderr, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as torchrun:
         try:
             wait_for_iterations(runs, 4)
@@ -294,10 +253,8 @@ def test_two_cuda_devices_give_what_one_gives(one, tmp_path):
     script = str(CHECKOUT / "distill" / "PAD.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in (("single", []), ("double", torchrun)):
-        argv = distil_args(one, tmp_path / name, "--device", "cuda")
-        done = subprocess.run([sys.executable, *launcher, script, *argv], capture_output=True, text=True, timeout=300)
+        argv = distil_args(one, tmp_path / name, "--device cuda")
+        done = run_command([sys.executable, *launcher, script, *argv], tmp_path)
         assert done.returncode == 0, done.stderr
-    found, expected = (
-        [event["loss"] for event in events(tmp_path / name) if event["event"] == "match"] for name in ("double", "single")
-    )
+    found, expected = (losses_in(run_folder(tmp_path / name)) for name in ("double", "single"))
     assert found == pytest.approx(expected, rel=1e-3) and len(set(found)) == 6

@@ -1,0 +1,84 @@
+"""The first images of each class in a difficulty ranking, as a training set of a synthetic set's size.
+
+python scripts/select_coreset.py --dataset CIFAR10 --method Herding --ipc 10
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pad.commands.bench import Workbench, identity_of_set, set_up
+from pad.commands.common import Ranked
+from pad.config import DATA, MODEL, PLACE, RECIPE, SEED, FilePath, setting
+from pad.difficulty.ranking import first_of_each_class
+from pad.distributed import ALONE, Ranks
+from pad.errors import InputError
+from pad.initialisation import averaged_logits, refuse_small_classes
+from pad.labels import hard_logits
+from pad.show.pictures import save_grid
+from pad.store.files import refuse_unwritable
+from pad.synthetic import SyntheticSet
+
+log = logging.getLogger("pad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoresetSettings(Ranked):
+    """``scripts/select_coreset.py``: the first images of each class in a difficulty ranking, as a training set."""
+
+    method: str = setting("Herding", "difficulty method, or a ranking file's stem as CIFAR10_GraNd", RECIPE)
+    ipc: int = setting(1, "images per class", RECIPE, by_study=True, low=1)
+    end: str = setting("easiest", "which end of the ranking", RECIPE, choices=("easiest", "hardest"))
+    labels: str = setting("hard", "one-hot, or of the experts in buffer_path", RECIPE, choices=("hard", "soft"))
+    buffer_path: FilePath | None = setting(None, "folder of the trajectories, for soft labels", PLACE, by_study=True)
+    lr: float = setting(0.01, "learning rate that evaluation trains with", RECIPE, above=0)
+    out: FilePath = setting("coresets", "folder of the set's files", PLACE, by_study=True)
+
+    def check(self) -> None:
+        super().check()
+        if self.labels == "soft" and self.buffer_path is None:
+            raise InputError("labels: soft ones come from experts, so give --buffer_path")
+
+
+def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
+    """Take the first images of each class in a ranking as a training set. Returns its file.
+
+    The ranking is read, or computed as in stage 1, by all ranks; rank 0 writes the set, which stage 3 evaluates as it
+    does a synthetic one: one safetensors file, the published trio, and a picture.
+    """
+    bench, out = bench or set_up(settings, ranks), Path(settings.out)
+    [stem] = bench.ranking_stems(settings, [settings.method])
+    refuse_small_classes(bench.labels, bench.data.num_classes, settings.ipc)
+    ranks.on_main(lambda: refuse_unwritable(out))
+    soft = settings.labels == "soft"
+    experts = bench.labellers(str(settings.buffer_path), settings.model) if soft else None
+
+    ranking = bench.rankings(settings, [stem], convert_flat=settings.convert_flat)[stem]
+    chosen = first_of_each_class(ranking.rows, settings.ipc, settings.end).to(bench.device)
+    images = bench.images[chosen]
+    classes = bench.labels[chosen]
+    if experts is not None:
+        labels = averaged_logits(experts, images, classes)
+    else:
+        labels = hard_logits(classes, bench.data.num_classes)
+    metadata = {
+        **identity_of_set(bench, settings),
+        "settings": settings.of(DATA, MODEL, RECIPE, SEED),
+        "provenance": {"ranking": ranking.metadata, "images": chosen.tolist()},
+    }
+    coreset = SyntheticSet(
+        images, labels, torch.tensor(settings.lr), classes.cpu(), metadata, preprocessing=bench.preprocessing
+    )
+    name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
+    path = out / f"{name}.safetensors"
+    if ranks.is_main:
+        coreset.export_published(out, name)
+        caption = f"{stem}, {settings.end} images"
+        save_grid(
+            path.with_suffix(".png"), coreset.pixels().cpu(), coreset.classes, coreset.class_names, caption=caption
+        )
+        coreset.save(path)
+        log.info("the coreset is in %s", path)
+    return path

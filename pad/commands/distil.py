@@ -1,0 +1,222 @@
+"""Stage 2: optimise a synthetic set, whatever is matched.
+
+A way of matching is its settings, a subclass of :class:`Distilling`, and what they make of themselves: a :class:`Task`.
+Nothing here knows one of them by name.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from pad.checkpoint import State
+from pad.commands.bench import Workbench, identity_of_set, set_up
+from pad.commands.common import Evaluating
+from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, setting
+from pad.distiller import Distiller, Schedule
+from pad.distributed import ALONE, Ranks
+from pad.errors import InputError
+from pad.initialisation import Experts, initial_set
+from pad.matching.objective import Objective
+from pad.nn import networks
+from pad.nn.derivatives import how_to_compile
+from pad.nn.flat import FlatModel
+from pad.store.files import refuse_unwritable
+from pad.store.locks import only_writer
+from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
+from pad.store.trackers import TRACKERS
+from pad.synthetic import SyntheticSet
+
+log = logging.getLogger("pad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """All that one way of matching brings to the loop that they share.
+
+    images ``[N, C, H, W]``, labels ``[N, K]`` (logits), lr: to begin with. rates: of images, labels, lr.
+    made_from: beside settings, as plain values: a checkpoint of a run made from something else is refused.
+    provenance: what a synthetic set says of that. recorded: what stands beside the settings in the run's config.
+    """
+
+    objective: Objective
+    images: Tensor
+    labels: Tensor
+    lr: float
+    rates: list[float]
+    made_from: dict
+    provenance: dict
+    momentum_y: float = 0.0
+    threshold: float = math.inf
+    ema_decay: float = 0.0
+    recorded: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilling(Evaluating, ABC):
+    """What distillation asks, whatever is matched."""
+
+    ipc: int = setting(1, "synthetic images per class", RECIPE, low=1, by_study=True)
+    data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
+    Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)
+    lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
+    max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
+
+    eval_it: int = setting(100, "iterations between evaluations", PACE, low=1)
+    skip_first_eva: bool = setting(False, "no evaluation at iteration 0", RECIPE)
+    save_it: int = setting(1000, "iterations between saved sets", PACE, low=1)
+    checkpoint_every: int = setting(100, "iterations between checkpoints", PACE, low=1)
+    log_dir: FilePath = setting("logged_files", "folder of the runs", PLACE, by_study=True)
+    name: str = setting(
+        "", "name of the run; default: the config's (else the system's) and the seed", NAME, by_study=True
+    )
+    resume: bool = setting(False, "go on with the run of this name", PLACE, by_study=True)
+    overwrite: bool = setting(False, "replace the run of this name", PLACE, by_study=True)
+    tracker: str = setting("none", "also send metrics to", PLACE, choices=TRACKERS)
+    project: str = setting("PAD", "Weights & Biases project", PLACE)
+
+    program: ClassVar[str] = "pad"  # begins the name of a run that has none
+    recorded_beside: ClassVar[frozenset[str]] = frozenset()  # what a task's `recorded` holds
+
+    def check(self) -> None:
+        super().check()
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite exclude each other: go on with the run, or replace it")
+
+    def settled(self, bench: Workbench) -> Self:
+        """These settings with what only the images can tell filled in. Raises InputError for what they do not allow."""
+        return self
+
+    @abstractmethod
+    def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
+        """What is matched, and the set to begin with.
+
+        ``model``: the student. ``before``: the config of the run that is gone on with; empty for a new one. Raises
+        InputError for everything that can be refused, first what can be without preprocessing.
+        """
+
+    @property
+    @abstractmethod
+    def derivatives(self) -> int:
+        """About how many derivatives of the network a run takes: what compiling has to pay for itself in."""
+
+
+def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
+    """Stage 2: optimise a synthetic set. What is matched goes by the kind of ``settings``. Returns the run folder.
+
+    The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder, and sees to it
+    that no other process does.
+    """
+    bench = bench or set_up(settings, ranks)
+    name = settings.name or f"{settings.program}-seed{settings.seed}"
+    folder = run_folder(settings.log_dir, bench.data.name, settings.ipc, settings.model, name)
+    ranks.on_main(lambda: refuse_unwritable(folder))
+    lock = only_writer(folder.with_name(f".{folder.name}.lock"), f"the run folder {folder}")
+    with lock if ranks.is_main else contextlib.nullcontext():
+        return _distill(settings, ranks, bench, folder)
+
+
+def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path) -> Path:
+    goes_on = settings.resume and run_state(folder) != "absent"
+    before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
+    model = _student(settings, before, bench)
+    settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
+    place = Place(
+        folder=folder,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        tracker=settings.tracker,
+        may_differ={*settings.names(*CHANGEABLE), *settings.recorded_beside},
+        defaults=type(settings)().as_dict(),
+    )
+
+    def is_finished() -> bool:
+        place.refuse(settings.as_dict())
+        return settings.resume and finished_iterations(folder) > settings.Iteration
+
+    if ranks.on_main(is_finished):
+        log.info("the run in %s is finished", folder)
+        return folder
+    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
+    bench.refuse_unfit(pool)
+    task = settings.task(bench, model, before)
+    schedule = settings.fill(
+        Schedule,
+        iterations=settings.Iteration,
+        threshold=task.threshold,
+        rates=task.rates,
+        momentum_y=task.momentum_y,
+        ema_decay=task.ema_decay,
+    )
+    protocol = bench.protocol(settings, len(task.images))
+    fixed = {name: value for name, value in settings.as_dict().items() if name not in place.may_differ}
+
+    def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
+        classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
+        metadata = {
+            **identity_of_set(bench, settings),
+            "iteration": iteration,
+            "provenance": task.provenance,
+            "settings": fixed,
+        }
+        return SyntheticSet(images, labels, lr, classes, metadata, preprocessing=bench.preprocessing)
+
+    def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
+        training_set = current.images, current.probabilities()
+        found = bench.evaluation(protocol, current.lr.item()).run(
+            [(network, lambda j: training_set) for network in pool], settings.num_eval
+        )
+        return {each.network: (each.mean, each.std, each.n) for each in found}
+
+    recorded = settings.as_dict() | task.recorded
+    with Run.start(place, recorded) if ranks.is_main else Follower(folder) as run:
+        average = task.images.clone() if task.ema_decay else None
+        lr = torch.tensor(task.lr, device=bench.device)
+        distiller = Distiller(
+            run=run,
+            state=State(task.images.clone(), task.labels.clone(), lr, average=average),
+            objective=task.objective,
+            schedule=schedule,
+            synthetic=wrap,
+            evaluate=evaluate,
+            ranks=ranks,
+            identity={**task.made_from, "settings": fixed},
+        )
+        if settings.resume:
+            distiller.resume()
+        distiller.distill()
+        state = distiller.state
+        run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
+    log.info("the synthetic set is in %s", folder)
+    return folder
+
+
+def _student(settings: Distilling, before: dict, bench: Workbench) -> FlatModel:
+    """The student, with ``compile: auto`` turned into what it comes to.
+
+    A resumed run keeps what it began with, since each way rounds otherwise.
+    """
+    mode = before.get("compile", "auto") if settings.compile == "auto" else settings.compile
+    compile = how_to_compile(mode, bench.device, settings.derivatives)
+    model = bench.flat_model(settings.model, compile, getattr(settings, "micro_batch", None))
+    if before.get("compile", model.compile) != model.compile:
+        log.warning("begun with compile: %s, now %s: results may differ by rounding", before["compile"], model.compile)
+    return model
+
+
+def first_set(
+    settings: Distilling, bench: Workbench, pix_init: str, experts: Experts | None = None, **labels
+) -> tuple[Tensor, Tensor]:
+    """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with: :func:`pad.initialisation.initial_set`."""
+    real = bench.images, bench.labels, bench.data.num_classes
+    return bench.ranks.on_main(
+        lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+    )

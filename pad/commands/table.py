@@ -1,0 +1,44 @@
+"""The commands by name: what each asks, and what it does.
+
+A command of one's own is a line here, which may be written from outside: ``COMMANDS["mine"] = Command(...)``, then
+``pad.cli.door("mine")``. Where it makes a synthetic set (its settings are a :class:`~pad.commands.distil.Distilling`),
+studies know it by that name, too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pad.commands.coreset import CoresetSettings, select_coreset
+from pad.commands.distil import distill
+from pad.commands.distribution import DMSettings
+from pad.commands.evaluate import EvaluationSettings, evaluate
+from pad.commands.gradient import DCSettings
+from pad.commands.rank import ScoreSettings, score_difficulty
+from pad.commands.record import BufferSettings, record_experts
+from pad.commands.trajectory import DistillSettings
+from pad.config import Settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    program: what --help calls it. settings: what it asks. recipe: ``recipe(settings, ranks)`` does it. resumes: whether
+    it goes on, where it was interrupted, only with --resume.
+    """
+
+    program: str
+    settings: type[Settings]
+    recipe: Callable
+    resumes: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "buffer": Command("buffer_CL.py", BufferSettings, record_experts),
+    "PAD": Command("PAD.py", DistillSettings, distill, resumes=True),
+    "DC": Command("DC.py", DCSettings, distill, resumes=True),
+    "DM": Command("DM.py", DMSettings, distill, resumes=True),
+    "evaluate": Command("evaluation.py", EvaluationSettings, evaluate),
+    "score": Command("score_difficulty.py", ScoreSettings, score_difficulty),
+    "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),
+}

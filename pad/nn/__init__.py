@@ -1,0 +1,1 @@
+"""Networks, as modules and as functions of one flat parameter vector."""

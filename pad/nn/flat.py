@@ -1,0 +1,159 @@
+"""A network as a pure function of one flat parameter vector, and the two functions that carry the heavy work.
+
+``theta [P]`` holds the parameters in module order, shallow to deep. ``grad`` and ``hvp`` are pure functions of
+tensors: training experts, matching and evaluation call the same ones. How they are computed is one of
+:mod:`pad.nn.derivatives`.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pad.data.placement import Images
+from pad.errors import InputError
+from pad.nn.derivatives import Derivatives, Hvp, choose, contains
+
+
+def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
+    """-(1/B) sum p . log_softmax(logits), for target probabilities ``p [B, K]`` and logits ``[B, K]``."""
+    return -(p * F.log_softmax(logits, dim=1)).sum() / logits.shape[0]
+
+
+class FlatModel:
+    """``f(theta, x)`` and its derivatives, for a module without dropout.
+
+    BatchNorm layers use the statistics of the batch: running ones are not part of a trajectory.
+
+    Args:
+        module: gives the structure; its own numbers are not used (see :meth:`flatten`).
+        compile: how the derivatives are computed: a word of :func:`pad.nn.derivatives.choose` (off, on, fused or auto),
+            or one of the classes there. The attribute ``compile`` is what this came to: off, on or fused.
+        micro_batch: work on at most so many images at a time and add up: the same result up to rounding, in less
+            memory. A network with BatchNorm takes every batch whole, since its images depend on each other.
+
+    Raises InputError for a module with dropout.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        compile: str | Callable[["FlatModel"], Derivatives] = "off",
+        micro_batch: int | None = None,
+    ):
+        self.module = _stateless(module)
+        named = list(self.module.named_parameters())
+        self.names = [name for name, _ in named]
+        self.shapes = [tuple(p.shape) for _, p in named]
+        self._sizes = [p.numel() for _, p in named]
+        self.num_parameters = sum(self._sizes)
+        self.separable = not contains(self.module, _BatchNorm)
+        self.micro_batch = micro_batch if self.separable else None
+        self.derivatives = choose(compile, self) if isinstance(compile, str) else compile(self)
+        self.compile = self.derivatives.word
+
+    def grad(self, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        """The gradient ``[P]`` in ``theta [P]`` of :func:`cross_entropy` on images ``x [B, C, H, W]``, ``p [B, K]``.
+
+        ``p`` need not add up to one: a share of a batch counts as such when its p are scaled by its share.
+        """
+        first, *rest = self._pieces(x, p / len(x))
+        g = self.derivatives.grad(theta, *first)
+        return sum(self.derivatives.grad(theta, *piece) for piece in rest) + g
+
+    def grads(self, thetas: Tensor, xs: Tensor, ps: Tensor) -> Tensor:
+        """:meth:`grad` of J networks at once: ``[J, P]``, ``[J, B, C, H, W]``, ``[J, B, K]`` -> ``[J, P]``."""
+        return self.derivatives.grads(thetas, xs, ps / xs.shape[1])
+
+    def hvp(self, theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> Hvp:
+        """The slope <grad(theta, x, p), lam>; its gradients in theta ``[P]``, x ``[B, C, H, W]`` and p ``[B, K]``."""
+        n = len(x)
+        parts = [self.derivatives.hvp(theta, *piece, lam) for piece in self._pieces(x, p / n)]
+        if len(parts) == 1:
+            slope, h_theta, h_x, h_p = parts[0]
+            return slope, h_theta, h_x, h_p / n
+        slopes, h_thetas, h_xs, h_ps = zip(*parts)
+        return sum(slopes), sum(h_thetas), torch.cat(h_xs), torch.cat(h_ps) / n
+
+    def with_statistics(self, theta: Tensor, images: Tensor) -> "FlatModel":
+        """This network with BatchNorm's statistics fixed to those of ``images [N, C, H, W]`` under ``theta [P]``.
+
+        Its images do not depend on each other any more. The statistics are constants of its derivatives, which are
+        computed operation by operation.
+        """
+        fixed = copy.deepcopy(self.module)
+        norms = {name: child for name, child in fixed.named_modules() if isinstance(child, _BatchNorm)}
+        for norm in norms.values():
+            norm.track_running_stats = True
+            norm.momentum = 1.0
+            norm.running_mean, norm.running_var = theta.new_zeros(2, norm.num_features)
+        with torch.no_grad():
+            torch.func.functional_call(fixed, self.unflatten(theta), (images,))
+        for name, norm in norms.items():
+            fixed.set_submodule(name, _FixedBatchNorm(norm))
+        return FlatModel(fixed, micro_batch=self.micro_batch)
+
+    def _pieces(self, x: Tensor, p: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A batch in micro-batches."""
+        size = self.micro_batch or len(x)
+        return list(zip(x.split(size), p.split(size)))
+
+    def flatten(self, module: nn.Module) -> Tensor:
+        """The parameters of a module of this structure as one vector ``[P]`` (a copy)."""
+        return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """``theta [P]`` as named parameters (views)."""
+        parts = theta.split(self._sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes)}
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of images ``x [B, C, H, W]`` under parameters ``theta [P]``."""
+        return torch.func.functional_call(self.module, self.unflatten(theta), (x,))
+
+    @torch.no_grad()
+    def logits(self, theta: Tensor, images: Images, batch: int = 512) -> Tensor:
+        """Logits ``[N, K]`` of many images, without gradients, in batches.
+
+        A batch is spread over the whole set, so that one sorted by class mixes the classes, as BatchNorm needs.
+        """
+        strides = math.ceil(len(images) / batch)
+        parts = [self.derivatives.forward(theta, images[i::strides]) for i in range(strides)]
+        logits = parts[0].new_empty(len(images), parts[0].shape[1])
+        for i, part in enumerate(parts):
+            logits[i::strides] = part
+        return logits
+
+    def accuracy(self, theta: Tensor, images: Images, labels: Tensor) -> float:
+        """Share of ``images [N, C, H, W]`` classified as ``labels [N]``, in 0..1."""
+        return (self.logits(theta, images).argmax(dim=1) == labels).double().mean().item()
+
+
+class _FixedBatchNorm(nn.Module):
+    """A BatchNorm layer whose statistics are constants. They are no buffers: :func:`_stateless` leaves them alone."""
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__()
+        self.weight = norm.weight
+        self.bias = norm.bias
+        self.statistics = norm.running_mean, norm.running_var
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, *self.statistics, self.weight, self.bias, eps=self.eps)
+
+
+def _stateless(module: nn.Module) -> nn.Module:
+    """The structure of ``module`` on the meta device: batch statistics only, no numbers of its own."""
+    module = copy.deepcopy(module).to("meta")
+    for child in module.modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            raise InputError("networks with dropout cannot be used: their gradient is not a function of the parameters")
+        if isinstance(child, _BatchNorm):
+            child.track_running_stats = False
+            child.running_mean = child.running_var = child.num_batches_tracked = None
+    return module.train()

@@ -1,0 +1,1 @@
+"""Studies: a grid of whole pipelines, and its report."""

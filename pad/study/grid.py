@@ -1,0 +1,304 @@
+"""A study's file: methods x images per class x seeds, each cell with the settings of all commands it takes, checked."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pad.commands.common import Common, words
+from pad.commands.coreset import CoresetSettings
+from pad.commands.distil import Distilling
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.record import BufferSettings
+from pad.commands.table import COMMANDS
+from pad.config import (
+    MODEL,
+    PLACE,
+    RECIPE,
+    SEED,
+    UNNAMED,
+    Device,
+    FilePath,
+    Role,
+    Settings,
+    Some,
+    checkout,
+    path_base,
+    read_yaml,
+    setting,
+)
+from pad.errors import InputError
+from pad.nn.networks import evaluation_pool
+from pad.store.identity import digest, nearest
+
+_KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates")
+_OWN = ("by", "buffer", "by_ipc")  # keys of a method that are not settings of its command
+_SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
+
+MakesSet = CoresetSettings | Distilling
+# What the images are, and what they are on, is the same for all cells
+_SHARED = Common.names(*(role for role in Role if role not in (MODEL, SEED)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Settings):
+    """scripts/study.py FILE: run a grid of methods, sizes and seeds on one data set, and report it."""
+
+    study: FilePath | None = setting(None, "YAML file of the study; may stand alone, as the first argument", RECIPE)
+    out: FilePath | None = setting(
+        None, "folder of all that is made; default: the file's out, or runs/studies/<its name> in the checkout", PLACE
+    )
+    data_path: FilePath | None = setting(None, "folder of the data set; default: the file's", PLACE)
+    device: Device | None = setting(None, "auto, cpu, cuda, cuda:1; default: the file's", PLACE)
+    methods: str = setting("", "only these of the file's methods, as DC,DM", RECIPE)
+    seeds: str = setting("", "only these seeds, as 0,1,2", SEED)
+    ipc: str = setting("", "only these sizes, as 1,10", RECIPE)
+
+    first_argument = "study"
+
+    def check(self) -> None:
+        super().check()
+        if self.study is None:
+            raise InputError("no study is named: give its YAML file, as configs/studies/cifar10.yaml")
+        for name, text in (("seeds", self.seeds), ("ipc", self.ipc)):
+            if not all(word.isascii() and word.isdigit() for word in words(text)):
+                raise InputError(f"{name}: {text!r} is not a list of whole numbers, as 0,1,2")
+
+    @property
+    def wanted(self) -> dict[str, list]:
+        """The methods, seeds and sizes that are asked for; none where all are meant."""
+        return {
+            "method": words(self.methods),
+            "seed": [int(word) for word in words(self.seeds)],
+            "ipc": [int(word) for word in words(self.ipc)],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method at one size with one seed: the settings of all commands it takes."""
+
+    method: str
+    ipc: int
+    seed: int
+    buffer: BufferSettings | None
+    distilling: MakesSet
+    evaluation: dict  # all settings but the set to evaluate, which is yet to be made
+    name: str  # of its files: says all settings
+    recipe: dict  # what the name stands for
+
+    @property
+    def about(self) -> str:
+        """The cell in words."""
+        return f"{self.method}, ipc {self.ipc}, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a study's file says, and where."""
+
+    where: str
+    out: Path
+    seeds: list[int]
+    sizes: list[int]
+    reference: str | None
+    common: Common  # data and device
+    shared: Mapping  # settings for every command that has them
+    buffers: Mapping
+    methods: Mapping
+    evaluation: Mapping
+
+    @classmethod
+    def read(cls, settings: StudySettings) -> "Grid":
+        """The file, and what flags say instead."""
+        where = str(settings.study)
+        content, base = read_yaml(where), path_base(Path(where))
+        _refuse_unknown(content, _KEYS, where)
+        parts = ("common", "buffers", "methods", "evaluation")
+        shared, buffers, methods, evaluation = (_mapping(content.get(key) or {}, f"{where}: {key}") for key in parts)
+        _refuse_unknown(shared, _names(by_study=False), f"{where}: common")
+        if not methods:
+            raise InputError(f"{where}: methods: there are none")
+        _refuse_bad_names(methods, f"{where}: methods")
+        _refuse_bad_names(buffers, f"{where}: buffers")
+        reference = content.get("reference")
+        if reference is not None and not (isinstance(reference, str) and reference in methods):
+            most_like = nearest(reference, methods)
+            raise InputError(f"{where}: reference: {reference!r} is not in methods; the nearest is {most_like}")
+        data = Common.with_paths({key: value for key, value in shared.items() if key in Common.fields()}, base)
+        if settings.data_path:
+            data["data_path"] = str(Path(settings.data_path).absolute())
+        if settings.device:
+            data["device"] = settings.device
+        try:
+            common = Common.resolve(data)
+            own = StudySettings.with_paths({"study": where, "out": content.get("out")}, base)
+            out = StudySettings.resolve(own | {"study": where}).out
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return cls(
+            where=where,
+            out=Path(settings.out or out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
+            seeds=_numbers(content.get("seeds", [0]), f"{where}: seeds", low=0),
+            sizes=_numbers(content.get("ipc"), f"{where}: ipc", low=1),
+            reference=reference,
+            common=common,
+            shared={key: value for key, value in shared.items() if key not in _SHARED},
+            buffers=buffers,
+            methods=methods,
+            evaluation=evaluation,
+        )
+
+    def cells(self) -> list[Cell]:
+        """All of them, seed by seed. Raises InputError for settings that a command does not take, naming the method."""
+        for method in self.methods:  # those of sizes that are not in the grid, too
+            for ipc in _mapping(self._entry(method).get("by_ipc") or {}, f"{self.where}: {method}: by_ipc"):
+                if type(ipc) is not int or ipc < 1:
+                    raise InputError(f"{self.where}: {method}: by_ipc: {ipc!r} is not a number of images per class")
+                self._cell(method, ipc, self.seeds[0])
+        every = itertools.product(self.seeds, self.sizes, self.methods)
+        return [self._cell(method, ipc, seed) for seed, ipc, method in every]
+
+    def wanted(self, settings: StudySettings, cells: list[Cell]) -> list[Cell]:
+        """Those of the cells that flags ask for."""
+        there = {"method": list(self.methods), "seed": self.seeds, "ipc": self.sizes}
+        for key, values in settings.wanted.items():
+            for value in values:
+                if value not in there[key]:
+                    raise InputError(f"{self.where} has no {key} {value}; the nearest is {nearest(value, there[key])}")
+            cells = [cell for cell in cells if getattr(cell, key) in (values or there[key])]
+        return cells
+
+    def _entry(self, method: str) -> Mapping:
+        return _mapping(self.methods[method], f"{self.where}: {method}")
+
+    def _cell(self, method: str, ipc: int, seed: int) -> Cell:
+        about = f"{self.where}: {method}"
+        entry = self._entry(method)
+        by = entry.get("by")
+        makers = _makers()
+        if not isinstance(by, str) or by not in makers:
+            raise InputError(f"{about}: by: {by!r} is not one of {', '.join(makers)}")
+        kind = makers[by]
+        own = {key: value for key, value in entry.items() if key not in _OWN}
+        own |= _mapping((entry.get("by_ipc") or {}).get(ipc) or {}, f"{about}: by_ipc: {ipc}")
+
+        buffer = self._buffer(entry.get("buffer"), about, seed)
+        decided: dict = {"ipc": ipc, "seed": seed}
+        if buffer is not None:
+            decided["buffer_path"] = buffer.buffer_path
+        if kind is not CoresetSettings and ("buffer_path" in kind.fields()) != (buffer is not None):
+            raise InputError(f"{about}: by: {by} {'has no use for a buffer' if buffer else 'needs a buffer'}")
+        made = self._resolve(kind, own, about, decided)
+        if buffer is not None and buffer.model != made.model:
+            raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
+        evaluation = f"{self.where}: evaluation"
+        scored = self._resolve(EvaluationSettings, self.evaluation, evaluation, {"seed": seed, **_SCORED})
+        if len(evaluation_pool(scored.eval_mode, scored.model)) > 1:
+            raise InputError(f"{evaluation}: eval_mode: {scored.eval_mode} is of several networks; a cell has one")
+        recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
+        name = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
+        if kind is CoresetSettings:
+            decided["out"] = str(self.out / "sets" / name)
+        else:
+            decided |= {"log_dir": str(self.out / "sets"), "name": name, "resume": True}
+        if "ranking_path" in kind.fields():
+            decided["ranking_path"] = self._rankings(made)
+        return Cell(
+            method=method,
+            ipc=ipc,
+            seed=seed,
+            buffer=buffer,
+            distilling=self._resolve(kind, own, about, decided),
+            evaluation={key: value for key, value in scored.as_dict().items() if key != "synthetic"},
+            name=name,
+            recipe=recipe,
+        )
+
+    def _buffer(self, name: str | None, about: str, seed: int) -> BufferSettings | None:
+        if name is None:
+            return None
+        if not isinstance(name, str) or name not in self.buffers:
+            most_like = nearest(name, self.buffers)
+            raise InputError(f"{about}: buffer: {name!r} is not in buffers; the nearest is {most_like}")
+        where = f"{self.where}: buffers: {name}"
+        given = _mapping(self.buffers[name], where)
+        buffer = self._resolve(BufferSettings, given, where, {"seed": seed})
+        folder = self.out / "buffers" / f"{slug(name)}-seed{seed}-{digest(_recipe(buffer), 8)}"
+        decided = {"seed": seed, "buffer_path": str(folder), "ranking_path": self._rankings(buffer)}
+        return self._resolve(BufferSettings, given, where, decided)
+
+    def _rankings(self, settings) -> str:
+        """The folder of rankings: one for all that score difficulty in the same way."""
+        data = {key: value for key, value in _recipe(self.common).items() if key in _SHARED}
+        recipe = {"data": data, "scoring": asdict(settings.scoring)}
+        return str(self.out / "rankings" / f"seed{settings.seed}-{digest(recipe, 8)}")
+
+    def _resolve(self, kind: type[Some], given: Mapping, about: str, decided: Mapping) -> Some:
+        """``kind`` from what is common, as far as it has these settings, from ``given`` and ``decided``."""
+        decided_by_study = _names(by_study=True)
+        for key in given:
+            if key in _SHARED:
+                raise InputError(f"{about}: {key} is the same for the whole study: it belongs in common")
+            if key in decided_by_study:
+                raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
+        common = {key: value for key, value in self.common.as_dict().items() if key in _SHARED}
+        common |= {key: value for key, value in self.shared.items() if key in kind.fields()}
+        try:
+            return kind.resolve({**common, **given, **decided})
+        except InputError as error:
+            raise InputError(f"{about}: {error}") from None
+
+
+def _makers() -> dict[str, type[MakesSet]]:
+    """The commands that make a synthetic set, by name."""
+    return {name: command.settings for name, command in COMMANDS.items() if issubclass(command.settings, MakesSet)}
+
+
+def _names(by_study: bool) -> set[str]:
+    """The settings of all commands that a cell takes, those that the study decides or the others."""
+    kinds: list[type[Settings]] = [BufferSettings, *_makers().values(), EvaluationSettings]
+    every = (item for kind in kinds for item in kind.fields().items())
+    return {name for name, field in every if field.metadata["by_study"] == by_study}
+
+
+def _recipe(settings: Settings) -> dict:
+    """All settings that say what comes out."""
+    return settings.of(*(role for role in Role if role not in UNNAMED))
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+
+
+def _refuse_bad_names(entries: Mapping, where: str) -> None:
+    """Raise InputError for a name that is not text, or that stands for the same files as another."""
+    slugs: dict[str, str] = {}
+    for name in entries:
+        if not isinstance(name, str) or any(character in name for character in ",|\n") or not slug(name):
+            raise InputError(
+                f"{where}: {name!r} is no name: a name is text without commas and |, with a letter or digit"
+            )
+        if slugs.setdefault(slug(name), name) != name:
+            raise InputError(f"{where}: {name!r} and {slugs[slug(name)]!r} are too much alike to name files")
+
+
+def _mapping(value, where: str) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is not a list of `key: value` lines")
+    return value
+
+
+def _refuse_unknown(content: Mapping, known: Iterable[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; the nearest is {nearest(key, known)}")
+
+
+def _numbers(values, where: str, low: int) -> list[int]:
+    values = [values] if type(values) is int else values
+    if not isinstance(values, list) or not values or not all(type(value) is int and value >= low for value in values):
+        raise InputError(f"{where}: {values!r} is not a list of whole numbers from {low} on")
+    return list(dict.fromkeys(values))
