@@ -64,8 +64,11 @@ def door(name: str, argv: list[str] | None = None) -> int:
     except InputError as error:  # the other processes did not come
         code = ranks.say(f"error: {error}", 2)
     except KeyboardInterrupt as stop:
-        message = f"interrupted; what was finished is kept\ngo on with: {_going_on(command, argv, ranks)}"
-        code = ranks.say(message, 143 if isinstance(stop, _Terminated) else 130)
+        if ranks.lost():  # torchrun ends the others when one has ended, maybe before they notice
+            code = _say_lost(PeerLost(), ranks)
+        else:
+            message = f"interrupted; what was finished is kept\ngo on with: {_going_on(command, argv, ranks)}"
+            code = ranks.say(message, 143 if isinstance(stop, _Terminated) else 130)
     except Exception:
         if ranks.size == 1:
             raise
@@ -118,11 +121,15 @@ def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
     except OSError as error:  # a full disk, a folder that went away
         return ranks.say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except PeerLost as error:
-        return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
+        return _say_lost(error, ranks)
     except Stopped as stop:  # those of a signal can be gone on with; others need other settings
         return ranks.say(
             f"{stop}\ngo on with: {_going_on(command, argv, ranks)}" if stop.code > 128 else str(stop), stop.code
         )
+
+
+def _say_lost(error: PeerLost, ranks: Ranks) -> int:
+    return ranks.say(f"\n{error}; what was finished is kept", 1)  # the bar of rank 0 may be unfinished above it
 
 
 def _going_on(command: Command, argv: list[str], ranks: Ranks) -> str:

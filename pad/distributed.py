@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -40,6 +41,9 @@ _NCCL_PATIENCE = timedelta(minutes=30)
 class PeerLost(Exception):
     """Another process of the run ended, so this one cannot go on."""
 
+    def __init__(self, how: str = ""):
+        super().__init__(f"another process of this run ended, so this one cannot go on{how and f' ({how})'}")
+
 
 class Ranks:
     """This process among those of the run.
@@ -55,6 +59,7 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self._store: dist.Store | None = None
         self._nccl: dist.ProcessGroup | None = None
+        self._beside: list[int] = []  # process ids of the ranks on this machine
 
     @property
     def is_main(self) -> bool:
@@ -159,6 +164,18 @@ class Ranks:
         self._nccl = group
         return device
 
+    def lost(self) -> bool:
+        """Whether a rank on this machine has ended. May be called by one rank alone."""
+
+        def ended(process: int) -> bool:
+            try:
+                os.kill(process, 0)
+            except OSError as error:
+                return isinstance(error, ProcessLookupError)
+            return False
+
+        return any(map(ended, self._beside))
+
     def say(self, message: str, code: int) -> int:
         """Say on stderr how the run ends, unless another rank has; returns the exit code: that of who was first.
 
@@ -205,8 +222,10 @@ def join() -> Ranks:
         return ALONE
     try:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-        store.set(f"here {rank}", "")
+        machine = f"{socket.gethostname()} "
+        store.set(f"here {rank}", f"{machine}{os.getpid()}")
         store.wait([f"here {other}" for other in range(size)], _MEETING)
+        here = [store.get(f"here {other}").decode() for other in range(size)]
         # All are there; from here on the patience is for their work.
         group = dist.PrefixStore("group", store)
         dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=_PATIENCE)
@@ -214,6 +233,7 @@ def join() -> Ranks:
         raise InputError(f"the processes of this run do not find each other ({_line(error)})") from None
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     ranks._store = store
+    ranks._beside = [int(other.removeprefix(machine)) for other in here if other.startswith(machine)]
     return ranks
 
 
@@ -223,7 +243,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's errors; torch's own for NCCL are among them
-        raise PeerLost(f"another process of this run ended, so this one cannot go on ({_line(error)})") from error
+        raise PeerLost(_line(error)) from error
 
 
 def _line(error: Exception) -> str:

@@ -224,6 +224,25 @@ def children(parent: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["one killed", "all told"])
+def test_a_survivor_told_to_end_before_it_notices_says_why(tmp_path, killed):
+    """As torchrun does it. While experts are trained, no rank asks for another."""
+
+    def end(processes):
+        wait_for(lambda: len([*(tmp_path / "buffer").rglob("*.partial")]) == 2, 100)
+        if killed:
+            processes[0].kill()
+            processes[0].join()
+        for process in processes[killed:]:
+            os.kill(process.pid, signal.SIGTERM)
+
+    codes, _, err = two_ranks(tmp_path, cli.buffer, [*record_args(tmp_path), "--train_epochs", "2000"], end)
+    said = "".join(err)
+    assert codes == ([-signal.SIGKILL, 1] if killed else [143, 143]), (codes, said)
+    sentences = ("another process of this run ended, so this one cannot go on; what was", "interrupted; what was")
+    assert [said.count(sentence) for sentence in sentences] == [killed, not killed], said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 def test_a_killed_process_ends_torchrun_with_a_sentence(one, tmp_path):
