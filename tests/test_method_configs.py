@@ -134,7 +134,9 @@ for n in IPCS:
     for method, share in (("DC", 0.25), ("DM", 0.5)):
         FACTS[f"{method}-filtered", n] = without(FACTS[method, n], "depth_ratio")
         OURS[f"{method}-filtered", n] = OURS[method, n] | FILTERED[n] | {"depth_ratio": share}
-FACTS["TESLA", 1], OURS["TESLA", 1] = TESLA_WHOLE | inner(False, 50, 5, 1000, 1e-7, 0.01), {"batch_syn": None}
+# TESLA's code has lr_img 1000, and loses a factor of 2 in the gradient of the images.
+FACTS["TESLA", 1] = without(TESLA_WHOLE | inner(False, 50, 5, 1000, 1e-7, 0.01), "lr_img")
+OURS["TESLA", 1] = {"batch_syn": None, "lr_img": 1000 / 2}
 
 TRAJECTORY = ("MTT", "FTD", "DATM", "TESLA")
 DEFINING = {  # keys that PAD's files do not have
@@ -178,7 +180,7 @@ OF_SGD = {"buffer_path": ("../buffer_storage/", "../buffer_storage_sgd/")}
 OF_GSAM = {"buffer_path": ("../buffer_storage/", "../buffer_storage_gsam/")}
 SHORTER = {"Iteration": ("10000", "5000")}  # MTT, FTD
 EARLIER = {1: {"max_start_epoch": ("4", "2")}, 10: {}, 50: {}}  # MTT, FTD
-TESLAS = {1: {"zca": ("True", "False"), "max_start_epoch": ("4", "5"), "lr_img": ("100", "1000")}, 10: {}, 50: {}}
+TESLAS = {1: {"zca": ("True", "False"), "max_start_epoch": ("4", "5"), "lr_img": ("100", "500")}, 10: {}, 50: {}}
 DATMS = {
     1: {},
     10: {"depth_ratio": ("0.5", "0")},
