@@ -135,10 +135,11 @@ def grad_match(evidence: Evidence, rng: torch.Generator | None = None, ridge: fl
     """GradMatch (arXiv 2103.00123): orthogonal matching pursuit of the class's mean last-layer gradient g.
 
     argmax_j <g_j, g - sum of w_i g_i over S>, weights w that minimise ||g - sum of w_i g_i||^2 + ``ridge`` ||w||^2,
-    anew for each pick. As in DeepCore the weights within the pursuit are unconstrained and the ridge is 1; the largest
-    product is taken, not the largest absolute one, as weights should become positive. First: images of large
-    gradients along the mean one, usually misclassified; last: what the residual has nothing of. Where all gradients are
-    zero the order is that of the data. The ridge keeps the factor regular however many images are selected.
+    anew for each pick. As in DeepCore the weights within the pursuit are unconstrained and the ridge is 1; but DeepCore
+    divides the gradients by the batch size and has no ridge at the first pick. The largest product is taken, not the
+    largest absolute one, as weights should become positive. First: images of large gradients along the mean one,
+    usually misclassified; last: what the residual has nothing of. Where all gradients are zero the order is that of the
+    data. The ridge keeps the factor regular however many images are selected.
     n^2 (D + K), then 2 n^3 in matrix products for all picks.
     """
     products = gradient_products(evidence)

@@ -26,7 +26,7 @@ class ScoringSettings:
 
     The defaults are DeepCore's for selection (arXiv 2204.08499): ten networks of 40 epochs, SGD with Nesterov momentum,
     a constant learning rate, no augmentation. Ours alone: networks and preprocessing are this toolkit's, and scores are
-    exact gradient norms, where DeepCore feeds softmax outputs to a cross-entropy that applies softmax again.
+    norms of each image's own gradient, where DeepCore's GraNd is divided by the batch size.
     The paper that proposed GraNd and EL2N augments and takes them early (epochs of 10 to 20).
 
     Args:
