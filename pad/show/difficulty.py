@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pad.difficulty.ranking import Ranking
-from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
 from pad.show.figures import BLUE, GREY, ORANGE, new_figure, save_figure
 from pad.show.pictures import image_grid
@@ -23,61 +22,40 @@ if TYPE_CHECKING:
 
 PANELS = 20  # classes that have a histogram each; more are shown by their quantiles
 NAMES = 60  # class names that fit under one axis
+CLASSES = 20  # of which images are shown
+EXTREMES = 8  # images of a class that are shown from either end
 
 
 def plot_all(
-    folder: Path | str,
+    folder: Path,
     rankings: dict[str, Ranking],
     images: Tensor,
     class_names: Sequence[str],
-    curriculum: Curriculum | None = None,
-    epochs: int | None = None,
-) -> list[Path]:
-    """Write every picture there is to make of ``rankings`` (method -> ranking) as PNG files; returns their paths.
+    curriculum: Curriculum,
+    epochs: int,
+) -> None:
+    """Write every picture there is to make of ``rankings`` (method -> ranking) as PNG files.
 
     ``scores_<method>.png`` where there are scores, ``images_<method>.png``, ``correlation.png`` of two or more methods,
-    and with a ``curriculum`` and its number of ``epochs`` ``curriculum.png``, for the largest class.
-    images ``[N, C, H, W]`` by data-set index, as a person sees them: uint8, or float in [0, 1].
-    Raises InputError, before anything is written, when the rankings are not of these images and classes.
+    and ``curriculum.png``, of the ``curriculum`` over ``epochs`` epochs in the largest class.
+    images uint8 ``[N, C, H, W]`` by data-set index; all rankings are of these images and of the named classes.
     """
     for method, ranking in rankings.items():
-        ranked = sum(len(row) for row in ranking.rows)
-        if (ranked, len(ranking.rows)) != (len(images), len(class_names)):
-            raise InputError(
-                f"the ranking {method} is of {ranked} images in {len(ranking.rows)} classes, but {len(images)} images "
-                f"and {len(class_names)} class names were given"
-            )
-    folder = Path(folder)
-    written = []
-
-    def save(name: str, picture: Figure | np.ndarray) -> None:
-        path = folder / name
-        if isinstance(picture, np.ndarray):
-            save_picture(path, picture)
-        else:
-            save_figure(path, picture)
-        written.append(path)
-
-    for method, ranking in rankings.items():
         if ranking.scores is not None:
-            save(f"scores_{method}.png", plot_scores(ranking, class_names, method))
-        save(f"images_{method}.png", extremes(ranking, images, class_names, method))
+            save_figure(folder / f"scores_{method}.png", plot_scores(ranking, class_names, method))
+        save_picture(folder / f"images_{method}.png", extremes(ranking, images, class_names, method))
     if len(rankings) > 1:
-        save("correlation.png", plot_correlation(rank_correlation(rankings), list(rankings)))
-    if curriculum is not None and epochs:
-        largest = max(len(row) for ranking in rankings.values() for row in ranking.rows)
-        save("curriculum.png", plot_curriculum(curriculum, epochs, largest))
-    return written
+        save_figure(folder / "correlation.png", plot_correlation(rank_correlation(rankings), list(rankings)))
+    largest = max(len(row) for ranking in rankings.values() for row in ranking.rows)
+    save_figure(folder / "curriculum.png", plot_curriculum(curriculum, epochs, largest))
 
 
 def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Figure:
     """How a ranking's scores are distributed in each class: up to 20 classes as histograms, more by their quantiles.
 
-    The scale is logarithmic where the scores are positive and span more than two decades.
-    Raises InputError for a ranking without scores.
+    The scale is logarithmic where the scores are positive and span more than two decades. The ranking must have scores.
     """
-    if ranking.scores is None:
-        raise InputError(f"the ranking {method} has an order only, no scores to plot")
+    assert ranking.scores is not None, method
     scores = [ranking.scores[row].numpy() for row in ranking.rows]
     everything = np.concatenate(scores)
     low, high = np.quantile(everything, (0.01, 0.99))
@@ -164,28 +142,25 @@ def _short(name: object, length: int) -> str:
     return name if len(name) <= length else name[: length - 1].rstrip(" ,") + "…"
 
 
-def extremes(
-    ranking: Ranking, images: Tensor, class_names: Sequence[str], method: str, count: int = 8, max_classes: int = 20
-) -> np.ndarray:
-    """The easiest (first) ``count`` images of each class on the left, its hardest on the right, easiest first in both.
+def extremes(ranking: Ranking, images: Tensor, class_names: Sequence[str], method: str) -> np.ndarray:
+    """The easiest (first) 8 images of each class on the left, its 8 hardest on the right, easiest first in both.
 
-    images ``[N, 1 or 3, H, W]`` by data-set index, uint8 or float in [0, 1]. At most ``max_classes`` classes are shown,
-    evenly chosen, as the caption says. A class with fewer than ``2 count`` images has some on both sides.
+    images ``[N, 1 or 3, H, W]`` uint8 by data-set index. At most 20 classes are shown, evenly chosen, as the caption
+    says. A class with fewer than 16 images has some on both sides.
     Returns uint8 ``[height, width, 3]``. Raises InputError when there are neither 1 nor 3 channels.
     """
     total = len(ranking.rows)
-    shown = torch.linspace(0, total - 1, min(max_classes, total)).round().long().tolist()
+    shown = torch.linspace(0, total - 1, min(CLASSES, total)).round().long().tolist()
     first, last = ("easiest", "hardest") if ranking.scores is not None else ("first", "last")  # an order, or not known
     of_all = f" ({len(shown)} of {total} classes, evenly chosen)" if total > len(shown) else ""
-    sides = {f"{method}: {first} of each class": slice(None, count)}
-    sides[f"{method}: {last} of each class{of_all}"] = slice(-count, None)
+    sides = {f"{method}: {first} of each class": slice(None, EXTREMES)}
+    sides[f"{method}: {last} of each class{of_all}"] = slice(-EXTREMES, None)
     blocks = []
     for caption, side in sides.items():
         rows = [ranking.rows[c][side] for c in shown]
-        pixels = images[torch.cat(rows).to(images.device)]
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        pixels = images[torch.cat(rows)].float() / 255
         classes = torch.tensor(shown).repeat_interleave(torch.tensor([len(row) for row in rows]))
-        blocks.append(image_grid(pixels, classes, class_names, caption=caption, max_per_class=count))
+        blocks.append(image_grid(pixels, classes, class_names, caption=caption))
     return np.concatenate(blocks, axis=1)
 
 
@@ -193,19 +168,10 @@ def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
     """How far methods agree on the order within a class: ``[m, m]`` float64, symmetric, in -1..1, 1 on the diagonal.
 
     The mean over classes of Spearman's correlation of the images' places in their rows; classes of one image, which
-    have no order, do not count (NaN when no class has two). Raises InputError when the rankings are not of the same
-    images.
+    have no order, do not count (NaN when no class has two). All rankings are of the same images.
     """
     total = torch.zeros(len(rankings), len(rankings), dtype=torch.float64)
     classes = 0
-    first, *others = rankings
-    for method in others:
-        same = len(rankings[method].rows) == len(rankings[first].rows) and all(
-            torch.equal(one.sort().values, other.sort().values)
-            for one, other in zip(rankings[method].rows, rankings[first].rows)
-        )
-        if not same:
-            raise InputError(f"the rankings {first} and {method} are not of the same images, so nothing to correlate")
     for rows in zip(*(ranking.rows for ranking in rankings.values())):
         if len(rows[0]) > 1:
             # argsort turns "which image is in this place" into "which place has this image", a rank without ties

@@ -20,24 +20,19 @@ GAP = 2  # between tiles
 BLOCK_GAP = 28  # between columns of classes
 LABEL_GAP = 8  # between a class's name and its tiles
 ROWS = 25  # of classes in a column
+PER_CLASS = 10  # images that are shown
 MAX_TILES = 500  # in a picture: some 2000 x 1700 pixels at 64 per tile
 INK = (32, 32, 32)
 
 
 def image_grid(
-    pixels: Tensor,
-    classes: Tensor,
-    class_names: Sequence[str],
-    *,
-    caption: str = "",
-    max_per_class: int = 10,
-    scale: int | None = None,
+    pixels: Tensor, classes: Tensor, class_names: Sequence[str], *, caption: str = "", scale: int | None = None
 ) -> np.ndarray:
     """A picture of images, one row per class with its name at the left, on white. Returns uint8 [height, width, 3].
 
     pixels [N, 1 or 3, H, W] in [0, 1]; classes [N] int64, in any order. Rows come by class number, the images of a row
-    in the order given. At most ``max_per_class`` images of a class and 500 images in all are shown; the caption says
-    when that leaves some out. More than 25 classes stand in several columns. ``scale``: whole-number enlargement,
+    in the order given. At most 10 images of a class and 500 images in all are shown; the caption says when that leaves
+    some out. More than 25 classes stand in several columns. ``scale``: whole-number enlargement,
     without smoothing; None: to tiles of 64 pixels or more. Raises InputError when there are neither 1 nor 3 channels.
     """
     channels, height, width = pixels.shape[1:]
@@ -45,7 +40,7 @@ def image_grid(
         raise InputError(f"a picture needs images of 1 or 3 channels; these have {channels}")
     scale = scale or math.ceil(64 / max(height, width))
     present, sizes = classes.cpu().unique(return_counts=True)
-    columns = min(int(sizes.max()), max_per_class)
+    columns = min(int(sizes.max()), PER_CLASS)
     shown = present[: max(1, MAX_TILES // columns)].tolist()
     notes = [caption] if caption else []
     if columns < sizes.max():
