@@ -101,7 +101,7 @@ class Scoring(Common, ABC):
 
     @property
     def scoring(self) -> ScoringSettings:
-        """How the scoring networks are trained. Raises InputError for what is out of range."""
+        """How the scoring networks are trained."""
         return self.fill(ScoringSettings, self.scoring_prefix, model=getattr(self, "score_model", None) or self.model)
 
     @property

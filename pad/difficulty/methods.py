@@ -263,9 +263,6 @@ def score_images(
     that ``keep`` has are not trained. Raises InputError when a network diverges, and for a model or method that does
     not fit.
     """
-    for name in methods:
-        if METHODS[name].needs == "training" and task.settings.epochs == 0:
-            raise InputError(f"{name} watches networks being trained, so it needs 1 epoch or more")
     repeats = task.settings.repeats
     networks = range(repeats if methods else int(evidence))
 

@@ -1,6 +1,5 @@
 """The short training runs that difficulty is taken from, each shared by all methods that are asked for."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 
@@ -8,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
+from pad.data.augment import DSA, NoAugmentation, augment
 from pad.data.placement import Images, batches, to_device
-from pad.errors import InputError
 from pad.nn.fused import forward_of
 from pad.nn.networks import Network, build
 from pad.rng import generator
@@ -22,7 +20,7 @@ Observer = Callable[[Tensor, Tensor], None]  # called with (indices [B], logits 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How the networks are trained that score images. Raises InputError for a value out of range.
+    """How the networks are trained that score images. The commands' settings have the ranges.
 
     The defaults are DeepCore's for selection (arXiv 2204.08499): ten networks of 40 epochs, SGD with Nesterov momentum,
     a constant learning rate, no augmentation. Ours alone: networks and preprocessing are this toolkit's, and scores are
@@ -47,21 +45,6 @@ class ScoringSettings:
     batch: int = 256
     augmentation: str = "none"
 
-    def __post_init__(self):
-        def need(name: str, valid: bool, what: str) -> None:
-            if not valid:
-                raise InputError(f"scoring: {name} is {getattr(self, name)!r}; it must be {what}")
-
-        need("repeats", self.repeats >= 1, "1 or more")
-        need("epochs", self.epochs >= 0, "0 or more")
-        need("lr", 0 < self.lr < math.inf, "a positive number")
-        need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-        need("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
-        need("batch", self.batch >= 1, "1 or more")
-        kinds = DSA_STRATEGY.split("_")
-        known = self.augmentation == "none" or set(self.augmentation.split("_")) <= set(kinds)
-        need("augmentation", known, f"none, or names joined by _ out of {', '.join(kinds)}")
-
 
 @dataclass(frozen=True, eq=False)
 class ScoringTraining:
@@ -83,7 +66,7 @@ class ScoringTraining:
 
         Up to an epoch it does not depend on how many follow. ``observer(indices, logits)`` is called with each step's
         indices ``[B]`` and logits ``[B, K]``, which are those before the step, of the images as augmented; both on the
-        device. Raises InputError as :func:`pad.nn.networks.build` does.
+        device. Raises InputError as :func:`pad.nn.networks.build` and :class:`pad.data.augment.DSA` do.
         """
         settings = self.settings
         channels, height, width = self.images.shape[1:]
