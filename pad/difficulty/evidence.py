@@ -5,8 +5,6 @@ layer's input and e_i = p_i - y_i the error. So the inner product of two gradien
 nobody needs the ``[n, K (D + 1)]`` gradients themselves.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +30,12 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of(self, indices: Tensor) -> Evidence:
+    def of(self, indices: Tensor) -> "Evidence":
         """The same of some images, such as those of one class; ``indices [m]`` int64 or a mask ``[n]``."""
         indices = indices.to(self.labels.device)
         return Evidence(self.features[indices], self.logits[indices], self.labels[indices])
 
-    def to(self, device: torch.device | str) -> Evidence:
+    def to(self, device: torch.device | str) -> "Evidence":
         """The same on ``device``."""
         return Evidence(self.features.to(device), self.logits.to(device), self.labels.to(device))
 

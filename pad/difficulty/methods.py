@@ -5,18 +5,17 @@ which a greedy selection takes the images of a class, by the first of these netw
 shared by all that are asked for, so that they cost little more than the dearest of them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pad.data.images import ImageData
 from pad.data.placement import Images
 from pad.difficulty import orderings
 from pad.difficulty import scores as formulas
@@ -29,9 +28,6 @@ from pad.nn.networks import Network
 from pad.rng import generator
 from pad.store.identity import nearest
 from pad.store.tensors import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from pad.data.images import ImageData
 
 log = logging.getLogger("pad")
 

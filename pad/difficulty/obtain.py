@@ -1,7 +1,5 @@
 """Finding a difficulty ranking, or computing and keeping it."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

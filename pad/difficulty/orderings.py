@@ -10,8 +10,6 @@ matrices, except for Uniform. N images in C equal classes cost C times that with
 with C. Computation is in float64, on the device of the evidence, and draws are made on the CPU.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

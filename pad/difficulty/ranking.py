@@ -4,8 +4,6 @@
 ``<NAME>_<METHOD>.pt`` is the published one, a bare int64 tensor ``[num_classes, n_per_class]`` (arXiv 2408.03360).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ class Ranking:
     metadata: dict
 
     @classmethod
-    def from_scores(cls, scores: Tensor, labels: Tensor, num_classes: int, metadata: dict) -> Ranking:
+    def from_scores(cls, scores: Tensor, labels: Tensor, num_classes: int, metadata: dict) -> "Ranking":
         """Rank by ``scores [N]``, low = easy, for ``labels [N]``; images of equal score stay in data-set order.
 
         Raises InputError when a score is not finite, the counts differ, or a class has no image.
@@ -99,7 +97,7 @@ class Ranking:
         save_tensors(path, tensors, {**self.metadata, "kind": KIND, "format": FORMAT})
 
     @classmethod
-    def load(cls, path: Path | str) -> Ranking:
+    def load(cls, path: Path | str) -> "Ranking":
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged or something else."""
         tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
         if not _are_a_ranking(tensors):

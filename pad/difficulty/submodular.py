@@ -5,8 +5,6 @@ multiples of 2^-24, so that sums of them in float64 are exact for some 100 milli
 order of summation, and images that are tied are tied exactly.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

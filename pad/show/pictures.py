@@ -1,7 +1,5 @@
 """Pictures of images, one row per class."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

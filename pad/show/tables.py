@@ -1,7 +1,5 @@
 """Results as a table of plain text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 

@@ -1,7 +1,5 @@
 """What follows a run from outside: TensorBoard, Weights & Biases."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
