@@ -219,7 +219,7 @@ def test_the_published_curriculum_is_the_default():
 )
 def test_unknown_names_are_refused(wrong, sentence):
     with pytest.raises(InputError, match=sentence):
-        Curriculum(**wrong)
+        BufferSettings.resolve(wrong)
 
 
 def test_where_a_ranking_is_needed_by_other_schedules():

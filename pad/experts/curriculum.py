@@ -7,7 +7,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from pad.errors import InputError
 from pad.shares import exact_share
 
 ADD_SCHEDULES = ("linear", "root", "geometric")
@@ -37,8 +36,6 @@ class Curriculum:
     other by the same amount every epoch: rm_easy_ratio_first + (rm_easy_ratio_second - rm_easy_ratio_first) s, with
     s = (e - rm_epoch_first - 1) / (rm_epoch_second - rm_epoch_first). So both remove the same at rm_epoch_first + 1,
     the first epoch that removes any, and from rm_epoch_second + 1 on; rm_easy_ratio_first = 0 begins with none.
-
-    Raises InputError for a schedule or removal of another name.
     """
 
     init_ratio: float = 1.0
@@ -50,11 +47,6 @@ class Curriculum:
     _: KW_ONLY
     add_schedule: str = "linear"
     removal: str = "step"
-
-    def __post_init__(self):
-        for name, known in (("add_schedule", ADD_SCHEDULES), ("removal", REMOVALS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
 
     def window(self, epoch: int, n: int) -> tuple[int, int]:
         """The slice [first, last) of a class of ``n`` images, ranked easiest first, that epoch ``epoch`` uses."""
