@@ -34,7 +34,7 @@ log = logging.getLogger("pad")
 Needs = Literal["nothing", "evidence", "network", "training"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """A way to rank the images of each class. To have one of your own, put it into ``METHODS``, from any module::
 
@@ -57,8 +57,8 @@ class Method:
 
     kind: Literal["score", "order"]
     summary: str
-    needs: Needs
     compute: Callable[..., Any]
+    needs: Needs = "evidence"
 
     def __post_init__(self):
         of_kind = {"score": ("evidence", "network", "training"), "order": ("nothing", "evidence")}
@@ -66,33 +66,29 @@ class Method:
             raise ValueError(f"a difficulty method of kind {self.kind} cannot need {self.needs}")
 
 
-def _score(summary: str, compute: Callable[..., Any], needs: Needs = "evidence") -> Method:
-    return Method(kind="score", summary=summary, needs=needs, compute=compute)
-
-
-def _order(summary: str, compute: Callable[..., Any], needs: Needs = "evidence") -> Method:
-    return Method(kind="order", summary=summary, needs=needs, compute=compute)
-
-
 METHODS: dict[str, Method] = {
-    "GraNd": _score("small gradient of the loss", lambda of: formulas.grand(of.logits, of.features, of.labels)),
-    "EL2N": _score("small error", lambda of: formulas.el2n(of.logits, of.labels)),
-    "Uncertainty-LeastConfidence": _score("high confidence", lambda of: formulas.least_confidence(of.logits)),
-    "Uncertainty-Entropy": _score("low entropy of the prediction", lambda of: formulas.entropy(of.logits)),
-    "Uncertainty-Margin": _score("wide margin between two classes", lambda of: formulas.margin(of.logits)),
-    "Forgetting": _score("seldom forgotten in training", formulas.ForgettingEvents, "training"),
-    "CAL": _score("predicted as its neighbours are", lambda of: formulas.cal(of.features, of.logits)),
-    "DeepFool": _score("far from the decision boundary", formulas.deepfool, "network"),
-    "Herding": _order("those that keep the mean of the features", orderings.herding),
-    "kCenterGreedy": _order("those farthest from what is selected, in features", orderings.k_center_greedy),
-    "ContextualDiversity": _order("those predicted unlike what is selected", orderings.contextual_diversity),
-    "Craig": _order("those whose gradients stand for most others'", orderings.craig),
-    "GradMatch": _order("those whose gradients make up the class's", orderings.grad_match),
-    "Glister": _order("those that lower the loss on the class most", orderings.glister),
-    "Submodular-FacilityLocation": _order("those that most others resemble", orderings.facility_location),
-    "Submodular-GraphCut": _order("those that resemble the class, but not what is selected", orderings.graph_cut),
-    "Submodular-LogDeterminant": _order("those that span the most volume", orderings.log_determinant),
-    "Uniform": _order("any: a random order", orderings.uniform, "nothing"),
+    "GraNd": Method(
+        "score", "small gradient of the loss", lambda of: formulas.grand(of.logits, of.features, of.labels)
+    ),
+    "EL2N": Method("score", "small error", lambda of: formulas.el2n(of.logits, of.labels)),
+    "Uncertainty-LeastConfidence": Method("score", "high confidence", lambda of: formulas.least_confidence(of.logits)),
+    "Uncertainty-Entropy": Method("score", "low entropy of the prediction", lambda of: formulas.entropy(of.logits)),
+    "Uncertainty-Margin": Method("score", "wide margin between two classes", lambda of: formulas.margin(of.logits)),
+    "Forgetting": Method("score", "seldom forgotten in training", formulas.ForgettingEvents, "training"),
+    "CAL": Method("score", "predicted as its neighbours are", lambda of: formulas.cal(of.features, of.logits)),
+    "DeepFool": Method("score", "far from the decision boundary", formulas.deepfool, "network"),
+    "Herding": Method("order", "those that keep the mean of the features", orderings.herding),
+    "kCenterGreedy": Method("order", "those farthest from what is selected, in features", orderings.k_center_greedy),
+    "ContextualDiversity": Method("order", "those predicted unlike what is selected", orderings.contextual_diversity),
+    "Craig": Method("order", "those whose gradients stand for most others'", orderings.craig),
+    "GradMatch": Method("order", "those whose gradients make up the class's", orderings.grad_match),
+    "Glister": Method("order", "those that lower the loss on the class most", orderings.glister),
+    "Submodular-FacilityLocation": Method("order", "those that most others resemble", orderings.facility_location),
+    "Submodular-GraphCut": Method(
+        "order", "those that resemble the class, but not what is selected", orderings.graph_cut
+    ),
+    "Submodular-LogDeterminant": Method("order", "those that span the most volume", orderings.log_determinant),
+    "Uniform": Method("order", "any: a random order", orderings.uniform, "nothing"),
 }
 
 
