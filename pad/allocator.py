@@ -1,5 +1,6 @@
 """What a process sets up for speed before its first tensor: how memory is handed out, where compiled code is kept."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -32,9 +33,20 @@ def keep_compiled_code() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def cache_folder() -> Path:
-    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing."""
-    return Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
+def cache_folder() -> Path | None:
+    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing.
+
+    None where there can be none: the user has no home, may not enter the folder, or its name is not UTF-8, which
+    libraries and safetensors files cannot be loaded from.
+    """
+    try:
+        folder = Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser().absolute()
+        str(folder).encode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()
+    except (RuntimeError, UnicodeEncodeError, OSError):
+        return None
+    return folder
 
 
 def compiled_folder() -> Path | None:
@@ -42,7 +54,9 @@ def compiled_folder() -> Path | None:
 
     Code is for one kind of CPU, and a home folder may be shared by several, so each kind has a folder of its own.
     """
-    cache_dir = cache_folder().absolute()
+    cache_dir = cache_folder()
+    if cache_dir is None:
+        return None
     parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
         return cache_dir / f"compiled-{_cpu()}"

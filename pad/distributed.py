@@ -218,7 +218,7 @@ def join() -> Ranks:
     Messages and CPU tensors go by gloo; :meth:`Ranks.place` adds NCCL for CUDA tensors. Raises InputError when the
     other processes do not come.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _launched("WORLD_SIZE", 1) == 1:
         return ALONE
     try:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
@@ -231,10 +231,19 @@ def join() -> Ranks:
         dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of this run do not find each other ({_line(error)})") from None
-    ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    ranks = Ranks(rank, size, _launched("LOCAL_RANK", rank), _launched("LOCAL_WORLD_SIZE", size))
     ranks._store = store
     ranks._beside = [int(other.removeprefix(machine)) for other in here if other.startswith(machine)]
     return ranks
+
+
+def _launched(name: str, default: int) -> int:
+    """A launcher's variable; an empty one is as none."""
+    value = os.environ.get(name) or default
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"{name}={value} in the environment is no number; unset it, or start with torchrun") from None
 
 
 @contextlib.contextmanager

@@ -143,7 +143,11 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
     # of what it is made from, not of its floats: those may differ in the last bit from machine to machine
     name = digest(["zca", ZCA_VERSION, ZCA_EPS, data.fingerprint], 32)
     identity = {"kind": "zca", "eps": ZCA_EPS, "shape": shape, "digest": name}
-    path = Path(cache_dir or cache_folder()).expanduser() / f"zca-{name}.safetensors"
+    folder = cache_dir or cache_folder()
+    if folder is None:
+        log.warning("the fitted ZCA is not kept: there is no folder for it; name one in PAD_CACHE")
+        return ZCA(identity, _fit_zca(data.train_images))
+    path = Path(folder).expanduser() / f"zca-{name}.safetensors"
     there = path.is_file()
     if there and (kept := _kept_zca(path, identity, dimensions)) is not None:
         return kept.to(device)

@@ -44,6 +44,7 @@ def library() -> ctypes.CDLL | None:
         key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version])).hexdigest()[:16]
         folder = compiled_folder()
         if folder is None:
+            log.warning("the CPU kernels are built anew each time: there is no folder for them; name one in PAD_CACHE")
             with tempfile.TemporaryDirectory() as scratch:
                 return ctypes.CDLL(str(_build(compiler, Path(scratch))))
         built = folder / f"block-{key}.so"
