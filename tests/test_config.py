@@ -281,6 +281,7 @@ EVALUATION_FLAGS = {
     "zca": None,
     "lr_teacher": "0.01",
     "no_aug": "False",
+    "parall_eva": "False",
     "data_dir": "i.pt",
     "label_dir": "l.pt",
     "lr_dir": "r.pt",
@@ -344,7 +345,7 @@ DISTILL_KEYS = {
 }
 DEAD = {  # what does nothing, in the published code or here, and must be said to
     BufferSettings: {"batch_real", "add_hard", "rm_easy", "max_ratio", "decay", "save_interval"},
-    EvaluationSettings: {"batch_real", "lr_teacher", "no_aug"},
+    EvaluationSettings: {"batch_real", "lr_teacher", "no_aug", "parall_eva"},
     DistillSettings: {
         "batch_real",
         "lr_init",

@@ -41,7 +41,7 @@ log = logging.getLogger("pad")
 class EvaluationSettings(Evaluating, Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
 
-    batch_train: int = setting(128, "batch size for training networks", REPORT, low=1)
+    batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
     data_dir: FilePath | None = setting(None, "images_*.pt of a published set", RECIPE, by_study=True)
     label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
     lr_dir: FilePath | None = setting(None, "lr_*.pt of a published set", RECIPE, by_study=True)
@@ -64,6 +64,7 @@ class EvaluationSettings(Evaluating, Ranked):
         "batch_real": "nothing reads it",
         "lr_teacher": "a synthetic set brings its learning rate",
         "no_aug": "it is about matching, in the second stage",
+        "parall_eva": "torchrun deals networks to several devices",
     }
 
     def check(self) -> None:
