@@ -20,7 +20,7 @@ from pad import config, distributed
 from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
-from pad.errors import InputError, Stopped
+from pad.errors import InputError, Stopped, is_of_memory
 from pad.study.study import StudySettings
 from pad.study.study import study as run_study
 
@@ -120,6 +120,13 @@ def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
         return ranks.say(f"error: {' '.join(str(error).splitlines())}", 2)
     except OSError as error:  # a full disk, a folder that went away
         return ranks.say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_of_memory(error):
+            raise
+        fields = command.settings.fields()
+        less = ", ".join(f"--{name}" for name, field in fields.items() if field.metadata["memory"])
+        less += " or give --zca False" if "zca" in fields else ""
+        return ranks.say(f"error: not enough memory; {f'lower {less}; ' if less else ''}what was finished is kept", 1)
     except PeerLost as error:
         return _say_lost(error, ranks)
     except Stopped as stop:  # those of a signal can be gone on with; others need other settings

@@ -83,14 +83,17 @@ def setting(
     below: float | None = None,
     choices: typing.Collection[str] = (),
     by_study: bool = False,
+    memory: bool = False,
 ) -> typing.Any:
     """A field of :class:`Settings`.
 
     ``low`` to ``below``: the range of a number. ``choices``: the words it may be. ``by_study``: in a study the study
-    decides it, and its file may not.
+    decides it, and its file may not. ``memory``: less of it needs less memory.
     """
     limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": help, "role": role, "by_study": by_study, **limits})
+    return field(
+        default=default, metadata={"help": help, "role": role, "by_study": by_study, "memory": memory, **limits}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

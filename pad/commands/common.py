@@ -39,7 +39,9 @@ class Common(Settings):
 
     dataset: str = setting("CIFAR10", "data set", DATA)
     subset: str | None = setting("imagenette", "ImageNet subset; read only when dataset is ImageNet", DATA)
-    res: int | None = setting(None, "side of the images in pixels; default: the data set's own", DATA, low=4)
+    res: int | None = setting(
+        None, "side of the images in pixels; default: the data set's own", DATA, low=4, memory=True
+    )
     data_path: FilePath = setting("data", "folder of the data set", PLACE)
     train_per_class: int | None = setting(None, "use the first so many training images of each class only", DATA, low=1)
     zca: bool = setting(False, "ZCA whitening instead of mean/std", DATA)
@@ -76,7 +78,7 @@ class Training(Common):
     dsa: bool = setting(True, "differentiable Siamese augmentation", RECIPE)
     dsa_strategy: str = setting(DSA_STRATEGY, "DSA's transformations, one of which is drawn per batch", RECIPE)
     siamese: bool = setting(False, "all images of a batch share DSA's random numbers", RECIPE)
-    batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1)
+    batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1, memory=True)
     compile: str = setting(
         "auto",
         "on: torch.compile; fused: CPU kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in long runs",
@@ -154,7 +156,7 @@ class Ranked(Scoring):
     score_lr: float = setting(0.1, "learning rate of the scoring networks", DETAIL, above=0)
     score_momentum: float = setting(0.9, "Nesterov momentum of the scoring networks", DETAIL, low=0, below=1)
     score_weight_decay: float = setting(5e-4, "weight decay of the scoring networks", DETAIL, low=0)
-    score_batch: int = setting(256, "batch size of the scoring networks", DETAIL, low=1)
+    score_batch: int = setting(256, "batch size of the scoring networks", DETAIL, low=1, memory=True)
     score_augmentation: str = setting("none", "of the scoring networks: none, or a DSA strategy as crop_flip", DETAIL)
 
     scoring_prefix = "score_"
@@ -198,7 +200,7 @@ class OnCurriculum(Common):
 class Evaluating(Training):
     """What the second and third stage ask about evaluation."""
 
-    batch_train: int = setting(256, "batch size for training networks", REPORT, low=1)
+    batch_train: int = setting(256, "batch size for training networks", REPORT, low=1, memory=True)
     eval_mode: str = setting("S", f"evaluation pool: {', '.join(POOLS)}; anything else: the model itself", REPORT)
     num_eval: int = setting(5, "networks to train per evaluation", REPORT, low=1)
     epoch_eval_train: int = setting(1000, "epochs to train an evaluation network", REPORT, low=1)

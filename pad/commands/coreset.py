@@ -29,7 +29,7 @@ class CoresetSettings(Ranked):
     """``scripts/select_coreset.py``: the first images of each class in a difficulty ranking, as a training set."""
 
     method: str = setting("Herding", "difficulty method, or a ranking file's stem as CIFAR10_GraNd", RECIPE)
-    ipc: int = setting(1, "images per class", RECIPE, by_study=True, low=1)
+    ipc: int = setting(1, "images per class", RECIPE, by_study=True, low=1, memory=True)
     end: str = setting("easiest", "which end of the ranking", RECIPE, choices=("easiest", "hardest"))
     labels: str = setting("hard", "one-hot, or of the experts in buffer_path", RECIPE, choices=("hard", "soft"))
     buffer_path: FilePath | None = setting(None, "folder of the trajectories, for soft labels", PLACE, by_study=True)

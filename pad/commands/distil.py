@@ -64,7 +64,7 @@ class Task:
 class Distilling(Evaluating, ABC):
     """What distillation asks, whatever is matched."""
 
-    ipc: int = setting(1, "synthetic images per class", RECIPE, low=1, by_study=True)
+    ipc: int = setting(1, "synthetic images per class", RECIPE, low=1, by_study=True, memory=True)
     data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
     Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)

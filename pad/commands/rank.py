@@ -42,7 +42,7 @@ class ScoreSettings(OnCurriculum, Scoring):
     lr: float = setting(0.1, "learning rate", DETAIL, above=0)
     momentum: float = setting(0.9, "Nesterov momentum", DETAIL, low=0, below=1)
     weight_decay: float = setting(5e-4, "weight decay", DETAIL, low=0)
-    batch: int = setting(256, "batch size", DETAIL, low=1)
+    batch: int = setting(256, "batch size", DETAIL, low=1, memory=True)
     augmentation: str = setting("none", "none, or a DSA strategy as crop_flip", DETAIL)
 
     def check(self) -> None:

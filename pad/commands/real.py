@@ -27,7 +27,7 @@ class RealMatching(Distilling, Ranked):
 
     dsa: bool = setting(True, "DSA: one augmentation for real and synthetic images; also in training", RECIPE)
     siamese: bool = setting(False, "images of a batch share DSA's numbers in training, as always in matching", RECIPE)
-    batch_real: int = setting(256, "real images of a class per step", RECIPE, low=1)
+    batch_real: int = setting(256, "real images of a class per step", RECIPE, low=1, memory=True)
     sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
     drop_easy: float = setting(0.0, "share of each class, easiest first, to leave out", RECIPE, low=0, below=1)
     drop_hard: float = setting(0.0, "share of each class, hardest first, to leave out", RECIPE, low=0, below=1)

@@ -48,7 +48,7 @@ class BufferSettings(Training, Ranked, OnCurriculum):
     buffer_path: FilePath = setting("./buffers", "folder of the trajectories", PLACE, by_study=True)
     eval_every: int = setting(1, "epochs between measurements of test accuracy; 0: never", REPORT, low=0)
     micro_batch: int | None = setting(
-        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1, memory=True
     )
 
     sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)

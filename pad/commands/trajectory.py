@@ -48,7 +48,9 @@ class DistillSettings(Distilling):
 
     syn_steps: int = setting(80, "inner steps on the synthetic set per outer iteration", RECIPE, low=1)
     expert_epochs: int = setting(2, "epochs of the expert to match", RECIPE, low=1)
-    batch_syn: int | None = setting(256, "synthetic images per inner step; none: the whole set", RECIPE, low=1)
+    batch_syn: int | None = setting(
+        256, "synthetic images per inner step; none: the whole set", RECIPE, low=1, memory=True
+    )
     min_start_epoch: int = setting(0, "first start epoch", RECIPE, low=0)
     max_start_epoch: int = setting(25, "start epochs lie below this one", RECIPE, low=1)
     Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually", RECIPE)
@@ -67,7 +69,7 @@ class DistillSettings(Distilling):
     )
     no_aug: bool = setting(False, "no augmentation while matching", RECIPE)
     micro_batch: int | None = setting(
-        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1
+        None, "compute on so many images at a time: less memory, same result", DETAIL, low=1, memory=True
     )
 
     labels: str = setting("soft", "soft: learned; hard: one-hot, and so they stay", RECIPE, choices=("soft", "hard"))

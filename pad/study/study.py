@@ -20,7 +20,7 @@ from pad.commands.distil import distill
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.record import record_experts
 from pad.distributed import ALONE, Ranks
-from pad.errors import InputError, Stopped
+from pad.errors import InputError, Stopped, is_of_memory
 from pad.show.pictures import save_grid
 from pad.store.files import refuse_unwritable, write_text
 from pad.store.locks import each_once, remove_leftovers
@@ -129,8 +129,11 @@ class _Work:
         except (InputError, OSError) as error:
             record["failed"] = str(error)
         except Exception as error:  # of one cell: the others may do
-            traceback.print_exc()
-            record["failed"] = f"{type(error).__name__}: {error}"
+            if is_of_memory(error):
+                record["failed"] = "not enough memory"
+            else:
+                traceback.print_exc()
+                record["failed"] = f"{type(error).__name__}: {error}"
         record["seconds"] = round((before.seconds or 0) + time.perf_counter() - started, 1)
         write_text(self._record(cell), json.dumps(record, indent=2, sort_keys=True) + "\n")
         if "failed" in record:
