@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pad.checkpoint import State
+from pad.checkpoint import SMALLEST_LR, State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
 from pad.matching.objective import Gradients, Objective
@@ -109,7 +109,30 @@ class Distiller:
             if self.ranks.is_main:
                 shown = final.pixels(), final.classes, final.class_names
                 self.run.save_picture("before_after", before_after(self._first_pixels, *shown, it), it)
+                self._say_what_was_not_learned()
         return final
+
+    def _say_what_was_not_learned(self) -> None:
+        """Warn when the set is hardly other, or no better, than the one that the run began with."""
+        state, schedule = self.state, self.schedule
+        if 2 * state.skipped >= state.iteration:
+            limited = math.isfinite(schedule.threshold)
+            above = f"above threshold: {schedule.threshold:g}, or " if limited else ""
+            log.warning(
+                "%d of %d iterations changed nothing, their loss was %snot finite%s",
+                *(state.skipped, state.iteration, above, "; raise threshold, or none for no limit" * limited),
+            )
+        if schedule.rates[2] and state.lr <= SMALLEST_LR:
+            log.warning(
+                "the learning rate has come down to its floor, %g, at which networks learn nothing; lower lr_lr",
+                SMALLEST_LR,
+            )
+        found = self.run.recorded("evaluation")
+        if found and found[0]["iteration"] == 0:
+            first, last = found[0], [each for each in found if each["network"] == found[0]["network"]][-1]
+            if last["iteration"] and last["accuracy"] <= first["accuracy"]:
+                before, after = 100 * first["accuracy"], 100 * last["accuracy"]
+                log.warning("the set scores no better than at iteration 0: %.2f %% then, %.2f %% now", before, after)
 
     def _loop(self) -> None:
         state, schedule = self.state, self.schedule

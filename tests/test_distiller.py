@@ -647,3 +647,50 @@ def test_tf32_is_part_of_the_arithmetic_and_off_where_a_checkpoint_does_not_say(
         save_tensors(path, tensors, metadata | {"arithmetic": metadata["arithmetic"] | {"tf32": True}})
         State.load(path, initial_state())
     assert "'tf32': True" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------- what was not learned
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_a_run_that_learns_says_nothing(tmp_path, caplog):
+    distiller(tmp_path / "run", Quadratic()).distill()
+    assert warnings_of(caplog) == []
+
+
+def test_iterations_that_changed_nothing_are_counted_at_the_end(tmp_path, caplog):
+    distiller(tmp_path / "run", Quadratic(), threshold=1e-9, skip_first_eva=True).distill()
+    (said,) = warnings_of(caplog)
+    assert said.startswith("12 of 12 iterations changed nothing") and "threshold: 1e-09" in said
+
+
+def test_without_a_threshold_none_is_named(tmp_path, caplog):
+    bad = Quadratic(lambda it, found: broken(found, loss=math.nan) if it % 2 else found)
+    distiller(tmp_path / "run", bad, accuracies={it: it / 100 for it in range(20)}).distill()
+    (said,) = warnings_of(caplog)
+    assert said == "6 of 12 iterations changed nothing, their loss was not finite"
+
+
+def test_a_learning_rate_at_its_floor_is_said(tmp_path, caplog):
+    steep = Quadratic(lambda it, found: broken(found, lr=1.0))
+    ours = distiller(tmp_path / "run", steep)
+    ours.distill()
+    (said,) = warnings_of(caplog)
+    assert ours.state.lr == torch.tensor(SMALLEST_LR) and "floor, 1e-06" in said and "lr_lr" in said
+
+
+@pytest.mark.parametrize("last, said", [(0.5, 1), (0.4, 1), (0.51, 0)])
+def test_a_set_no_better_than_the_first_is_said(tmp_path, caplog, last, said):
+    """Also when the first was scored before the run was interrupted."""
+    accuracies = {0: 0.5, 4: 0.7, 8: 0.3, 12: last}
+    stopping = Quadratic(lambda it, found: os.kill(os.getpid(), signal.SIGINT) if it == 6 else None)
+    with pytest.raises(Stopped):
+        distiller(tmp_path / "run", stopping, accuracies=accuracies).distill()
+    caplog.clear()
+    distiller(tmp_path / "run", Quadratic(), resume=True, accuracies=accuracies).distill()
+    assert len(warnings_of(caplog)) == said
+    if said:
+        assert f"50.00 % then, {100 * last:.2f} % now" in caplog.text

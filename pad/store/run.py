@@ -179,6 +179,10 @@ class Run:
         self._write_lines([(line, entry) for line, entry in self._lines() if entry["iteration"] <= iteration])
         self._tracker.rewind(iteration)
 
+    def recorded(self, event: str) -> list[dict]:
+        """The events of this kind in metrics.jsonl, in their order."""
+        return [entry for _, entry in self._lines() if entry["event"] == event]
+
     def _write_lines(self, lines: list[tuple[str, dict]]) -> None:
         write_text(self.folder / "metrics.jsonl", "".join(line for line, _ in lines))
 
