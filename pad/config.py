@@ -107,6 +107,7 @@ class Settings:
 
     dead: typing.ClassVar[dict[str, str]] = {}  # keys that are accepted and do nothing, and why
     refused: typing.ClassVar[dict[str, str]] = {}  # keys of other commands that this one cannot do, and why
+    recorded_beside: typing.ClassVar[frozenset[str]] = frozenset()  # what a run's config.yaml says that nobody chooses
     first_argument: typing.ClassVar[str] = ""  # the setting that may stand first without its flag
 
     def check(self) -> None:
@@ -155,6 +156,8 @@ class Settings:
                 log.warning("%s does nothing: %s", key, cls.dead[key])
             elif key in cls.refused:
                 raise InputError(f"{key}: {cls.refused[key]}")
+            elif key in cls.recorded_beside:
+                continue
             elif key not in fields:
                 raise InputError(f"{where}{': ' * bool(where)}{_unknown('key', key, [*fields, *cls.dead])}")
             else:
@@ -212,12 +215,36 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     if unknown:
         raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{n}" for n in (*fields, *cls.dead, "cfg")]))
     flags = vars(known)
+    words = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    for name in sorted({name for name in flags if words.count(name) > 1}):
+        log.warning("--%s is given %d times: the last, %s, counts", name, words.count(name), flags[name])
     path = flags.pop("cfg", None)
     values = flags if path is None else cls.with_paths(read_yaml(path), path_base(Path(path))) | flags
     settings = cls.resolve(values, path or "")
     if path is not None and "name" in fields and "name" not in values:
         return dataclasses.replace(settings, **{"name": f"{Path(path).stem}-seed{settings.as_dict()['seed']}"})  # type: ignore
     return settings
+
+
+class _Yaml(yaml.SafeLoader):
+    """What is written is what is meant: of plain words only whole numbers, ``null`` and ``<<`` are more than text.
+
+    YAML 1.1 also takes no for False, 010 for 8, 1:30 for 90, 2024-01-01 for a date and 1.10 for 1.1, whatever the
+    setting is; here the setting says what its text means.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            log.warning("%s stands %d times in a list of settings: the last counts", name, names.count(name))
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"-?(0|[1-9][0-9]*)$"), list("-0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("<<$"), ["<"])
 
 
 def read_yaml(path: str) -> dict:
@@ -227,7 +254,7 @@ def read_yaml(path: str) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        content = yaml.safe_load(text)  # of a duplicate key, the last counts
+        content = yaml.load(text, _Yaml)
     except Exception as error:  # besides YAMLError almost any: ValueError, KeyError, IndexError, RecursionError, ...
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
     if content is None:
@@ -313,7 +340,7 @@ def _shorten(value) -> str:
 
 
 def _bool(value) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     if isinstance(value, str) and value.strip().lower() in words:
         return words[value.strip().lower()]
     if isinstance(value, int) and value in (0, 1):
@@ -343,6 +370,10 @@ def _float(value, wanted: str = "a finite number") -> float:
 def _str(value) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "\0" in str(value):
         raise ValueError("text")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # a name of bytes that are not UTF-8: config.yaml and safetensors could not hold it
+        raise ValueError("UTF-8: rename the file or folder") from None
     return str(value)
 
 

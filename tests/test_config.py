@@ -21,7 +21,7 @@ from pad.commands.gradient import DCSettings
 from pad.commands.rank import ScoreSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
-from pad.config import parse
+from pad.config import parse, read_yaml
 from pad.difficulty.methods import METHODS
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
@@ -197,13 +197,72 @@ def test_a_published_file_is_read_as_it_stands(published, caplog):
     assert (found.syn_steps, found.model, found.Momentum_y, found.batch_train) == (80, "ConvNet", 0.9, 256)
     assert "Iteration" in found.given and "eval_it" not in found.given
     assert found.ema_decay == 0  # published, and of no account there
-    assert first_words(caplog) == ["depth_ratio", "ema_decay", "texture"]
+    assert first_words(caplog) == ["depth_ratio", "ema_decay", "texture", "zca"]
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
 def test_one_filter_alone_says_nothing(published, caplog):
     read(DistillSettings, "--cfg", str(published), "--loss_ratio", "0")
-    assert first_words(caplog) == ["ema_decay", "texture"]
+    assert first_words(caplog) == ["ema_decay", "texture", "zca"]
+
+
+@pytest.mark.parametrize(
+    "text, key, meant",
+    [
+        ("name: 007", "name", "007"),
+        ("name: 1.10", "name", "1.10"),
+        ("name: no", "name", "no"),
+        ("name: 2024-01-01", "name", "2024-01-01"),
+        ("name: 1:30", "name", "1:30"),
+        ("name: 0x1F", "name", "0x1F"),
+        ("name: 1e3", "name", "1e3"),
+        ("name: 'null'", "name", "null"),
+        ("seed: 010", "seed", 10),
+        ("ipc: 1e1", "ipc", 10),
+        ("ipc: 10.", "ipc", 10),
+        ("lr_img: 1e3", "lr_img", 1000.0),
+        ("lr_img: +.5", "lr_img", 0.5),
+        ("zca: off", "zca", False),
+        ("zca: On", "zca", True),
+        ("zca: n0", "zca", None),
+        ("ipc: 1:30", "ipc", None),
+        ("ipc: 0x10", "ipc", None),
+        ("threshold: ~", "threshold", None),
+        ("batch_syn: None", "batch_syn", None),
+        ("batch_syn:", "batch_syn", None),
+        ("device: [0, 1]", "device", "[0,1]"),
+        ("device: 1", "device", "1"),
+        ("x: &common {ipc: 50}\n<<: *common", "x", None),
+    ],
+)
+def test_text_of_a_file_means_what_is_written(text, key, meant, tmp_path):
+    """Not what YAML 1.1 guesses: octal, sexagesimal, dates, no for False."""
+    if meant is None and key not in ("threshold", "batch_syn"):
+        assert key in refusal(DistillSettings, "--cfg", config(tmp_path, text))
+    else:
+        found = getattr(read(DistillSettings, "--cfg", config(tmp_path, text)), key)
+        assert found == meant and type(found) is type(meant)
+
+
+def test_settings_in_common_are_merged(tmp_path):
+    text = "common: &common {ipc: 50}\nmine:\n  <<: *common\n  seed: 3"
+    assert read_yaml(config(tmp_path, text)) == {"common": {"ipc": 50}, "mine": {"ipc": 50, "seed": 3}}
+
+
+def test_what_is_given_twice_is_said(tmp_path, caplog):
+    assert read(DistillSettings, "--ipc", "1", "--seed=3", "--ipc=10", "--lr_img", "1").ipc == 10
+    assert first_words(caplog) == ["--ipc"] and "10" in caplog.text
+    caplog.clear()
+    assert read(DistillSettings, "--cfg", config(tmp_path, "ipc: 1\nseed: 3\nipc: 10"), "--seed", "4").ipc == 10
+    assert first_words(caplog) == ["ipc"]
+
+
+@pytest.mark.parametrize("key", ["data_path", "log_dir", "name", "dataset"])
+def test_a_name_that_is_not_utf8_is_refused(key):
+    """A run could be written there, and its files not be read again."""
+    message = refusal(DistillSettings, f"--{key}", os.fsdecode(b"caf\xe9"))
+    assert key in message and "UTF-8" in message and message.isascii()
+    assert getattr(read(DistillSettings, f"--{key}", "caf\xe9 \u4e2d"), key) == "caf\xe9 \u4e2d"
 
 
 @pytest.mark.parametrize("where", [".", "distill", "configs", ".."])
@@ -661,7 +720,7 @@ def test_what_is_not_a_usable_number(key, value, tmp_path):
         ("zca", "''"),
         ("zca", "[True]"),
         ("model", "[ConvNet]"),
-        ("model", "true"),
+        ("model", "!!bool true"),
         ("model", '"a\\0b"'),
         ("data_path", "{a: b}"),
         ("data_path", "null"),

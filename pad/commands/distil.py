@@ -84,7 +84,6 @@ class Distilling(Evaluating, ABC):
     project: str = setting("PAD", "Weights & Biases project", PLACE)
 
     program: ClassVar[str] = "pad"  # begins the name of a run that has none
-    recorded_beside: ClassVar[frozenset[str]] = frozenset()  # what a task's `recorded` holds
 
     def check(self) -> None:
         super().check()
@@ -127,6 +126,7 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
 def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path) -> Path:
     goes_on = settings.resume and run_state(folder) != "absent"
     before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
+    settings = dataclasses.replace(settings, name=before.get("name", settings.name))  # the folder's, given or not
     model = _student(settings, before, bench)
     settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
     place = Place(

@@ -84,6 +84,8 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     refuse_unwritable(folder)
     remove_leftovers(folder)
     uses_ranking = settings.curriculum.uses_ranking(settings.train_epochs)
+    if settings.sort_method and not uses_ranking:
+        log.warning("sort_method does nothing: in %d epochs the curriculum takes all images", settings.train_epochs)
     stems = bench.ranking_stems(settings, [settings.sort_method or "GraNd"]) if uses_ranking else [""]
     settings = dataclasses.replace(settings, sort_method=stems[0])
     buffer = _Buffer(folder, settings, bench)
@@ -233,6 +235,7 @@ class _Buffer:
                 figures=("test_accuracy",),
             ) as record,
         ):
+            accuracies = []
             for epoch, theta in enumerate(training.train(expert, start, attempt)):
                 snapshot = theta.cpu()
                 # Once an epoch: what is not finite stays so, and a loss that is not has made the parameters such.
@@ -243,8 +246,12 @@ class _Buffer:
                     accuracy = self.model.accuracy(theta, bench.test_images, bench.test_labels)
                     bar.set_postfix(expert=expert, test=f"{100 * accuracy:.1f}%", refresh=False)
                     measured["test_accuracy"] = accuracy
+                    accuracies.append(accuracy)
                 record(snapshot, **measured)
                 bar.update(epoch > 0)
+            if accuracies and accuracies[-1] <= accuracies[0]:
+                was, now = 100 * accuracies[0], 100 * accuracies[-1]
+                log.warning("expert %d has learned nothing: %.1f %% untrained, %.1f %% trained", expert, was, now)
             # Until the file has its name: a run with other settings may be about to store its first expert, too.
             turn.enter_context(in_turn(self.folder / ".lock", "storing an expert"))
             self.refuse_other_experts()

@@ -30,6 +30,8 @@ def run_folder(log_dir: Path | str, dataset: str, ipc: int, model: str, name: st
     """
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise InputError(f"the run name {name!r} is not the name of a folder; it may hold no / and no \\")
+    if name != name.encode(errors="ignore").decode():
+        raise InputError(f"the run name {name!r} is not UTF-8; give another --name")
     return Path(log_dir) / dataset.replace("/", "-") / str(ipc) / model / name
 
 

@@ -214,6 +214,27 @@ def test_pictures_and_artifacts_of_a_run(finished):
     assert not list(finished.rglob("*.partial"))
 
 
+def test_a_runs_own_config_makes_it_again(finished, tmp_path):
+    """With what it says of the experts beside the settings."""
+    config = run_folder(finished) / "config.yaml"
+    assert "experts" in yaml.safe_load(config.read_text())
+    assert cli.distill(["--cfg", str(config), "--log_dir", str(tmp_path)]) == 0
+    assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(finished))
+
+
+def test_a_ranking_that_the_curriculum_has_no_use_for_is_said_to_do_nothing(images, tmp_path, capfd):
+    whole = {"train_epochs": 1, "init_ratio": 1, "num_experts": 1}
+    assert cli.buffer(record_args(images, tmp_path, "--sort_method Forgetting", **whole)) == 0
+    said = capfd.readouterr().err
+    assert "sort_method does nothing" in said and not (tmp_path / "rankings").exists()
+
+
+def test_experts_that_learn_nothing_are_said_to(images, tmp_path, capfd):
+    argv = record_args(images, tmp_path, num_experts=1, lr_teacher=1e-30, train_epochs=1)
+    assert cli.buffer(argv) == 0
+    assert "warning: expert 0 has learned nothing: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("pix_init", ["real", "noise"])
 def test_other_initialisations(images, buffer, tmp_path, pix_init):
     assert cli.distill(distil_args(images, buffer, tmp_path, pix_init=pix_init, Iteration=0)) == 0

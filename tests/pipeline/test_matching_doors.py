@@ -1,6 +1,7 @@
 """Gradient and distribution matching, and other methods' settings of trajectory matching, on the embedded images."""
 
 import json
+import os
 import runpy
 import shlex
 import signal
@@ -15,6 +16,7 @@ from helpers import (
     at_iteration,
     command_line,
     contents,
+    events_in,
     losses_in,
     run_contents,
     run_script,
@@ -72,6 +74,35 @@ def finished(tmp_path_factory) -> dict[str, Path]:
 
 
 # ---- what they write
+
+
+def own_config(folder: Path) -> list[str]:
+    """The flags that give a run's own settings back to its command."""
+    return ["--cfg", str(folder / "config.yaml")]
+
+
+@QUICK_FOR_DM
+def test_a_runs_own_config_makes_it_again(finished, tmp_path, system):
+    assert DOORS[system]([*own_config(run_folder(finished[system])), "--log_dir", str(tmp_path)]) == 0
+    assert_same_run(tmp_path, finished[system])
+
+
+@pytest.mark.parametrize("first, then", [("", "dm-seed0"), ("dm-seed0", "")])
+def test_a_run_goes_on_by_its_name_whether_it_was_given_or_not(tmp_path, first, then):
+    short = {"Iteration": 0, "skip_first_eva": True}
+    assert cli.match_distributions(argv_of("DM", tmp_path, **short | {"name": first})) == 0
+    assert cli.match_distributions(argv_of("DM", tmp_path, "--resume", **short | {"name": then, "Iteration": 1})) == 0
+    folder = run_folder(tmp_path).with_name("dm-seed0")
+    assert [event["iteration"] for event in events_in(folder, "match")] == [0, 1]
+
+
+def test_a_name_that_is_not_utf8_is_no_runs(tmp_path, capfd):
+    """Whatever it comes from: here the config's file."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.yaml")
+    path.write_text("")
+    argv = [word for word in argv_of("DM", tmp_path / "runs") if word not in ("--name", "run")]
+    assert cli.match_distributions(["--cfg", str(path), *argv]) == 2
+    assert "is not UTF-8" in capfd.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("system", DOORS)
