@@ -88,6 +88,8 @@ match_distributions: Callable[..., int] = partial(door, "DM")  # pad-dm, distill
 evaluate: Callable[..., int] = partial(door, "evaluate")  # pad-evaluate, distill/evaluation.py
 score: Callable[..., int] = partial(door, "score")  # pad-score, scripts/score_difficulty.py
 coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/select_coreset.py
+import_buffer: Callable[..., int] = partial(door, "import")  # pad-import-buffer, scripts/import_buffer.py
+export_buffer: Callable[..., int] = partial(door, "export")  # pad-export-buffer, scripts/export_buffer.py
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
 
 

@@ -108,7 +108,7 @@ class Settings:
     dead: typing.ClassVar[dict[str, str]] = {}  # keys that are accepted and do nothing, and why
     refused: typing.ClassVar[dict[str, str]] = {}  # keys of other commands that this one cannot do, and why
     recorded_beside: typing.ClassVar[frozenset[str]] = frozenset()  # what a run's config.yaml says that nobody chooses
-    first_argument: typing.ClassVar[str] = ""  # the setting that may stand first without its flag
+    arguments: typing.ClassVar[tuple[str, ...]] = ()  # settings that may stand without their flags, in this order
 
     def check(self) -> None:
         """Raise InputError when settings do not go together."""
@@ -209,9 +209,10 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     for name in (*cls.dead, *cls.refused):
         parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
 
-    if cls.first_argument and argv and not argv[0].startswith("-"):
-        argv = [f"--{cls.first_argument}", *argv]
     known, unknown = parser.parse_known_args(argv)
+    for name in cls.arguments:
+        if unknown and not unknown[0].startswith("-") and not hasattr(known, name):
+            setattr(known, name, unknown.pop(0))
     if unknown:
         raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{n}" for n in (*fields, *cls.dead, "cfg")]))
     flags = vars(known)

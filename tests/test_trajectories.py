@@ -1,5 +1,4 @@
 import fcntl
-import importlib.util
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pad import cli
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.errors import InputError
@@ -613,13 +613,6 @@ def test_import_never_runs_code(tmp_path, zipped):
 # --- the scripts ----------------------------------------------------------------------------------------------------
 
 
-def main_of(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 FLAGS = ["--dataset", "FashionMNISTMini", "--model", "ConvNetD1W8", "--source", "theirs", "--buffer_path", "ours"]
 
 
@@ -637,14 +630,14 @@ def theirs(tmp_path, monkeypatch):
 
 def test_scripts_import_and_export(theirs, capsys):
     experts, data = theirs
-    assert main_of("import_buffer")(FLAGS) == 0
+    assert cli.import_buffer(FLAGS) == 0
     folder = Path("ours/FashionMNISTMini_NO_ZCA/ConvNetD1W8")
     assert capsys.readouterr().out == f"imported 3 experts into {folder}\n"
     store = TrajectoryStore.open(folder)
     assert store.metadata["data"] == data.identity and store.metadata["model"] == "ConvNetD1W8"
     assert store.metadata["preprocessing"] == fit_preprocessing(data, zca=False).identity
     assert torch.equal(store.rows(2, range(4)), flat(experts[2]))
-    assert main_of("export_buffer")([str(folder), "back", "--save_interval", "2"]) == 0
+    assert cli.export_buffer([str(folder), "back", "--save_interval", "2"]) == 0
     assert capsys.readouterr().out == "exported 3 experts to 2 files in back\n"
     back = torch.load("back/replay_buffer_1.pt", weights_only=True)
     assert torch.equal(flat(back[0]), flat(experts[2]))
@@ -654,13 +647,31 @@ def test_import_script_by_default_imports_in_place(theirs):
     folder = Path("ours/FashionMNISTMini_NO_ZCA/ConvNetD1W8")
     folder.parent.mkdir(parents=True)
     Path("theirs").rename(folder)
-    assert main_of("import_buffer")([flag for flag in FLAGS if flag not in ("--source", "theirs")]) == 0
+    assert cli.import_buffer([flag for flag in FLAGS if flag not in ("--source", "theirs")]) == 0
     assert TrajectoryStore.open(folder).experts == [0, 1, 2] and (folder / "replay_buffer_0.pt").exists()
 
 
 def test_import_script_refuses_another_network(theirs, capsys):
-    assert main_of("import_buffer")([flag.replace("W8", "W16") for flag in FLAGS]) == 2
+    assert cli.import_buffer([flag.replace("W8", "W16") for flag in FLAGS]) == 2
     assert "shape" in capsys.readouterr().err and not list(Path("ours").rglob("expert_*"))
+
+
+def test_import_and_export_parse_as_all_commands_do(theirs, capsys):
+    """Flags that are true or false with or without a word, a YAML file, one sentence for what is wrong."""
+    Path("import.yaml").write_text("dataset: FashionMNISTMini\nmodel: ConvNetD1W8\nsource: theirs\nzca: False")
+    assert cli.import_buffer(["--cfg", "import.yaml", "--buffer_path", "ours", "--zca", "True"]) == 0
+    assert TrajectoryStore.open("ours/FashionMNISTMini/ConvNetD1W8").metadata["preprocessing"]["kind"] == "zca"
+    for door, argv, words in (
+        (cli.import_buffer, ["--zca", "perhaps"], "zca: 'perhaps' is not True or False"),
+        (cli.import_buffer, ["--bufer_path", "x"], "the nearest is --buffer_path"),
+        (cli.export_buffer, ["ours"], "give two folders"),
+        (cli.export_buffer, ["a", "b", "c"], "unknown option 'c'"),
+        (cli.export_buffer, ["a", "b", "--save_interval", "0"], "save_interval: 0 is out of range"),
+    ):
+        capsys.readouterr()
+        assert door(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
 
 
 @pytest.mark.slow

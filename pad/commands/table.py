@@ -13,6 +13,7 @@ from pad.commands.distil import distill
 from pad.commands.distribution import DMSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
+from pad.commands.published import ExportSettings, ImportSettings, export_buffer, import_buffer
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
 from pad.commands.trajectory import DistillSettings
@@ -41,4 +42,6 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("evaluation.py", EvaluationSettings, evaluate),
     "score": Command("score_difficulty.py", ScoreSettings, score_difficulty),
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),
+    "import": Command("import_buffer.py", ImportSettings, import_buffer),
+    "export": Command("export_buffer.py", ExportSettings, export_buffer),
 }

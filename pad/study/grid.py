@@ -55,7 +55,7 @@ class StudySettings(Settings):
     seeds: str = setting("", "only these seeds, as 0,1,2", SEED)
     ipc: str = setting("", "only these sizes, as 1,10", RECIPE)
 
-    first_argument = "study"
+    arguments = ("study",)
 
     def check(self) -> None:
         super().check()

@@ -1,0 +1,72 @@
+"""Expert trajectories from and to ``replay_buffer_<k>.pt``, the form that published trajectory-matching code has.
+
+python scripts/import_buffer.py --dataset CIFAR10 --model ConvNet --zca --buffer_path buffer_storage
+python scripts/export_buffer.py buffer_storage/CIFAR10/ConvNet exported/CIFAR10/ConvNet
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pad.commands.bench import set_up
+from pad.commands.common import Common
+from pad.config import DETAIL, PLACE, FilePath, Settings, setting
+from pad.data.sources import DATA_SETS
+from pad.distributed import ALONE, Ranks
+from pad.errors import InputError
+from pad.store.published import export_published, import_published, importable_files
+from pad.store.trajectories import TrajectoryStore, buffer_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings(Common):
+    """``scripts/import_buffer.py``: turn published expert trajectories into the files that distillation reads.
+
+    The published form does not say what its experts were trained on: the flags do, and the data set is read for its
+    identity.
+    """
+
+    data_path: FilePath = setting("dataset", "folder of the data set", PLACE)
+    buffer_path: FilePath = setting("./buffer_storage", "folder of the trajectories", PLACE)
+    source: FilePath | None = setting(
+        None, "folder of the replay_buffer_<k>.pt; default: where the experts are to be", PLACE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
+    """``scripts/export_buffer.py FOLDER OUT``: write recorded trajectories as published code reads them."""
+
+    folder: FilePath | None = setting(None, "folder of expert files, as stage 1 records them", PLACE)
+    out: FilePath | None = setting(None, "folder for the replay_buffer_<k>.pt", PLACE)
+    save_interval: int = setting(10, "experts a file", DETAIL, low=1)
+
+    arguments = ("folder", "out")
+
+    def check(self) -> None:
+        super().check()
+        if not self.folder or not self.out:
+            raise InputError("give two folders: that of the experts, and one for the replay_buffer_<k>.pt")
+
+
+def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
+    """Import published trajectories; returns the folder of the experts."""
+    named = DATA_SETS.get(settings.dataset)
+    subset = settings.subset if named and named.subsets else None
+    folder = buffer_folder(
+        settings.buffer_path, settings.dataset, settings.model, settings.zca, subset=subset, res=settings.res
+    )
+    source = settings.source or folder
+    importable_files(source, folder)  # before the data set is read and whitened, which can take minutes
+    bench = set_up(settings, ranks)
+    description = bench.describe(settings.model, bench.flat_model(settings.model))
+    count = ranks.on_main(lambda: import_published(source, folder, description))
+    print(f"imported {count} experts into {folder}")
+    return folder
+
+
+def export_buffer(settings: ExportSettings, ranks: Ranks = ALONE) -> list[Path]:
+    """Export recorded trajectories; returns the files."""
+    store = TrajectoryStore.open(str(settings.folder))
+    paths = ranks.on_main(lambda: export_published(store, str(settings.out), settings.save_interval))
+    print(f"exported {len(store)} experts to {len(paths)} files in {settings.out}")
+    return paths
