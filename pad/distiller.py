@@ -227,9 +227,10 @@ class Distiller:
         count = self.state.bad_in_a_row
         if count >= self.schedule.max_bad_iterations:
             self.state.bad_in_a_row = 0
+            lower = "lr_lr or lr_img, or earlier start epochs" if self.schedule.rates[2] else "lr_img"
             self._save_and_stop(
                 f"{count} iterations in a row gave no finite gradient; the state is saved. "
-                "Start another run (--name, or --overwrite) with a lower lr_lr or lr_img, or earlier start epochs",
+                f"Start another run (--name, or --overwrite) with a lower {lower}",
                 1,
             )
 

@@ -1,12 +1,17 @@
 """What holds for all tests: one thread, a cache of their own, and no CUDA tests where there is no CUDA."""
 
 import os
+import re
 import signal
 import tempfile
 
 import pytest
 import torch
 from helpers import make_images
+
+from pad import cli, config
+from pad.commands.table import COMMANDS
+from pad.distributed import Ranks
 
 
 def pytest_configure(config):
@@ -30,6 +35,53 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def advice():
+    """Sentences of commands in this process that name options which the command does not have."""
+    wrong, running = [], [config.Settings]
+    parse, say, emit = config.parse, Ranks.say, cli._Handler.emit
+    every = {name for command in COMMANDS.values() for name in command.settings.fields()}
+
+    def parsing(cls, *arguments):
+        running[0] = cls
+        return parse(cls, *arguments)
+
+    def check(sentence):
+        of = COMMANDS.values() if running[0] is COMMANDS["study"].settings else []  # its file holds their settings
+        kinds = [running[0], *(command.settings for command in of)]
+        known = {"nproc_per_node", "cfg"}.union(*({*kind.fields(), *kind.dead, *kind.refused} for kind in kinds))
+        if running[0] is config.Settings or "go on with: " in sentence:
+            return
+        quoted = re.sub(r"'[^']*'|\S*/\S*( --\S+)?", "", sentence)  # what was given; other programs
+        named = (
+            set(re.findall(r"--(\w+)", quoted)) | {word for word in re.findall(r"\w+", quoted) if "_" in word} & every
+        )
+        if unknown := named - known:
+            wrong.append((running[0].__name__, sorted(unknown), sentence))
+
+    def saying(self, message, code):
+        check(message)
+        return say(self, message, code)
+
+    def emitting(self, record):
+        check(record.getMessage())
+        emit(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "parse", parsing)
+        patch.setattr(Ranks, "say", saying)
+        patch.setattr(cli._Handler, "emit", emitting)
+        yield wrong
+
+
+@pytest.fixture(autouse=True)
+def commands_name_their_own_options(advice):
+    """Whatever a test makes a command say: its advice can be followed."""
+    yield
+    found, advice[:] = list(advice), []
+    assert found == []
 
 
 @pytest.fixture(scope="session")

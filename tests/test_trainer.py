@@ -436,7 +436,7 @@ def test_an_expert_that_diverges_is_trained_again_with_other_random_numbers(benc
     diverge(monkeypatch, (1, 0), (1, 1))
     with caplog.at_level("WARNING", logger="pad"):
         bench.record()
-    said = [record.getMessage() for record in caplog.records]
+    said = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
     assert said == ["expert 1 is not finite after epoch 2: trained again with other random numbers"] * 2
     store, found = TrajectoryStore.open(bench.folder), digests(bench.folder)
     assert [store.header(k)["settings"]["attempt"] for k in store.experts] == [0, 2, 0]

@@ -36,6 +36,9 @@ class ScoreSettings(OnCurriculum, Scoring):
         None, "folder of ranking files; default, but for an ImageFolder or a part: data_indices", PLACE
     )
     overwrite: bool = setting(False, "compute also what is there already", PLACE)
+    convert_flat: bool = setting(
+        False, "read a flat ranking file, hardest first: turn it round, group it by class", DETAIL
+    )
     plot: bool = setting(False, "draw rankings and curriculum, into plots_<NAME> in the folder", REPORT)
     repeats: int = setting(10, "networks to average over", DETAIL, low=1)
     epochs: int = setting(40, "epochs to train each", DETAIL, low=1)
@@ -77,7 +80,7 @@ def score_difficulty(settings: ScoreSettings, ranks: Ranks = ALONE) -> dict[str,
     ranks.on_main(lambda: refuse_unwritable(folder))
 
     began = time.perf_counter()
-    found = bench.rankings(settings, methods, overwrite=settings.overwrite)
+    found = bench.rankings(settings, methods, overwrite=settings.overwrite, convert_flat=settings.convert_flat)
     log.info("%d rankings are in %s (%.0f s)", len(found), folder, time.perf_counter() - began)
     if not ranks.is_main:
         return found

@@ -251,7 +251,7 @@ class _Buffer:
                 bar.update(epoch > 0)
             if accuracies and accuracies[-1] <= accuracies[0]:
                 was, now = 100 * accuracies[0], 100 * accuracies[-1]
-                log.warning("expert %d has learned nothing: %.1f %% untrained, %.1f %% trained", expert, was, now)
+                log.warning("expert %d tests no better than untrained: %.1f %% before, %.1f %% after", expert, was, now)
             # Until the file has its name: a run with other settings may be about to store its first expert, too.
             turn.enter_context(in_turn(self.folder / ".lock", "storing an expert"))
             self.refuse_other_experts()

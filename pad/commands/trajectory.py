@@ -111,7 +111,7 @@ class DistillSettings(Distilling):
     refused = {
         **dict.fromkeys(
             ("drop_easy", "drop_hard"),
-            "real images are filtered in the first stage, by the curriculum of the experts (rm_easy_ratio_first)",
+            "the curriculum of the experts leaves real images out, buffer/buffer_CL.py --rm_easy_ratio_first",
         ),
         **dict.fromkeys(("outer_loop", "inner_loop", "lr_net"), "it belongs to gradient matching, distill/DC.py"),
     }

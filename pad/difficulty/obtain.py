@@ -46,13 +46,13 @@ def ranking_file(folder: Path | str, dataset: str, sort_method: str) -> Path:
         other, _, last = sort_method.rpartition("_")
         if other and sort_method not in METHODS:
             raise InputError(
-                f"sort_method {sort_method} names a ranking of {other}, but the data set is {dataset}: "
+                f"{sort_method} names a ranking of {other}, but the data set is {dataset}: "
                 f"write {last} or {name}_{last}"
             )
     stem = Path(folder) / f"{name}_{method}"
     if method not in METHODS and not any(path.is_file() for path in _files(stem)):
         raise InputError(
-            f"sort_method {sort_method}: {method!r} is not a method that can be computed (the nearest is "
+            f"ranking {sort_method}: {method!r} is not a method that can be computed (the nearest is "
             f"{nearest(method, METHODS)}), and there is no ranking {stem}.pt"
         )
     return stem

@@ -59,6 +59,16 @@ def ragged(tmp_path_factory) -> dict:
 # ---- scoring
 
 
+def test_a_flat_file_of_others_is_turned_round_when_asked(scored, tmp_path, capsys):
+    """What is advised where such a file is refused works here, too."""
+    rows = torch.load(scored / "FashionMNISTMini_GraNd.pt", weights_only=True)
+    torch.save(rows.T.flatten().flip(0), tmp_path / "FashionMNISTMini_Theirs.pt")  # hardest first, classes mixed
+    assert cli.score(score_args(tmp_path, methods="Theirs")) == 2
+    assert "--convert_flat" in capsys.readouterr().err
+    assert cli.score(score_args(tmp_path, "--convert_flat", "--plot", methods="Theirs")) == 0
+    assert "as its file has it" in capsys.readouterr().out
+
+
 def test_one_command_writes_every_ranking_in_both_forms(scored):
     assert set(files_in(scored)) == {
         f"FashionMNISTMini_{method}{suffix}" for method in METHODS_3 for suffix in (".pt", ".safetensors")
