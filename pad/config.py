@@ -213,6 +213,8 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     for name in cls.arguments:
         if unknown and not unknown[0].startswith("-") and not hasattr(known, name):
             setattr(known, name, unknown.pop(0))
+    if unknown and not unknown[0].startswith(("-", "–", "—")) and "=" not in unknown[0]:
+        raise InputError(f"no option takes {_shorten(unknown[0])}: quote values with spaces, write lists as a,b,c")
     if unknown:
         raise InputError(_unknown("option", unknown[0].split("=")[0], [f"--{n}" for n in (*fields, *cls.dead, "cfg")]))
     flags = vars(known)
@@ -251,11 +253,11 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("<<$"), ["<"])
 def read_yaml(path: str) -> dict:
     """The named values of a YAML file. Raises InputError when it cannot be read or holds something else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        content = yaml.load(text, _Yaml)
+        content = yaml.load(text, _Yaml)  # UTF-8, or UTF-16 with its mark, as Windows writes it
     except Exception as error:  # besides YAMLError almost any: ValueError, KeyError, IndexError, RecursionError, ...
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
     if content is None:
@@ -295,8 +297,8 @@ def _resolve_path(value, base: Path):
 
 def _unknown(what: str, name, known: list[str]) -> str:
     shown = _shorten(name)
-    most_like = nearest(shown.strip("'"), known)
-    return f"unknown {what} {shown}; the nearest is {most_like}"
+    most_like = nearest(shown.strip("'"), known, alike=0.5)
+    return f"unknown {what} {shown}; {'--help lists them' if most_like == 'none' else f'the nearest is {most_like}'}"
 
 
 _BOUNDS: dict[str, tuple[str, Callable]] = {
@@ -324,6 +326,8 @@ def _coerce(field: dataclasses.Field, hint, value):
     for kind, (words, holds) in _BOUNDS.items():
         if meta[kind] is not None and not holds(value, meta[kind]):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
+    if meta["choices"]:
+        value = next((choice for choice in meta["choices"] if choice.lower() == value.lower()), value)
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}")
     return value

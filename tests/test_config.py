@@ -244,6 +244,42 @@ def test_text_of_a_file_means_what_is_written(text, key, meant, tmp_path):
         assert found == meant and type(found) is type(meant)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_as_windows_writes_them(encoding, tmp_path):
+    found = read(DistillSettings, "--cfg", config(tmp_path, "name: caf\xe9\r\nipc: 10\r\n".encode(encoding)))
+    assert (found.name, found.ipc) == ("caf\xe9", 10)
+
+
+@pytest.mark.parametrize(
+    "cls, argv, key, value",
+    [
+        (DistillSettings, ["--pix_init", "REAL"], "pix_init", "real"),
+        (DistillSettings, ["--method", "datm", "--labels", "Soft"], "method", "DATM"),
+        (BufferSettings, ["--add_schedule", "Linear"], "add_schedule", "linear"),
+        (DistillSettings, ["--compile", "ON"], "compile", "on"),
+        (ScoreSettings, ["--methods", "All"], "method_names", list(METHODS)),
+    ],
+)
+def test_words_are_understood_in_any_case(cls, argv, key, value):
+    assert getattr(read(cls, *argv), key) == value
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--methods", "GraNd,", "EL2N"], "no option takes 'EL2N': quote"),
+        (["--Epochs", "3"], "the nearest is --epochs"),
+        (["-epochs", "3"], "the nearest is --epochs"),
+        (["\u2013epochs", "3"], "the nearest is --epochs"),
+        (["epochs=3"], "the nearest is --epochs"),
+        (["--train-per-class", "3"], "the nearest is --train_per_class"),
+        (["--qqqqq"], "--help lists them"),
+    ],
+)
+def test_habits_of_other_programs_are_answered_with_what_is_right_here(argv, words):
+    assert words in refusal(ScoreSettings, *argv)
+
+
 def test_settings_in_common_are_merged(tmp_path):
     text = "common: &common {ipc: 50}\nmine:\n  <<: *common\n  seed: 3"
     assert read_yaml(config(tmp_path, text)) == {"common": {"ipc": 50}, "mine": {"ipc": 50, "seed": 3}}

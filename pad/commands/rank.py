@@ -56,7 +56,7 @@ class ScoreSettings(OnCurriculum, Scoring):
     @property
     def method_names(self):
         """Names of methods, each once."""
-        return [*METHODS] if self.methods.strip() == "all" else words(self.methods)
+        return [*METHODS] if self.methods.strip().lower() == "all" else words(self.methods)
 
     @property
     def rankings_folder(self) -> Path:

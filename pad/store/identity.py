@@ -54,8 +54,11 @@ def digest(value, length: int = 16) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
-def nearest(name, known: Iterable[str]) -> str:
-    """The known word that is most like ``name``, whatever its case; "none" where no word is known."""
+def nearest(name, known: Iterable[str], alike: float = 0.0) -> str:
+    """The known word that is most like ``name``, whatever its case; "none" where none is known, or as much ``alike``.
+
+    ``alike``: the least share of letters that they have in common, 0 to 1.
+    """
     lowered = {word.lower(): word for word in sorted(map(str, known))}
-    found = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)
+    found = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=alike)
     return lowered[found[0]] if found else "none"
