@@ -114,7 +114,7 @@ def test_a_matching_iteration(model, augmentation, ratios):
     theta, target = meta(model.num_parameters), meta(model.num_parameters)
     images, labels, lr = meta(N, 3, *SIZE), meta(N, CLASSES), meta()
     with OneDevice():
-        steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"), images.device)
+        steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"))
         path = unroll(model, theta, images, labels, lr, steps)
         loss, lam = matching_loss(path[-1], theta, target, *ratios)
         gradients = adjoint(model, path, images, labels, lr, steps, lam=lam)
