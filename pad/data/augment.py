@@ -131,7 +131,10 @@ def _dc_crop(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
 
 
 def _dc_scale(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
-    """Resize each side to int(side U(0.8, 1.2)) by nearest neighbours, about the centre; zeros move in."""
+    """Resize each side to int(side U(0.8, 1.2)) by nearest neighbours, about the centre; zeros move in.
+
+    DC's code knows square images only.
+    """
     sides = torch.tensor(x.shape[2:])
     resized = ((1 - _DC_SCALE + 2 * _DC_SCALE * u.double()) * sides).long()
     frame = torch.maximum(resized, sides).amax(dim=1, keepdim=True)  # a square that has room for both
@@ -287,9 +290,10 @@ class DSA:
 
 
 class DC:
-    """DC's augmentation of training images, batched: each image has one of the strategy's kinds.
+    """DC's augmentation, batched: each image has one of the strategy's kinds.
 
-    Its code trains on real images by "crop_scale_rotate", and on synthetic MNIST. ConvNetBN's is "crop_noise" there.
+    Args:
+        strategy: crop_scale_rotate, that of real images and of MNIST in its code, or crop_noise, that of ConvNetBN.
     """
 
     def __init__(self, strategy: str = DC_STRATEGIES[0]):
