@@ -1,7 +1,7 @@
 """Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -29,6 +29,7 @@ class Protocol:
 
     Args:
         augmentation: draws the augmentation of a batch.
+        own: augmentations of networks, by name, that have another.
         seed: network j is drawn and trained from streams of (seed, network name, j), whatever it is trained on, so two
             training sets are compared on the same networks.
         compile: how derivatives are computed, as FlatModel takes it.
@@ -38,6 +39,7 @@ class Protocol:
 
     augmentation: Augmentation
     _: KW_ONLY
+    own: Mapping[str, Augmentation] = field(default_factory=dict)
     epochs: int = 1000
     batch_size: int = 256
     momentum: float = 0.9
@@ -45,6 +47,10 @@ class Protocol:
     seed: int = 0
     compile: str = "off"
     together: int = 1
+
+    def of(self, network: str) -> "Protocol":
+        """That of one architecture, by its augmentation."""
+        return replace(self, augmentation=self.own.get(network, self.augmentation))
 
     def train(
         self,
@@ -169,7 +175,7 @@ class Evaluation:
 
         Their training sets are of one size.
         """
-        protocol = self.protocol
+        protocol = self.protocol.of(network)
         result = Accuracies(network)
         for first in range(0, len(indices), protocol.together):
             group = indices[first : first + protocol.together]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pad.commands.common import Common, Evaluating, Scoring
+from pad.data.augment import DC
 from pad.data.images import ImageData
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
@@ -90,10 +91,14 @@ class Workbench:
         return FlatModel(self.network(name, 0), compile, micro_batch)
 
     def protocol(self, settings: Evaluating, num_images: int, num_sets: int = 1) -> Protocol:
-        """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each."""
+        """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each.
+
+        Without DSA they are augmented as in DC's code: those for MNIST and ConvNetBN only.
+        """
         steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
         return Protocol(
-            augmentation=settings.augmentation(),
+            augmentation=settings.augmentation(otherwise=DC() if settings.dataset == "MNIST" else None),
+            own={} if settings.dsa else {"ConvNetBN": DC("crop_noise")},
             epochs=settings.epoch_eval_train,
             batch_size=settings.batch_train,
             seed=settings.seed,
