@@ -33,8 +33,15 @@ def keep_compiled_code() -> None:
 
 
 def cache_folder() -> Path:
-    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing."""
-    return Path(os.environ.get("PAD_CACHE") or Path.home() / ".cache" / "pad").expanduser()
+    """Where what takes long to make is kept: ``$PAD_CACHE``, else ``~/.cache/pad``; it may be missing.
+
+    A user that the system does not know has no home: the folder is then one that cannot be made.
+    """
+    folder = Path(os.environ.get("PAD_CACHE") or "~/.cache/pad")
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        return Path(os.devnull, "pad")
 
 
 def compiled_folder() -> Path | None:
@@ -43,7 +50,7 @@ def compiled_folder() -> Path | None:
     Code is for one kind of CPU, and a home folder may be shared by several, so each kind has a folder of its own.
     """
     cache_dir = cache_folder().absolute()
-    parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
+    parent = next(path for path in (cache_dir, *cache_dir.parents) if os.path.exists(path))
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
         return cache_dir / f"compiled-{_cpu()}"
     return None

@@ -21,6 +21,7 @@ from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped
+from pad.streams import silence, standard_streams
 from pad.study.study import StudySettings
 from pad.study.study import study as run_study
 
@@ -45,9 +46,18 @@ def door(name: str, argv: list[str] | None = None) -> int:
     """Run the command ``name`` of the table with ``argv``, or the process's own; returns the exit code.
 
     Of several processes, one that fails ends here. The same command (of the distilling ones, with --resume) goes on
-    where an interrupted one stopped.
+    where an interrupted one stopped. That nobody reads what it prints stops none.
     """
-    command, argv = COMMANDS[name], sys.argv[1:] if argv is None else argv
+    with standard_streams() as output:
+        code = _run(COMMANDS[name], sys.argv[1:] if argv is None else argv)
+        output.flush()
+        if code == 0 and output.failure:
+            print(f"error: standard output: {output.failure.strerror}; the files are whole", file=sys.stderr)
+            return 1
+        return code
+
+
+def _run(command: Command, argv: list[str]) -> int:
     keep_freed_memory()
     keep_compiled_code()
     # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
@@ -103,7 +113,7 @@ def _one_voice(ranks: Ranks, handler: logging.Handler):
                 signal.signal(signal.SIGTERM, before)
         return
     handler.setLevel(logging.CRITICAL)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with silence():
         yield
 
 
@@ -113,6 +123,7 @@ def _terminate(number, frame) -> None:
 
 def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
     try:
+        _refuse_no_folder()
         command.recipe(config.parse(command.settings, argv, command.program), ranks)
         ranks.barrier()
         return 0
@@ -126,6 +137,14 @@ def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
         return ranks.say(
             f"{stop}\ngo on with: {_going_on(command, argv, ranks)}" if stop.code > 128 else str(stop), stop.code
         )
+
+
+def _refuse_no_folder() -> None:
+    """Raise InputError where the current folder was removed: libraries that compute end the process without it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"there is no current folder any more ({error.strerror}); change to another") from None
 
 
 def _say_lost(error: PeerLost, ranks: Ranks) -> int:
