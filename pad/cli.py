@@ -123,7 +123,6 @@ def _terminate(number, frame) -> None:
 
 def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
     try:
-        _refuse_no_folder()
         command.recipe(config.parse(command.settings, argv, command.program), ranks)
         ranks.barrier()
         return 0
@@ -137,14 +136,6 @@ def _exit_code(command: Command, argv: list[str], ranks: Ranks) -> int:
         return ranks.say(
             f"{stop}\ngo on with: {_going_on(command, argv, ranks)}" if stop.code > 128 else str(stop), stop.code
         )
-
-
-def _refuse_no_folder() -> None:
-    """Raise InputError where the current folder was removed: libraries that compute end the process without it."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise InputError(f"there is no current folder any more ({error.strerror}); change to another") from None
 
 
 def _say_lost(error: PeerLost, ranks: Ranks) -> int:

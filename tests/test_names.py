@@ -20,7 +20,7 @@ from pad.experts.curriculum import Curriculum
 from pad.show import difficulty as plots
 from pad.show import figures
 from pad.show.names import drawable, font_file, short
-from pad.show.pictures import image_grid, unless_it_fails
+from pad.show.pictures import CAPTION_WIDTH, NAME_WIDTH, image_grid, unless_it_fails
 from pad.study import report
 from pad.study.report import Outcome
 
@@ -128,9 +128,9 @@ def test_grids_show_letters_beyond_ascii():
 def test_grids_of_any_name(name):
     picture = ink_of([name])
     assert (picture[:, :-90] < 100).all(axis=2).any(), "no name"
-    assert picture.shape[1] <= 150 + 8 + 64 + 2 * 16
+    assert picture.shape[1] <= NAME_WIDTH + 8 + 64 + 2 * 16
     wide = ink_of([name], caption=name * 100)
-    assert wide.shape[1] <= 1000 + 2 * 16
+    assert wide.shape[1] <= CAPTION_WIDTH + 2 * 16
 
 
 def test_pictures_do_not_hang_on_the_users_matplotlibrc(tmp_path, monkeypatch):

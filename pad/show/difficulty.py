@@ -14,7 +14,7 @@ from torch import Tensor
 from pad.difficulty.ranking import Ranking
 from pad.experts.curriculum import Curriculum
 from pad.show.figures import BLUE, GREY, ORANGE, draw_figure, new_figure, own_style
-from pad.show.names import short
+from pad.show.names import short, widest
 from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import save_picture
 
@@ -192,7 +192,7 @@ def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     names = [short(name, METHOD) for name in names]
     count = len(names)
     side = max(3.5, 0.55 * count)  # inches
-    margin = 0.085 * max(map(len, names))
+    margin = widest(names)
     figure = new_figure(side + margin + 1.3, side + margin + 0.6)
     axes = figure.subplots()
     picture = axes.imshow(correlation.numpy(), cmap="PuOr", vmin=-1, vmax=1)

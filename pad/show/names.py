@@ -3,7 +3,10 @@
 import functools
 import itertools
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
+
+from PIL import ImageFont
 
 RIGHT_TO_LEFT = ("R", "AL")  # as unicodedata.bidirectional says
 
@@ -26,6 +29,12 @@ def short(name: object, length: int) -> str:
     """:func:`drawable`, cut off with "…" where it has more than ``length`` characters."""
     text = drawable(name)
     return text if len(text) <= length else text[: length - 1].rstrip(" ,") + "…"
+
+
+def widest(texts: Collection[str]) -> float:
+    """Inches that the widest of ``texts`` takes in a figure, whose letters are 10 points high."""
+    font = ImageFont.truetype(font_file(), 100, layout_engine=ImageFont.Layout.BASIC)
+    return max(max(0.085 * len(text), font.getlength(text) / 100 * 10 / 72) for text in texts)
 
 
 def font_file() -> str:

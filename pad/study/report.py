@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pad.show.figures import BLUE, GREY, draw_figure, new_figure, own_style
-from pad.show.names import short
+from pad.show.names import short, widest
 from pad.store.files import write_text
 
 
@@ -160,7 +160,7 @@ def plot(rows: Sequence[Row]):
     sizes = list(dict.fromkeys(row.ipc for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
     names = [short(method, 40) for method in methods]
-    margin = max(2, 0.6 + 0.085 * max(map(len, names)))  # inches
+    margin = max(2, 0.6 + widest(names))
     figure = new_figure(margin + 3.5 * len(sizes), 1 + 0.3 * len(methods))
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for panel, ipc in zip(panels, sizes):
