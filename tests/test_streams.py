@@ -103,6 +103,13 @@ def test_a_command_ends_well_when_its_reader_has_gone(monkeypatch):
     sys.stderr.close()
 
 
+def test_what_matplotlib_says_of_its_own_folders_is_not_said(monkeypatch, caplog):
+    monkeypatch.setattr(cli.logging.getLogger("matplotlib"), "level", cli.logging.NOTSET)
+    said = cli.logging.getLogger("matplotlib.here")
+    assert door_of(monkeypatch, lambda *_: (said.warning("a temporary folder"), said.error("a failure"))) == 0
+    assert [record.getMessage() for record in caplog.records] == ["a failure"]
+
+
 @needs_full
 def test_a_command_whose_output_is_lost_says_so(monkeypatch, capsys):
     done = []
