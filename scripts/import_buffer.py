@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pad.data.preprocessing import fit_preprocessing
-from pad.data.sources import load_data
+from pad.data.sources import data_set, load_data
 from pad.errors import InputError
 from pad.nn import networks
 from pad.store.published import import_published, importable_files
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", help="folder of the replay_buffer_<k>.pt (default: where the experts go)")
     args = parser.parse_args(arguments)
     try:
+        data_set(args.dataset)  # a name that is none would only be missed among the folders
         folder = buffer_folder(args.buffer_path, args.dataset, args.model, args.zca, args.subset, args.res)
         source = folder if args.source is None else args.source
         importable_files(source, folder)  # before the data set is read and whitened, which can take minutes

@@ -676,3 +676,8 @@ def test_scripts_run_from_any_folder_and_report_in_one_line(tmp_path, script, ar
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and names(tmp_path) == []
     assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+def test_the_importer_names_the_data_set_that_was_meant(capsys):
+    assert main_of("import_buffer")(["--dataset", "tiny-imagenet-200"]) == 2
+    assert "no data set 'tiny-imagenet-200'; did you mean Tiny?" in capsys.readouterr().err

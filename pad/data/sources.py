@@ -103,6 +103,13 @@ _ALSO_CALLED = {
 }
 
 
+def data_set(name: str) -> DataSet:
+    """The row of ``DATA_SETS``. Raises InputError where there is none, which names the one that comes nearest."""
+    if name not in DATA_SETS:
+        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATA_SETS, _ALSO_CALLED)}")
+    return DATA_SETS[name]
+
+
 def load_data(
     name: str, data_path: str | Path | None, *, subset: str | None = None, res: int | None = None
 ) -> ImageData:
@@ -113,9 +120,7 @@ def load_data(
 
     Raises InputError when a name, an option, a folder or a file cannot be used.
     """
-    if name not in DATA_SETS:
-        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATA_SETS, _ALSO_CALLED)}")
-    row = DATA_SETS[name]
+    row = data_set(name)
     if row.subsets and subset not in row.subsets:
         raise InputError(f"{name} needs one of its subsets, not {subset!r}; {_nearest(subset, row.subsets)}")
     if not row.subsets and subset is not None:
