@@ -16,7 +16,7 @@ from pad.data.augment import DC
 from pad.data.images import ImageData
 from pad.data.placement import Images, fits, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
-from pad.data.sources import DATA_SETS, load_data
+from pad.data.sources import data_set, load_data
 from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
@@ -206,8 +206,7 @@ def experts_at(
 def set_up(settings: Common, ranks: Ranks) -> Workbench:
     """Load the configured data set. Raises InputError when its files are not there or the network does not fit them."""
     device = ranks.place(settings.torch_device())
-    named = DATA_SETS.get(settings.dataset)
-    subset = settings.subset if named and named.subsets else None
+    subset = settings.subset if data_set(settings.dataset).subsets else None
     data = ranks.node_first(lambda: load_data(settings.dataset, settings.data_path, subset=subset, res=settings.res))
     ranks.same(lambda: data.identity, f"the images of {data.name}")
     if settings.train_per_class:
