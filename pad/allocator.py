@@ -57,7 +57,7 @@ def compiled_folder() -> Path | None:
     cache_dir = cache_folder()
     if cache_dir is None:
         return None
-    parent = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
+    parent = next(path for path in (cache_dir, *cache_dir.parents) if os.path.exists(path))
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
         return cache_dir / f"compiled-{_cpu()}"
     return None

@@ -21,6 +21,7 @@ from pad.allocator import keep_compiled_code, keep_freed_memory
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
+from pad.streams import silence, standard_streams
 from pad.study.study import StudySettings
 from pad.study.study import study as run_study
 
@@ -45,13 +46,23 @@ def door(name: str, argv: list[str] | None = None) -> int:
     """Run the command ``name`` of the table with ``argv``, or the process's own; returns the exit code.
 
     Of several processes, one that fails ends here. The same command (of the distilling ones, with --resume) goes on
-    where an interrupted one stopped.
+    where an interrupted one stopped. That nobody reads what it prints stops none.
     """
-    command, argv = COMMANDS[name], sys.argv[1:] if argv is None else argv
+    with standard_streams() as output:
+        code = _run(COMMANDS[name], sys.argv[1:] if argv is None else argv)
+        output.flush()
+        if code == 0 and output.failure:
+            print(f"error: standard output: {output.failure.strerror}; the files are whole", file=sys.stderr)
+            return 1
+        return code
+
+
+def _run(command: Command, argv: list[str]) -> int:
     keep_freed_memory()
     keep_compiled_code()
     # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a user without a home it warns at every import
     log, handler = logging.getLogger("pad"), _Handler()
     level = log.level
     log.addHandler(handler)
@@ -105,7 +116,7 @@ def _one_voice(ranks: Ranks, handler: logging.Handler):
                 signal.signal(signal.SIGTERM, before)
         return
     handler.setLevel(logging.CRITICAL)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with silence():
         yield
 
 

@@ -198,6 +198,8 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     fields = cls.fields()
     hints = typing.get_type_hints(cls)
     said = (cls.__doc__ or "").replace("``", "")
+    if said.startswith(f"{cls.__name__}("):  # by python -OO, which drops docstrings, from the fields' names and types
+        said = ""
     parser = _Parser(program, description=said, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of settings; flags override it")
     for name, asked in fields.items():

@@ -18,7 +18,7 @@ from pad.checkpoint import SMALLEST_LR, State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
 from pad.matching.objective import Gradients, Objective
-from pad.show.pictures import before_after, image_grid
+from pad.show.pictures import before_after, image_grid, unless_it_fails
 from pad.store.run import Run
 from pad.synthetic import SyntheticSet
 
@@ -107,8 +107,9 @@ class Distiller:
             self._evaluate(it)
             final = self._save("last")
             if self.ranks.is_main:
-                shown = final.pixels(), final.classes, final.class_names
-                self.run.save_picture("before_after", before_after(self._first_pixels, *shown, it), it)
+                with unless_it_fails("before_after"):
+                    shown = final.pixels(), final.classes, final.class_names
+                    self.run.save_picture("before_after", before_after(self._first_pixels, *shown, it), it)
                 self._say_what_was_not_learned()
         return final
 
@@ -265,8 +266,9 @@ class Distiller:
             self._save("best")
         if self.ranks.is_main:
             tqdm.write(f"iteration {it}: {network} {100 * mean:.2f} +- {100 * std:.2f} % (n = {n})")
-            shown = current.pixels(), current.classes, current.class_names
-            self.run.save_picture("synthetic", image_grid(*shown, caption=f"iteration {it}"), it)
+            with unless_it_fails("synthetic"):
+                shown = current.pixels(), current.classes, current.class_names
+                self.run.save_picture("synthetic", image_grid(*shown, caption=f"iteration {it}"), it)
         return f"{100 * mean:.2f}%"
 
     def _accuracies(self, current: SyntheticSet, it: int) -> dict[str, tuple[float, float, int]]:

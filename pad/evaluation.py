@@ -1,7 +1,7 @@
 """Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -31,6 +31,7 @@ class Protocol:
 
     Args:
         augmentation: draws the augmentation of a batch.
+        own: augmentations of networks, by name, that have another.
         seed: network j is drawn and trained from streams of (seed, network name, j), whatever it is trained on, so two
             training sets are compared on the same networks.
         compile: how derivatives are computed, as FlatModel takes it.
@@ -40,6 +41,7 @@ class Protocol:
 
     augmentation: Augmentation
     _: KW_ONLY
+    own: Mapping[str, Augmentation] = field(default_factory=dict)
     epochs: int = 1000
     batch_size: int = 256
     momentum: float = 0.9
@@ -47,6 +49,10 @@ class Protocol:
     seed: int = 0
     compile: str = "off"
     together: int = 1
+
+    def of(self, network: str) -> "Protocol":
+        """That of one architecture, by its augmentation."""
+        return replace(self, augmentation=self.own.get(network, self.augmentation))
 
     def train(
         self,
@@ -79,43 +85,30 @@ class Protocol:
         held = [[replay.hold(f"{what} {j}", each) for what, each in zip("xp", sets[j])] for j in range(len(nets))]
         rows = [replay.row(f"of network {j}") for j in range(len(nets))]
 
-        def batch(j: int, i: int) -> tuple[Tensor, Tensor]:
-            (images, p), step = held[j], plans[j].step(i, rows[j])
-            return augment(images[step.indices], step.draw), p[step.indices]
-
-        def descend(g: Tensor, lr: float) -> None:
-            velocity.mul_(self.momentum).add_(g.add(theta, alpha=self.weight_decay))
-            theta.sub_(velocity, alpha=lr)
-
         for epoch in range(self.epochs + 1):
             passes = [self._steps(len(images), rng) for (images, _), rng in zip(sets, rngs)]
             plans = [Plan(steps, replay, theta.device, f"of network {j}") for j, steps in enumerate(passes)]
             for row in rows:
                 row.start(0)
-            for i in range(len(passes[0])):
-                if len(nets) == 1:
-
-                    def work(i: int = i, lr: float = lr) -> None:
-                        descend(model.grad(theta[0], *batch(0, i))[None], lr)
-                        rows[0].move(1)
-
-                    replay.run(("alone", passes[0][i].key, lr), work)
-                    continue
-                n = len(passes[0][i].indices)
+            for i, n in enumerate(len(step.indices) for step in passes[0]):
                 xs = replay.buffer("xs", held[0][0], len(nets), n, *held[0][0].shape[1:])
                 ps = replay.buffer("ps", held[0][1], len(nets), n, held[0][1].shape[1])
                 for j, steps in enumerate(passes):  # by network: each draws its own kind of augmentation
 
                     def gather(i: int = i, j: int = j, xs: Tensor = xs, ps: Tensor = ps) -> None:
-                        xs[j], ps[j] = batch(j, i)
+                        (images, p), step = held[j], plans[j].step(i, rows[j])
+                        xs[j], ps[j] = augment(images[step.indices], step.draw), p[step.indices]
                         rows[j].move(1)
 
-                    replay.run(("batch", j, steps[i].key), gather)
+                    draw = steps[i].draw
+                    (AT_ONCE if draw and draw.on_host else replay).run(("batch", j, steps[i].key), gather)
 
-                def together(lr: float = lr, xs: Tensor = xs, ps: Tensor = ps) -> None:
-                    descend(model.grads(theta, xs, ps), lr)
+                def descend(lr: float = lr, xs: Tensor = xs, ps: Tensor = ps) -> None:
+                    g = model.grads(theta, xs, ps) if len(nets) > 1 else model.grad(theta[0], xs[0], ps[0])[None]
+                    velocity.mul_(self.momentum).add_(g.add(theta, alpha=self.weight_decay))
+                    theta.sub_(velocity, alpha=lr)
 
-                replay.run(("together", n, lr), together)
+                replay.run(("descend", len(nets), n, lr), descend)
             if epoch == self.epochs // 2 + 1:
                 lr = 0.1 * lr
                 velocity.zero_()
@@ -210,7 +203,7 @@ class Evaluation:
 
         Their training sets are of one size.
         """
-        protocol = self.protocol
+        protocol = self.protocol.of(network)
         result = Accuracies(network)
         for first in range(0, len(indices), protocol.together):
             group = indices[first : first + protocol.together]

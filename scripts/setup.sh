@@ -8,6 +8,7 @@ wanted="$("${PYTHON:-python3}" -c 'import sys; print("%d.%d" % sys.version_info[
 case "$wanted" in
   3.[0-9]) echo "error: Python 3.10 or newer is needed, ${PYTHON:-python3} is $wanted; set PYTHON=python3.11, say" >&2; exit 2 ;;
 esac
+"${PYTHON:-python3}" "$root/scripts/machine.py" "$root" || exit 2
 if [ ! -x "$venv/bin/python" ]; then
   echo "== making .venv with Python $wanted"
   "${PYTHON:-python3}" -m venv "$venv"

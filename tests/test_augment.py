@@ -5,8 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import ndimage
 
-from pad.data.augment import DSA, DSA_STRATEGY, CropScaleRotate, Draw, NoAugmentation, augment
+from pad.data.augment import DC, DC_STRATEGIES, DSA, DSA_STRATEGY, Draw, NoAugmentation, augment
 from pad.errors import InputError
 from pad.rng import generator
 
@@ -96,23 +98,6 @@ def rotate(image, u):
     return sample(image, [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
 
 
-def crop_scale_rotate(image, u, mean):
-    _, height, width = image.shape
-    kind = pick(u[0], 3)
-    if kind == 0:
-        right, down = (pick(u[i], 9) - 4 for i in (1, 2))
-        out = np.empty_like(image)
-        for r, c in np.ndindex(height, width):
-            inside = 0 <= r + down < height and 0 <= c + right < width
-            out[:, r, c] = image[:, r + down, c + right] if inside else mean
-        return out
-    if kind == 1:
-        wider, higher = (0.8 + 0.4 * u[i] for i in (1, 2))
-        return sample(image, [[1 / wider, 0, 0], [0, 1 / higher, 0]], mean)
-    angle = math.pi / 180 * (-45 + 90 * u[1])
-    return sample(image, [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]], mean)
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", DSA_KINDS)
 def test_a_transformation_is_its_formula(kind, size):
@@ -123,21 +108,6 @@ def test_a_transformation_is_its_formula(kind, size):
     result = augment(x, Draw(kind, u))
     for i in range(len(u)):
         expected = globals()[kind](x[i].numpy(), u[i].double().tolist())
-        np.testing.assert_allclose(result[i].numpy(), expected, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_dc_augmentation_is_its_formula(size):
-    u = uniform(9)
-    u[:, 0] = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.5, 0.6, 0.7, 0.8, LARGEST])
-    u[:3, 1:] = torch.tensor([[0.3, 0.6], [0.0, LARGEST], [LARGEST, 0.0]])
-    u[3:5, 1:] = torch.tensor([[0.0, LARGEST], [LARGEST, 0.0]])
-    u[6:8, 1] = torch.tensor([0.0, LARGEST])
-    x = images(len(u), *size)
-    mean = [sum(x[:, c].flatten().tolist()) / x[:, c].numel() for c in range(3)]
-    result = augment(x, Draw("crop_scale_rotate", u))
-    for i in range(len(u)):
-        expected = crop_scale_rotate(x[i].numpy(), u[i].double().tolist(), np.array(mean))
         np.testing.assert_allclose(result[i].numpy(), expected, rtol=0, atol=1e-11)
 
 
@@ -156,12 +126,90 @@ def test_a_scale_above_one_shrinks_the_image():
     assert augment(ones, Draw("scale", torch.zeros(1, 3))).allclose(ones)
 
 
-@pytest.mark.parametrize("kind", [*DSA_KINDS, "crop_scale_rotate"])
+@pytest.mark.parametrize("kind", [*DSA_KINDS, *DC_STRATEGIES])
 def test_float32_follows_float64(kind):
     x, u = images(64, 32, 32), uniform(64)
     result = augment(x.float(), Draw(kind, u))
     assert result.dtype == torch.float32 and result.shape == x.shape
     torch.testing.assert_close(result.double(), augment(x, Draw(kind, u)), rtol=0, atol=2e-5)
+
+
+# DC's augmentation, of one image, by ordinary slices, torch's resizing and scipy's rotation
+
+
+def dc_crop(image, mean, down, right):
+    wide = np.empty([len(image), image.shape[1] + 8, image.shape[2] + 8])
+    wide[:] = mean[:, None, None]
+    wide[:, 4:-4, 4:-4] = image
+    return wide[:, 4 + down :, 4 + right :][:, : image.shape[1], : image.shape[2]]
+
+
+def dc_scale(image, height, width):
+    for axis, side in ((1, height), (2, width)):
+        numbers = F.interpolate(torch.arange(float(image.shape[axis]))[None, None], side)  # nearest; in float32
+        image = image.take(numbers.flatten().int().numpy(), axis)
+    return image
+
+
+def middle(image, size, frame):
+    """``size`` pixels of the image's middle as it lies in the middle of a frame of zeros."""
+    canvas = np.zeros([len(image), frame, frame])
+    top, left = ((frame - side) // 2 for side in image.shape[1:])
+    canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    top, left = ((frame - side) // 2 for side in size)
+    return canvas[:, top : top + size[0], left : left + size[1]]
+
+
+def dc_rotate(image, mean, degrees):
+    turned = ndimage.rotate(image, degrees, axes=(1, 2), order=3, mode="constant", cval=mean.mean())
+    top, left = ((turned.shape[axis] - image.shape[axis]) // 2 for axis in (1, 2))
+    return turned[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def dc(image, mean, u):
+    kind, size = pick(u[0], 3), image.shape[1:]
+    if kind == 0:
+        return dc_crop(image, mean, pick(u[1], 8) - 4, pick(u[2], 8) - 4)
+    if kind == 1:
+        height, width = (int((0.8 + 0.4 * number) * side) for number, side in zip(u[1:], size))
+        return middle(dc_scale(image, height, width), size, max(height, width, *size))
+    return dc_rotate(image, mean, pick(u[1], 90) - 45)
+
+
+def all_of_dc(size):
+    """Numbers that give every shift, every size of either side beside two of the other's, and every angle."""
+    eighths, ninetieths = (torch.arange(8) + 0.5) / 8, (torch.arange(90) + 0.5) / 90
+    crops = torch.cartesian_prod(torch.tensor([0.1]), eighths, eighths)
+    sides = torch.linspace(0, LARGEST, max(size))
+    scales = torch.cartesian_prod(torch.tensor([0.5]), sides, torch.tensor([0.0, 0.6, LARGEST]))
+    rotations = torch.cartesian_prod(torch.tensor([LARGEST]), ninetieths, torch.tensor([0.5]))
+    return torch.cat([crops, scales, scales[:, [0, 2, 1]], rotations])
+
+
+@pytest.mark.parametrize("size", [*SIZES, (64, 64)], ids=str)
+def test_dc_augmentation_is_that_of_slices_torch_and_scipy(size):
+    u = all_of_dc(size)
+    x = images(len(u), *size) + torch.tensor([0.5, 0.0, -2.0])[:, None, None]
+    mean = np.array([sum(x[:, c].flatten().tolist()) / x[:, c].numel() for c in range(3)])
+    expected = np.stack([dc(image, mean, numbers) for image, numbers in zip(x.numpy(), u.double().tolist())])
+    np.testing.assert_allclose(augment(x, Draw(DC_STRATEGIES[0], u)).numpy(), expected, rtol=0, atol=1e-11)
+    in_float32 = augment(x.float(), Draw(DC_STRATEGIES[0], u)).numpy()
+    np.testing.assert_allclose(in_float32, expected, rtol=0, atol=1e-5)
+
+
+def test_dc_noise_is_gaussian_and_the_others_are_shifted():
+    x, u = images(600, 16, 16), uniform(600)
+    result, noisy = augment(x, Draw("crop_noise", u)), u[:, 0] >= 0.5
+    mean = x.mean(dim=(0, 2, 3)).numpy()
+    for i in range(600):
+        if not noisy[i]:
+            down, right = (pick(number, 8) - 4 for number in u[i, 1:].double().tolist())
+            np.testing.assert_allclose(result[i].numpy(), dc_crop(x[i].numpy(), mean, down, right), rtol=0, atol=1e-12)
+    noise = ((result - x)[noisy] / 0.001).flatten()
+    assert abs(noise.mean()) < 5 / len(noise) ** 0.5 and abs(noise.std() - 1) < 5 / (2 * len(noise)) ** 0.5
+    assert abs((noise.abs() < 1).double().mean() - 0.6827) < 0.005 and (result - x)[noisy].std(dim=0).min() > 5e-4
+    again, other = (augment(x, Draw("crop_noise", numbers)) for numbers in (u, uniform(600, seed=1)))
+    assert again.equal(result) and not (other[noisy] - result[noisy]).abs().max() < 1e-6
 
 
 # The distribution of the draws, on an even grid of [0, 1)
@@ -214,31 +262,31 @@ def test_half_of_the_images_are_flipped():
     assert (augment(ramp, Draw("flip", u))[:, 0, 0, 0] == 3).sum() == len(GRID) // 2
 
 
-def test_dc_augmentation_takes_its_three_kinds_and_shifts_evenly():
-    ramp = torch.arange(33.0).view(1, 1, 33).expand(33, 33, 33)
-    x = torch.stack([ramp[0], ramp[0].T])[None].double()  # channels: column and row
-    u = torch.full((3072, 3), 0.75)
-    u[:, 0] = torch.arange(3072) / 3072
-    border = augment(x.expand(len(u), -1, -1, -1), Draw("crop_scale_rotate", u))
-    shifted = (border[:, 0, 16, 16] - 18).abs() < 1e-9
-    scaled = (border[:, 0, 16, 20] - 16 - 4 / 1.1).abs() < 1e-9
-    rotated = ~shifted & ~scaled
-    assert shifted[:1024].all() and scaled[1024:2048].all() and rotated[2048:].all()
-
-    for number, channel in ((1, 0), (2, 1)):
-        u = torch.zeros(len(GRID), 3)
-        u[:, number] = GRID
-        u[:, 3 - number] = 0.5
-        centre = augment(x.expand(len(u), -1, -1, -1), Draw("crop_scale_rotate", u))[:, :, 16, 16]
-        assert evenly(Counter((centre[:, channel] - 16).round().long().tolist()), range(-4, 5))
-        torch.testing.assert_close(centre[:, 1 - channel], torch.full((len(u),), 16.0, dtype=torch.float64))
+def test_dc_numbers_are_even():
+    """Those of shifts, angles and kinds, seen by what becomes of a ramp."""
+    column = torch.arange(17.0).view(1, 1, 17, 1).expand(len(GRID), 1, 17, 17).double()
+    u = torch.full((len(GRID), 3), 0.5)
+    for number, x in ((1, column), (2, column.mT)):
+        u[:, 0], u[:, 1:], u[:, number] = 0.0, 0.5, GRID
+        centre = augment(x, Draw(DC_STRATEGIES[0], u))[:, 0, 8, 8]
+        assert evenly(Counter((centre - 8).round().long().tolist()), range(-4, 4))
+    u[:, 0], u[:, 1] = 0.9, GRID
+    turned = augment(column, Draw(DC_STRATEGIES[0], u))
+    slope = torch.stack([turned[:, 0, 9, 8] - turned[:, 0, 7, 8], turned[:, 0, 8, 9] - turned[:, 0, 8, 7]])
+    degrees = torch.atan2(slope[1], slope[0]).rad2deg()
+    assert (degrees - degrees.round()).abs().max() < 0.05
+    assert evenly(Counter(degrees.round().long().tolist()), range(-45, 45))
+    u[:, 0], u[:, 1:] = GRID, 0.1
+    became = augment(column, Draw(DC_STRATEGIES[0], u))[:, 0, 10, 10].mul(1e6).round().tolist()
+    kinds = {became[0], became[len(GRID) // 2], became[-1]}
+    assert len(kinds) == 3 and evenly(Counter(became), kinds)
 
 
 # Derivatives
 
 
 @pytest.mark.parametrize("siamese", [False, True])
-@pytest.mark.parametrize("kind", [*DSA_KINDS, "crop_scale_rotate"])
+@pytest.mark.parametrize("kind", [*DSA_KINDS, *DC_STRATEGIES])
 def test_the_gradient_in_the_images(kind, siamese):
     x = images(3, 5, 6, channels=2).requires_grad_()
     u = uniform(1 if siamese else 3, seed=4)
@@ -268,7 +316,7 @@ def test_an_image_does_not_depend_on_its_batch(kind):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [*DSA_KINDS, "crop_scale_rotate"])
+@pytest.mark.parametrize("kind", [*DSA_KINDS, *DC_STRATEGIES])
 def test_a_draw_can_be_replayed(kind):
     x, u = images(6, 16, 16, dtype=torch.float32), uniform(6)
     x_before, u_before = x.clone(), u.clone()
@@ -309,7 +357,7 @@ def test_siamese_draws_one_row():
     assert DSA(siamese=False).draw(7, generator(0, "a")).u.shape == (7, 3)
 
 
-@pytest.mark.parametrize("augmentation", [DSA(), DSA(siamese=True), CropScaleRotate()])
+@pytest.mark.parametrize("augmentation", [DSA(), DSA(siamese=True), DC(), DC("crop_noise")])
 def test_a_draw_depends_on_the_generator_only(augmentation):
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -18,7 +18,7 @@ from pad.commands.bench import use_tf32
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
-from pad.data.augment import _KINDS, DSA, CropScaleRotate, Draw, NoAugmentation, augment
+from pad.data.augment import _KINDS, DC, DSA, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, full_precision, place, to_device
 from pad.data.preprocessing import ZCA, MeanStd
 from pad.difficulty import scores as scores_of
@@ -38,7 +38,7 @@ from pad.rng import generator
 NETWORK, CLASSES, SIZE, N = "ConvNetD1W8", 3, (8, 8), 24
 EPOCH = torch.arange(N)
 MOVING = ("aten._to_copy", "aten.copy_")  # what brings a tensor from one device to another
-DRAWING = ("aten.rand", "aten.randint", "aten.randperm")  # random numbers are drawn on the CPU
+DRAWING = ("aten.rand", "aten.randn", "aten.randint", "aten.randperm")  # random numbers are drawn on the CPU
 
 
 class OneDevice(TorchDispatchMode):
@@ -140,7 +140,7 @@ def test_a_step_of_gsam(adaptive):
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("augmentation", [DSA(), CropScaleRotate()])
+@pytest.mark.parametrize("augmentation", [DSA(), DC()])
 def test_training_an_expert(model, augmentation, on_host):
     images = HostImages(torch.zeros(N, 3, *SIZE, dtype=torch.uint8), mean_std("meta")) if on_host else meta(N, 3, *SIZE)
     task = ExpertTraining(
@@ -466,7 +466,7 @@ def test_batches_from_host_memory_are_whole_though_nothing_waits_for_them(make):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("augmentation", [DSA(), CropScaleRotate()])
+@pytest.mark.parametrize("augmentation", [DSA(), DC()])
 def test_the_host_never_waits_while_an_expert_trains(model, augmentation, on_host):
     pixels = torch.randint(256, (N, 3, *SIZE), dtype=torch.uint8)
     images = place(pixels, mean_std("cuda"), "host" if on_host else "device")

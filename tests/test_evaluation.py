@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation
+from pad.commands import evaluate as evaluating
 from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
-from pad.data.augment import DSA, NoAugmentation, augment
+from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
 from pad.evaluation import Accuracies, Evaluation, Protocol, accuracy
 from pad.nn.derivatives import COMPILE_CALLS, Compiled, compiler_available
 from pad.nn.flat import FlatModel
@@ -277,6 +279,49 @@ def test_a_network_depends_on_seed_name_and_number_only():
     images, p = (tensor.float() for tensor in training_set())
     other_first = scores(sets=lambda j: (images, p) if j else (-images, p))
     assert other_first[0] != three[0] and other_first[1:] == three[1:], "what network 0 saw changed the others"
+
+
+def test_a_network_with_an_augmentation_of_its_own_is_trained_with_it():
+    general, own = Recorded(), Recorded()
+    protocol = Protocol(general, own={"ConvNetD1W8BN": own}, epochs=1, batch_size=4)
+    images, p = (tensor.float() for tensor in training_set(6))
+    evaluation_by(protocol, 0.1).run([("ConvNetD1W8", lambda j: (images, p))], 1)
+    assert general.sizes == [4, 2] * 2 and own.sizes == []
+    evaluation_by(protocol, 0.1).run([("ConvNetD1W8BN", lambda j: (images, p))], 1)
+    assert general.sizes == own.sizes == [4, 2] * 2
+
+
+@pytest.mark.parametrize(
+    "dataset, network, expected",
+    [
+        ("CIFAR10", "ConvNet", NoAugmentation),
+        ("CIFAR10", "ResNet18BN", NoAugmentation),
+        ("FashionMNIST", "ConvNet", NoAugmentation),
+        ("CIFAR10", "ConvNetBN", "crop_noise"),
+        ("MNIST", "ConvNetBN", "crop_noise"),
+        ("MNIST", "ConvNet", "crop_scale_rotate"),
+    ],
+)
+def test_without_dsa_networks_are_augmented_as_in_the_code_of_dc(dataset, network, expected):
+    bench = Workbench(data=None, device=torch.device("cpu"), zca=False)
+    for dsa in (False, True):
+        settings = EvaluationSettings(dataset=dataset, dsa=dsa)
+        found = bench.protocol(settings, 100).of(network).augmentation
+        assert getattr(found, "strategy", type(found)) == (DSA if dsa else expected)
+
+
+def test_what_a_stopped_evaluation_goes_on_with_was_augmented_alike():
+    bench = Workbench(data=None, device=torch.device("cpu"), zca=False)
+
+    def plain(pool, **given):
+        settings = EvaluationSettings(dsa=False, **given)
+        return evaluating._plain(bench.protocol(settings, 100), settings, pool)
+
+    alone = plain(["ConvNet"])
+    assert alone.keys() == {field.name for field in fields(Protocol)} - {"own"}, "earlier versions had the same"
+    assert alone["augmentation"] == [False, DSA_STRATEGY, False], "earlier versions had the same"
+    assert plain(["ConvNet", "ConvNetBN"])["augmentation"] == [*alone["augmentation"], "crop_noise"]
+    assert plain(["ConvNet"], dataset="MNIST")["augmentation"] == [*alone["augmentation"], "crop_scale_rotate"]
 
 
 def test_two_training_sets_are_compared_on_the_same_networks():

@@ -79,13 +79,17 @@ def some_of(row, rng, size):
     return REAL[row[torch.randperm(len(row), generator=rng)[:size]]]
 
 
-def fix_statistics(module, rows, it, step):
-    """BatchNorm's statistics: those of 16 real images a class."""
-    rng = generator(SEED, "statistics", it, step)
+def reset_statistics(module):
+    """BatchNorm's running statistics before the first batch; a tenth of each batch's is to count."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None  # the average over all batches, of which there is one
+            norm.momentum = 0.1
             norm.reset_running_stats()
+
+
+def feed_statistics(module, rows, it, step):
+    """They see 16 real images of a class, and stand still then."""
+    rng = generator(SEED, "statistics", it, step)
     with torch.no_grad():
         module.train()(torch.cat([some_of(row, rng, 16) for row in rows]))
     module.eval()
@@ -95,8 +99,9 @@ def plain_steps(ours, name, rows, it, x):
     """Loss and gradient of each step; the images take a step of SGD after each, the network its training."""
     module, x = network(name, it), x.clone()
     parameters, labels = list(module.parameters()), torch.arange(CLASSES).repeat_interleave(IPC)
+    reset_statistics(module)
     for step in range(ours.outer):
-        fix_statistics(module, rows, it, step)
+        feed_statistics(module, rows, it, step)
         x, total = x.detach().requires_grad_(), 0.0
         for c in range(CLASSES):
             rng = generator(SEED, "gradient matching", it, step, c)
@@ -268,7 +273,7 @@ def test_steps_are_a_function_of_seed_iteration_and_set():
 
 def test_a_step_that_is_not_taken_trains_nothing():
     ours, trained = objective(outer=2, inner=1), []
-    object.__setattr__(ours, "_train", lambda theta, *rest: (trained.append(rest[-1]), theta)[1])
+    object.__setattr__(ours, "_train", lambda model, theta, *rest: (trained.append(rest[-1]), theta)[1])
     steps = ours.steps(0, images(), LABELS, LR)
     next(steps)
     assert trained == []
@@ -319,26 +324,40 @@ def test_ranks_that_share_the_classes_give_what_one_gives(size):
                 assert (ours - one).norm() <= 1e-12 * one.norm()
 
 
-# --------------------------------------------------------------------------------------------- fixed statistics
+# ------------------------------------------------------------------------------------------- running statistics
 
 
-def test_a_network_with_fixed_statistics_is_the_module_in_eval_mode():
-    module = network("ConvNetD2W8BN", 1)
-    model, theta, batch = FlatModel(module), FlatModel(module).flatten(module), REAL[:30]
-    before = model(theta, batch)
-    fixed = model.with_statistics(theta, batch)
-    for norm in (child for child in module.modules() if isinstance(child, nn.BatchNorm2d)):
-        norm.momentum = None
-    module(batch)
-    torch.testing.assert_close(fixed.logits(theta, images()), module.eval()(images()).detach(), rtol=1e-12, atol=1e-13)
-    assert fixed.separable and not model.separable
-    assert torch.equal(model(theta, batch), before), "the network it was made of has changed"
-    assert torch.equal(fixed(theta, images()[:1]), fixed(theta, images()[:1])), "its statistics move"
+def running(batches):
+    """A network, its parameters, and what it is after batches."""
+    model = FlatModel(network("ConvNetD2W8BN", 1))
+    theta = model.flatten(network("ConvNetD2W8BN", 1))
+    ours = model.running(theta)
+    for batch in batches:
+        ours(theta, batch)
+    return model, theta, ours
+
+
+def test_running_statistics_are_those_of_the_module():
+    module, batches = network("ConvNetD2W8BN", 1), [REAL[:30], REAL[30:42], images()]
+    model, theta, ours = running(batches[:2])
+    before, alone = model(theta, REAL[:5]), ours.fixed()
+    reset_statistics(module)
+    module.train()(batches[0])
+    module(batches[1])
+    torch.testing.assert_close(alone(theta, images()), module.eval()(images()), rtol=1e-12, atol=1e-13)
+
+    g = ours.grad(theta, batches[2], LABELS.softmax(dim=1))  # a pass as any other, with the statistics of the batch
+    loss = F.cross_entropy(module.train()(batches[2]), LABELS.softmax(dim=1))
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(module.parameters()))])
+    torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.fixed()(theta, REAL), module.eval()(REAL), rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(alone(theta, REAL), ours.fixed()(theta, REAL)), "what was fixed moves"
+    assert alone.separable and not ours.separable and not model.separable
+    assert torch.equal(model(theta, REAL[:5]), before), "the network it was made of has changed"
 
 
 def test_images_are_independent_under_fixed_statistics():
-    model = FlatModel(network("ConvNetD2W8BN", 1))
-    theta = model.flatten(network("ConvNetD2W8BN", 1))
-    fixed, p = model.with_statistics(theta, REAL[:30]), LABELS.softmax(dim=1)
+    _, theta, ours = running([REAL[:30]])
+    fixed, p = ours.fixed(), LABELS.softmax(dim=1)
     parts = [fixed.grad(theta, images()[i : i + 1], p[i : i + 1]) / len(p) for i in range(len(p))]
     torch.testing.assert_close(sum(parts), fixed.grad(theta, images(), p), rtol=1e-10, atol=1e-13)

@@ -1,10 +1,14 @@
 import json
 import logging
+import os
+import pwd
 
 import numpy as np
 import pytest
 import torch
+from helpers import forked
 
+from pad.allocator import compiled_folder
 from pad.data import preprocessing
 from pad.data.images import ImageData
 from pad.data.preprocessing import fit_preprocessing
@@ -217,6 +221,34 @@ def test_cache_that_cannot_be_written(tmp_path, fits, caplog):
     transform = fit_preprocessing(random_data(), True, tmp_path / "file")
     assert len(fits) == 1 and transform.kind == "zca"
     assert "cannot be written" in caplog.text and (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, fits, caplog):
+    """A number that the system does not know, as containers are started with."""
+    for name in ("HOME", "PAD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert fit_preprocessing(random_data(), True).kind == "zca" and len(fits) == 1
+    assert compiled_folder() is None
+    [record] = caplog.records
+    assert "not kept" in record.getMessage() and "PAD_CACHE" in record.getMessage()
+
+
+def test_a_home_that_may_not_be_searched_is_no_cache(tmp_path, monkeypatch):
+    """As of another user: ``sudo -u``, or a container that was given a user and not a home."""
+    (closed := tmp_path / "closed").mkdir(mode=0)
+    monkeypatch.setenv("PAD_CACHE", str(closed / "cache" / "pad"))
+
+    def look() -> int:
+        if os.geteuid() == 0:  # who may search any folder
+            os.setuid(65534)
+        return 0 if fit_preprocessing(random_data(), True).kind == "zca" and compiled_folder() is None else 1
+
+    process = forked(look, tmp_path / "out", tmp_path / "err")
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "err").read_text()
+    closed.chmod(0o700)
+    assert not any(closed.iterdir())
 
 
 def test_cache_default_folders(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pad.data.augment import DSA, CropScaleRotate, NoAugmentation
+from pad.data.augment import DC, DSA, NoAugmentation
 from pad.data.placement import HostImages
 from pad.data.preprocessing import MeanStd
 from pad.evaluation import Protocol
@@ -321,11 +321,14 @@ def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("augmentation", [NoAugmentation(), DSA(), CropScaleRotate()])
+@pytest.mark.parametrize("augmentation", [NoAugmentation(), DSA(), DC()])
 def test_experts(device, augmentation, momentum, host):
     how = {"augmentation": augmentation, "momentum": momentum, "host": host}
-    for ours, theirs in zip(epochs_of(captured(device), device, **how), epochs_of(AT_ONCE, device, **how), strict=True):
+    replay = captured(device)
+    for ours, theirs in zip(epochs_of(replay, device, **how), epochs_of(AT_ONCE, device, **how), strict=True):
         same(device, ours, theirs)
+    if device == "cpu":
+        assert replay._graphs.replays > replay._graphs.captures > 0
 
 
 def trained(replay, device, together, augmentation, *, batch=4, sets=None):
@@ -341,7 +344,7 @@ def trained(replay, device, together, augmentation, *, batch=4, sets=None):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("together", [1, 3])
-@pytest.mark.parametrize("augmentation", [NoAugmentation(), DSA(), DSA(siamese=True)])
+@pytest.mark.parametrize("augmentation", [NoAugmentation(), DSA(), DSA(siamese=True), DC()])
 def test_evaluation_networks(device, together, augmentation):
     replay = captured(device)
     expected = trained(AT_ONCE, device, together, augmentation)

@@ -2,6 +2,8 @@ import gzip
 import io
 import os
 import pickle
+import re
+import shutil
 import socket
 import struct
 import tarfile
@@ -16,7 +18,6 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pad.data import folders
 from pad.data.folders import IMAGENET_SUBSETS
 from pad.data.images import ImageData
 from pad.data.sources import DATA_SETS, DataSet, load_data
@@ -322,7 +323,7 @@ def test_image_folder_order_and_pixels(tmp_path):
 
 
 def test_image_folder_many_files_keep_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_CHUNK", 7)  # many chunks, several threads
+    monkeypatch.setattr("pad.data.decoding._CHUNK", 7)  # many chunks, several threads
     monkeypatch.setattr("pad.data.images._CHUNK", 7)
     for i in range(100):
         write(tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
@@ -338,22 +339,257 @@ def test_image_folder_grey_and_constant(tmp_path):
             write(tmp_path / part / name / "0.png", np.full((4, 4), 51, np.uint8))
     data = load_data("ImageFolder", tmp_path)
     assert data.channels == 1 and data.mean == (0.2,) and data.std == (1 / 255,)  # not zero, one divides by it
-    write(tmp_path / "train" / "b" / "1.png", picture(0, (4, 4)))
-    with pytest.raises(InputError, match="1.png is in colour"):
-        load_data("ImageFolder", tmp_path)
-    write(tmp_path / "train" / "b" / "0.png", picture(0, (4, 4)))
+
+
+@pytest.mark.parametrize("where", ["train/a/1.png", "train/b/0.png", "test/b/1.png"])
+def test_one_image_in_colour_makes_three_channels(tmp_path, where):
+    tree(tmp_path, "ab", channels=1)
+    Image.new("LA", (8, 8)).save(tmp_path / "train" / "a" / "2.png")
+    grey = load_data("ImageFolder", tmp_path)
+    assert grey.channels == 1 and np.array_equal(grey.train_images[5, 0], picture(6, channels=1))
+    pixels = picture(99)
+    write(tmp_path / where, pixels)
     data = load_data("ImageFolder", tmp_path)
-    assert data.channels == 3 and data.train_images[0].unique().tolist() == [51]
+    part, name, file = where.split("/")
+    place = "ab".index(name) * 3 + int(file[0])
+    changed, other = (data.train_images, grey.train_images) if part == "train" else (data.test_images, grey.test_images)
+    assert data.channels == 3 and np.array_equal(changed[place], pixels.transpose(2, 0, 1))
+    kept = [i for i in range(6) if i != place]
+    assert torch.equal(changed[kept], other[kept].expand(-1, 3, -1, -1))
 
 
-def test_image_folder_test_or_val(tmp_path):
-    """val serves when test has no labels (ImageNet's and Tiny's test folders)."""
+def add_litter(root: Path) -> None:
+    """What macOS, Windows, a Synology, Jupyter and archives leave in ``root``, a part of a data set."""
+    for folder in (root, root / "ant"):
+        for name in (
+            ".ipynb_checkpoints",
+            ".AppleDouble",
+            "__MACOSX",
+            "@eaDir",
+            "#recycle",
+            "$RECYCLE.BIN",
+            "lost+found",
+        ):
+            write(folder / name / "deeper" / "0.png", picture(0))
+        for name in ("._1.png", ".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r", ".hidden.png"):
+            (folder / name).write_bytes(b"litter")
+
+
+def test_litter_is_no_image_and_no_class(tmp_path, caplog):
+    clean = load_data("ImageFolder", tree(tmp_path))
+    add_litter(tmp_path / "train")
+    add_litter(tmp_path / "test")
+    data = load_data("ImageFolder", tmp_path)
+    assert data.fingerprint == clean.fingerprint and torch.equal(data.test_images, clean.test_images)
+    assert not caplog.records
+
+
+def test_what_several_ways_lead_to_is_one_image(tmp_path):
+    root = tree(tmp_path / "set")
+    clean = load_data("ImageFolder", root).fingerprint
+    for name, target in (("all", "."), ("up", ".."), ("itself", "itself")):
+        (root / "train" / name).symlink_to(target)
+        (root / "train" / "ant" / name).symlink_to(target)
+    (root / "train" / "ant" / "0again.png").symlink_to("1.png")
+    (root / "train" / "ant" / "0far.png").symlink_to(root / "train" / "ant" / "2.png")
+    assert load_data("ImageFolder", root).fingerprint == clean
+
+    # elsewhere: two ways to the same folder, which leads back; its images come where the first way's name sorts
+    pixels = write(tmp_path / "more" / "deeper" / "x.png", picture(50)) and picture(50)
+    (tmp_path / "more" / "back").symlink_to(root)
+    (root / "train" / "bee" / "also").symlink_to(tmp_path / "more")
+    (root / "train" / "bee" / "more").symlink_to(tmp_path / "more")
+    (root / "train" / "bee" / "one.png").symlink_to(tmp_path / "more" / "deeper" / "x.png")
+    data = load_data("ImageFolder", root)
+    assert data.train_labels.tolist() == [0] * 3 + [1] * 4
+    assert np.array_equal(data.train_images[-1], pixels.transpose(2, 0, 1))
+    assert np.array_equal(data.train_images[3], picture(4).transpose(2, 0, 1))
+
+    # a class that is a link, as subsets of a large data set are made
+    (root / "train" / "bee").rename(tmp_path / "bee")
+    (root / "train" / "bee").symlink_to(tmp_path / "bee")
+    assert load_data("ImageFolder", root).fingerprint == data.fingerprint
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path, caplog):
+    tree(tmp_path)
+    clean = load_data("ImageFolder", tmp_path).fingerprint
+    for name in ("ant/7.HEIC", "ant/8.heic", "ant/deep/8.png.part", "bee/9.jpg.crdownload", "bee/README"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"")
+    write(tmp_path / "test" / "0.png", picture(0))
+    assert load_data("ImageFolder", tmp_path).fingerprint == clean
+    said = {record.getMessage().replace(str(tmp_path), "") for record in caplog.records}
+    assert said == {
+        "/train: files that are not read as images are left out: .heic 2, .part 1, .crdownload 1, no ending 1; "
+        "by class: ant 3, bee 2",
+        "/test: images that lie in no class folder are left out: 1",
+    }
+    for file in (tmp_path / "train" / "ant").glob("*.png"):
+        file.unlink()
+    with pytest.raises(InputError, match="train/ant holds no image of a format that is read, but .heic 2, .part 1$"):
+        load_data("ImageFolder", tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["gif", "JFIF", "webp", "jp2", "tga", "bmp", "tif", "avif", "qoi"])
+def test_formats_that_pillow_reads(tmp_path, caplog, ending):
+    """Right in a folder of PNG, and under another format's ending; of an animation, the first picture."""
+    caplog.set_level("INFO", "pad")
+    Image.init()
+    if Image.EXTENSION.get(f".{ending.lower()}") not in Image.SAVE:
+        pytest.skip("this Pillow cannot write the format")
+    tree(tmp_path)
+    # one colour an image, which no format changes by more than a little
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("#c04080", "#20e010"))
+    several = {"save_all": True, "append_images": [second]} if ending in ("gif", "webp", "avif", "tif") else {}
+    first.save(tmp_path / "train" / "ant" / f"9.{ending}", **several)
+    first.save(tmp_path / "train" / "bee" / "9.png", format=Image.EXTENSION[f".{ending.lower()}"])
+    data = load_data("ImageFolder", tmp_path)
+    for image in data.train_images[[3, 7]]:
+        assert (image.permute(1, 2, 0) - torch.tensor([0xC0, 0x40, 0x80]).float()).abs().max() < 8
+    format = Image.EXTENSION[f".{ending.lower()}"]
+    assert [f"several formats are read: PNG 7, {format} 1" in record.getMessage() for record in caplog.records] == [
+        True
+    ]
+
+
+def test_no_format_is_read_by_another_program_or_by_any_decoder():
+    from pad.data.decoding import endings
+
+    assert not {"EPS", "WMF", "IPTC", "PDF", "HDF5", "GRIB", "BUFR", "MPEG"} & set(endings().values())
+    assert {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff"} <= set(endings())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_images_are_turned_as_their_exif_says(tmp_path, orientation, ending):
+    """The EXIF specification says where the first row and the first column of the file are on the screen."""
+    row, column = {
+        **{1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left")},
+        **{5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")},
+    }[orientation]
+    pixels = np.zeros((16, 24), np.uint8)
+    pixels[:8], pixels[:, :8] = 128, pixels[:, :8] + 64  # the first rows, and columns, are brighter
+    pixels[:8, :8] += 64
+    side = {"top": 0, "bottom": 1, "left": 2, "right": 3}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for part in ("train", "test"):
+        for name in "ab":
+            write(tmp_path / part / name / f"0.{ending}", pixels, exif=exif)
+    data = load_data("ImageFolder", tmp_path)
+    image = data.train_images[0, 0].float()
+    assert data.size == ((16, 24) if orientation < 5 else (24, 16))
+    edges = [image[:4].mean(), image[-4:].mean(), image[:, :4].mean(), image[:, -4:].mean()]
+
+    def brighter(where):
+        return edges[side[where]] > edges[side[where] ^ 1] + 20
+
+    assert brighter(row) and brighter(column)
+
+
+def test_turned_images_fit_by_the_size_that_is_seen(tmp_path):
+    tree(tmp_path, size=(12, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path / "train" / "bee" / "1.png", picture(60, (8, 12)), exif=exif)
+    data = load_data("ImageFolder", tmp_path)
+    assert np.array_equal(data.train_images[4], np.rot90(picture(60, (8, 12)), -1).transpose(2, 0, 1))
+    write(tmp_path / "train" / "bee" / "1.png", picture(60, (12, 8)), exif=exif)
+    with pytest.raises(InputError, match="bee/1.png is 12x8 pixels, but the first image is 8x12"):
+        load_data("ImageFolder", tmp_path)
+
+
+def test_published_trees_lie_as_in_their_files(tmp_path):
+    """Pixels of Tiny ImageNet are torchvision's: what was computed of them must fit."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for part in ("train", "val/images"):
+        for name in ("n01", "n02"):
+            write(tmp_path / part / name / "0.png", picture(1, (64, 64)), exif=exif)
+    assert np.array_equal(load_data("Tiny", tmp_path).train_images[0], picture(1, (64, 64)).transpose(2, 0, 1))
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    tree(tmp_path)
+    write(tmp_path / "train" / "ant" / "0.png", picture(1), exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0")
+    write(tmp_path / "train" / "ant" / "1.png", picture(2), exif=b"Exif\0\0no TIFF at all")
+    data = load_data("ImageFolder", tmp_path)
+    assert np.array_equal(data.train_images[:2], np.stack([picture(1), picture(2)]).transpose(0, 3, 1, 2))
+
+
+def test_colour_modes(tmp_path):
+    """Palettes are looked up, transparency is left out, and no warning is given."""
+    tree(tmp_path)
+    pixels = picture(70)
+    palette = Image.fromarray(pixels).quantize(8)
+    palette.save(tmp_path / "train" / "ant" / "0.png", transparency=bytes(range(8)))
+    write(tmp_path / "train" / "ant" / "1.png", np.dstack([pixels, picture(71)[..., 0]]))
+    cmyk = np.zeros((8, 8, 4), np.uint8)
+    cmyk[..., 0] = 255  # cyan alone
+    Image.fromarray(cmyk, "CMYK").save(tmp_path / "train" / "ant" / "2.jpg", quality=95)
+    data = load_data("ImageFolder", tmp_path)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    assert np.array_equal(data.train_images[0].permute(1, 2, 0), colours[np.asarray(palette)])
+    assert np.array_equal(data.train_images[1].permute(1, 2, 0), pixels)
+    cyan = data.train_images[2].float().mean((1, 2))
+    assert cyan[0] < 10 and cyan[1:].min() > 240
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", r"it is empty, as a copy or a download that was cut short leaves it\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a pointer of Git LFS"),
+        (None, r"it is a link to a file that is not there\)"),
+        (b"<!DOCTYPE html>", "it is of no format that is read"),
+    ],
+)
+@pytest.mark.parametrize("file", ["train/ant/0.png", "test/bee/2.png"])
+def test_files_that_are_no_images_are_named_and_why(tmp_path, content, message, file):
+    path = tree(tmp_path) / file
+    path.unlink()
+    path.write_bytes(content) if content is not None else path.symlink_to("../nowhere")
+    with pytest.raises(InputError, match=f"{file} cannot be read as an image .{message}"):
+        load_data("ImageFolder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ([str(i) for i in range(12)], "class 2 is '10', and not '2'"),
+        (["9", "10"], "class 0 is '10', and not '9'"),
+        ([f"{i:02}" for i in range(12)], None),
+        (["1", "10", "9a"], None),
+    ],
+)
+def test_classes_that_are_numbers(tmp_path, caplog, names, said):
+    data = load_data("ImageFolder", tree(tmp_path, names, count=1))
+    assert data.class_names == tuple(sorted(names))
+    assert [record.getMessage().split("as text: ")[1] for record in caplog.records] == ([said] if said else [])
+
+
+def test_image_folder_test_or_val(tmp_path, caplog):
+    """val serves when test has no labels (ImageNet's and Tiny's test folders), or no images."""
+    caplog.set_level("INFO", "pad")
     tree(tmp_path, parts=("train", "val"))
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "0.png", picture(0))
     assert len(load_data("ImageFolder", tmp_path).test_labels) == 6
+    for name in ("ant", "bee", "unknown"):
+        (tmp_path / "test" / name).mkdir()
+    assert len(load_data("ImageFolder", tmp_path).test_labels) == 6
+    line = f"{tmp_path / 'test'}: the test images are those in {tmp_path / 'val'}, since"
+    assert [line in record.getMessage() for record in caplog.records] == [True, True]
     tree(tmp_path, parts=("test",), count=1)
     assert len(load_data("ImageFolder", tmp_path).test_labels) == 2
+    write(tmp_path / "test" / "unknown" / "0.png", picture(0))
+    assert len(load_data("ImageFolder", tmp_path).test_labels) == 6, "test is not sorted into the classes"
+
+
+@pytest.mark.parametrize("part", ["valid", "validation"])
+def test_other_names_of_the_test_folder(tmp_path, part):
+    assert len(load_data("ImageFolder", tree(tmp_path, parts=("train", part))).test_labels) == 6
 
 
 def test_res_resizes_without_keeping_the_aspect_ratio(tmp_path):
@@ -437,13 +673,27 @@ def test_tiny_layouts(tmp_path):
     assert np.array_equal(one.test_images[5], np.asarray(reference[5][0]).transpose(2, 0, 1))
     assert one.train_images.shape == (36, 3, 64, 64) and one.mean == (0.485, 0.456, 0.406)
 
+    # ImageFolder reads the archive, and its test folder without labels; and the scripts in use sort val like train
+    (zip_root / "test" / "images").mkdir(parents=True)
+    write(zip_root / "test" / "images" / "test_0.JPEG", picture(200, (64, 64)))
+    folder = load_data("ImageFolder", zip_root)
+    assert folder.fingerprint == one.fingerprint and torch.equal(folder.test_images, one.test_images)
+    val = tmp_path / "scripted" / "val"
+    shutil.copytree(zip_root, val.parent)
+    for i in range(12):
+        (val / ("n02", "n01", "n03")[i % 3] / "images").mkdir(parents=True, exist_ok=True)
+        shutil.move(val / "images" / f"val_{i}.JPEG", val / ("n02", "n01", "n03")[i % 3] / "images")
+    for name in ("Tiny", "ImageFolder"):
+        scripted = load_data(name, val.parent)
+        assert scripted.fingerprint == one.fingerprint and torch.equal(scripted.test_images, one.test_images)
+
     (zip_root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n")
     with pytest.raises(InputError, match="val_annotations.txt names a class"):
         load_data("Tiny", zip_root)
     (zip_root / "val" / "val_annotations.txt").unlink()
     with pytest.raises(InputError, match="val_annotations.txt"):
         load_data("Tiny", zip_root)
-    with pytest.raises(InputError, match="val/images is not a folder"):
+    with pytest.raises(InputError, match="val holds neither folders of the classes nor"):
         load_data("Tiny", tree(tmp_path / "other"))
 
 
@@ -471,6 +721,29 @@ def test_bad_arguments(arguments, options, message):
     with pytest.raises(InputError, match=message) as caught:
         load_data(*arguments, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "meant, words",
+    [
+        ("Tiny", "TinyImageNet tiny-imagenet-200 tiny_imagenet tiny-imagenet-200.zip TINY"),
+        ("CIFAR10", "cifar10 CIFAR-10 cifar_10 cifar-10-batches-py cifar-10-python.tar.gz CIFAR"),
+        ("CIFAR100", "cifar100 CIFAR-100 cifar-100-python"),
+        ("FashionMNIST", "Fashion-MNIST fashion_mnist FMNIST fashion"),
+        ("MNIST", "mnist M-NIST"),
+        ("SVHN", "svhn svhn_cropped"),
+        ("ImageNet", "imagenet Image-Net"),
+        ("ImageNet1K", "imagenet-1k ILSVRC2012 ILSVRC2012_img_train"),
+        ("ImageNet with the subset imagewoof", "ImageWoof image_woof"),
+        ("ImageFolder", "image-folder folder imagefolder"),
+    ],
+)
+def test_the_set_meant_by_other_spellings(meant, words):
+    for word in words.split():
+        with pytest.raises(InputError, match=rf"no data set '{re.escape(word)}'; did you mean {meant}\?"):
+            load_data(word, ".")
+    with pytest.raises(InputError, match="no data set 'STL10'; there are FashionMNISTMini"):
+        load_data("STL10", ".")
 
 
 def test_every_name_is_known():
@@ -521,8 +794,21 @@ def damage_empty(root: Path) -> None:
         file.unlink()
 
 
+def damage_wrapped(root: Path) -> None:
+    for folder in ("__MACOSX", "pets"):
+        (root / folder).mkdir()
+        (root / "train").rename(root / folder / "train")
+        tree(root, parts=("train",))
+    shutil.rmtree(root / "train")
+
+
+def damage_unicode(root: Path) -> None:
+    (root / "train" / "ant").rename(root / "train" / "cafe\u0301")
+    (root / "test" / "ant").rename(root / "test" / "caf\u00e9")
+
+
 def damage_no_test(root: Path) -> None:
-    (root / "test").rename(root / "validation")
+    (root / "test").rename(root / "holdout")
 
 
 def damage_one_class(root: Path) -> None:
@@ -541,6 +827,11 @@ def damage_one_class(root: Path) -> None:
         (damage_no_test, "neither a test nor a val folder"),
         (damage_one_class, "train holds 1 class folders"),
         (lambda root: (root / "train").rename(root / "training"), "train is not a folder"),
+        (lambda root: (root / "train").rename(root / "Train"), "train is not a folder.* did you mean .*/Train"),
+        (damage_wrapped, "train is not a folder.* did you mean .*/pets/train"),
+        (damage_unicode, "'cafe.' is only in one, the other writes it in other Unicode characters"),
+        (lambda root: [shutil.rmtree(root / "test" / name) for name in ("ant", "bee")], "'ant' is only in one"),
+        (lambda root: [file.unlink() for file in root.glob("test/*/*")], "test holds no image in its class folders"),
     ],
 )
 def test_bad_trees(tmp_path, damage, message):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pad.commands import bench as workbench
 from pad.commands import record as recording
 from pad.commands.record import BufferSettings, expert_training
-from pad.data.augment import DSA, CropScaleRotate, NoAugmentation, augment
+from pad.data.augment import DC, DSA, NoAugmentation, augment
 from pad.data.images import ImageData
 from pad.difficulty.ranking import Ranking
 from pad.errors import InputError, Stopped
@@ -67,7 +67,7 @@ def same(left, right):
 # An expert
 
 
-@pytest.mark.parametrize("augmentation", [DSA(), CropScaleRotate(), NoAugmentation()])
+@pytest.mark.parametrize("augmentation", [DSA(), DC(), NoAugmentation()])
 def test_an_expert_does_not_depend_on_the_others(augmentation):
     task = make_task(augmentation=augmentation)
     alone = list(task.train(2, start_of(2)))
@@ -368,7 +368,7 @@ def test_the_settings_reach_the_task(bench, monkeypatch):
     assert first.optimiser == GSAM(lr=0.02, momentum=0.3, l2=1e-3, rho=0.7, alpha=0.6, adaptive=False)
     assert (first.batch_size, first.epochs, first.seed, first.num_classes) == (7, 1, 5, 3)
     assert first.augmentation.kinds == ["flip", "crop"] and first.augmentation.siamese
-    assert isinstance(second.augmentation, CropScaleRotate)
+    assert isinstance(second.augmentation, DC)
     torch.testing.assert_close(first.images, (bench.data.train_images / 255 - 0.5) / 0.2)
     assert first.labels.equal(bench.data.train_labels)
 

@@ -665,7 +665,7 @@ def test_import_and_export_parse_as_all_commands_do(theirs, capsys):
         (cli.import_buffer, ["--zca", "perhaps"], "zca: 'perhaps' is not True or False"),
         (cli.import_buffer, ["--bufer_path", "x"], "the nearest is --buffer_path"),
         (cli.export_buffer, ["ours"], "give two folders"),
-        (cli.export_buffer, ["a", "b", "c"], "unknown option 'c'"),
+        (cli.export_buffer, ["a", "b", "c"], "no option takes 'c'"),
         (cli.export_buffer, ["a", "b", "--save_interval", "0"], "save_interval: 0 is out of range"),
     ):
         capsys.readouterr()
@@ -687,3 +687,8 @@ def test_scripts_run_from_any_folder_and_report_in_one_line(tmp_path, script, ar
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and names(tmp_path) == []
     assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+def test_the_importer_names_the_data_set_that_was_meant(capsys):
+    assert cli.import_buffer(["--dataset", "tiny-imagenet-200"]) == 2
+    assert "no data set 'tiny-imagenet-200'; did you mean Tiny?" in capsys.readouterr().err

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pad.commands.common import Common, Evaluating, Scoring
+from pad.data.augment import DC
 from pad.data.images import ImageData
 from pad.data.placement import Images, fits, full_precision, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
-from pad.data.sources import DATA_SETS, load_data
+from pad.data.sources import data_set, load_data
 from pad.difficulty.methods import METHODS, RankingSource
 from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
@@ -90,10 +91,14 @@ class Workbench:
         return FlatModel(self.network(name, 0), compile, micro_batch)
 
     def protocol(self, settings: Evaluating, num_images: int, num_sets: int = 1) -> Protocol:
-        """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each."""
+        """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each.
+
+        Without DSA they are augmented as in DC's code: those for MNIST and ConvNetBN only.
+        """
         steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
         return Protocol(
-            augmentation=settings.augmentation(),
+            augmentation=settings.augmentation(otherwise=DC() if settings.dataset == "MNIST" else None),
+            own={} if settings.dsa else {"ConvNetBN": DC("crop_noise")},
             epochs=settings.epoch_eval_train,
             batch_size=settings.batch_train,
             seed=settings.seed,
@@ -205,8 +210,7 @@ def experts_at(
 def set_up(settings: Common, ranks: Ranks) -> Workbench:
     """Load the configured data set. Raises InputError when its files are not there or the network does not fit them."""
     device = ranks.place(settings.torch_device())
-    named = DATA_SETS.get(settings.dataset)
-    subset = settings.subset if named and named.subsets else None
+    subset = settings.subset if data_set(settings.dataset).subsets else None
     data = ranks.node_first(lambda: load_data(settings.dataset, settings.data_path, subset=subset, res=settings.res))
     ranks.same(lambda: data.identity, f"the images of {data.name}")
     if settings.train_per_class:

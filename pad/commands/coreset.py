@@ -17,7 +17,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.initialisation import averaged_logits, refuse_small_classes
 from pad.labels import hard_logits
-from pad.show.pictures import save_grid
+from pad.show.pictures import save_grid, unless_it_fails
 from pad.store.files import refuse_unwritable
 from pad.synthetic import SyntheticSet
 
@@ -75,10 +75,10 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     path = out / f"{name}.safetensors"
     if ranks.is_main:
         coreset.export_published(out, name)
-        caption = f"{stem}, {settings.end} images"
-        save_grid(
-            path.with_suffix(".png"), coreset.pixels().cpu(), coreset.classes, coreset.class_names, caption=caption
-        )
         coreset.save(path)
+        picture = path.with_suffix(".png")
+        with unless_it_fails(picture):
+            shown = coreset.pixels().cpu(), coreset.classes, coreset.class_names
+            save_grid(picture, *shown, caption=f"{stem}, {settings.end} images")
         log.info("the coreset is in %s", path)
     return path

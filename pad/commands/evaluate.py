@@ -21,10 +21,11 @@ from torch import Tensor
 from pad.commands.bench import Workbench, progress_bar, set_up
 from pad.commands.common import Evaluating, Ranked, words
 from pad.config import DATA, MODEL, PLACE, RECIPE, REPORT, FilePath, setting
+from pad.data.augment import DC
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Accuracies, TrainingSet, TrainingSets
+from pad.evaluation import Accuracies, Protocol, TrainingSet, TrainingSets
 from pad.initialisation import class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
@@ -119,9 +120,8 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     protocol = bench.protocol(settings, len(synthetic.images), len(sets))
     cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
     lr = synthetic.lr.item()
-    augmentation = [settings.dsa, settings.dsa_strategy, settings.siamese]
     fixed = {
-        "protocol": dataclasses.asdict(protocol) | {"augmentation": augmentation},
+        "protocol": _plain(protocol, settings, pool),
         "lr": lr,
         "data": bench.data.identity,
         "preprocessing": bench.preprocessing.identity,
@@ -177,6 +177,15 @@ def _table(rows: list[dict]) -> str:
         for row in rows
     ]
     return result_table(lines, list(lines[0]))
+
+
+def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]) -> dict:
+    """How the networks of a pool are trained, as plain values."""
+    drawn = [protocol.of(network).augmentation for network in pool]
+    of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
+    plain = dataclasses.asdict(dataclasses.replace(protocol, own={}))
+    del plain["own"]
+    return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pad.commands.bench import set_up
 from pad.commands.common import Common
 from pad.config import DETAIL, PLACE, FilePath, Settings, setting
-from pad.data.sources import DATA_SETS
+from pad.data.sources import data_set
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.store.published import export_published, import_published, importable_files
@@ -50,8 +50,7 @@ class ExportSettings(Settings):
 
 def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
     """Import published trajectories; returns the folder of the experts."""
-    named = DATA_SETS.get(settings.dataset)
-    subset = settings.subset if named and named.subsets else None
+    subset = settings.subset if data_set(settings.dataset).subsets else None
     folder = buffer_folder(
         settings.buffer_path, settings.dataset, settings.model, settings.zca, subset=subset, res=settings.res
     )

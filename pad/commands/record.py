@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pad.commands.bench import Workbench, progress_bar, set_up
 from pad.commands.common import OnCurriculum, Ranked, Training
 from pad.config import DETAIL, PACE, PLACE, RECIPE, REPORT, FilePath, setting
-from pad.data.augment import CropScaleRotate
+from pad.data.augment import DC
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.experts.gsam import GSAM
@@ -123,7 +123,7 @@ def expert_training(settings: BufferSettings, bench: Workbench, model: FlatModel
         num_classes=bench.data.num_classes,
         epoch_indices=lambda epoch: settings.curriculum.indices(epoch, rows),
         optimiser=settings.fill(GSAM, lr=settings.lr_teacher, momentum=settings.mom, rho=settings.rho_max),
-        augmentation=settings.augmentation(otherwise=CropScaleRotate()),
+        augmentation=settings.augmentation(otherwise=DC()),
         batch_size=settings.batch_train,
         epochs=settings.train_epochs,
         replay=replay_on(bench.device),

@@ -6,8 +6,9 @@ generator and are a few numbers per image, so every device sees the same ones.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,8 +19,9 @@ from pad.data.placement import to_device
 from pad.errors import InputError
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+DC_STRATEGIES = ("crop_scale_rotate", "crop_noise")
 _CROP, _CUTOUT, _SCALE, _ROTATE = 0.125, 0.5, 1.2, 15.0  # DSA's published strengths
-_DC_CROP, _DC_SCALE, _DC_ROTATE = 4, 0.2, 45.0  # pixels, +- share, degrees
+_DC_CROP, _DC_SCALE, _DC_ROTATE, _DC_NOISE = 4, 0.2, 45, 0.001  # pixels, +- share, degrees, standard deviation
 _DRAWS_PER_IMAGE = 3  # the colour transformations need three numbers, the others fewer
 
 
@@ -29,6 +31,11 @@ class Draw:
 
     kind: str
     u: Tensor
+
+    @property
+    def on_host(self) -> bool:
+        """Whether its numbers are read on the CPU, so that what applies it cannot be captured."""
+        return self.kind in DC_STRATEGIES
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw with its numbers on ``device``, for one that is applied more than once."""
@@ -59,18 +66,23 @@ def _color(x: Tensor, u: Tensor) -> Tensor:
 
 def _crop(x: Tensor, u: Tensor) -> Tensor:
     """Shift by whole pixels, uniform in [-s, s] on each axis with s = int(0.125 side + 0.5); zeros move in."""
-    n, channels, height, width = x.shape
+    height, width = x.shape[2:]
 
     def source(u: Tensor, side: int) -> Tensor:
         reach = int(_CROP * side + 0.5)
         return torch.arange(side, device=x.device) + (_pick(u, 2 * reach + 1) - reach)[:, None]
 
-    rows, columns = source(u[:, 0], height), source(u[:, 1], width)
+    moved, inside = _gather(x, source(u[:, 0], height), source(u[:, 1], width))
+    return moved * inside.to(x.dtype)
+
+
+def _gather(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels at ``rows [n, H]`` and ``columns [n, W]`` of each image; which of them lie in it, ``[n, 1, H, W]``."""
+    n, channels, height, width = x.shape
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     flat = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     flat = flat.reshape(-1, 1, height * width).expand(n, channels, -1)
-    moved = x.flatten(2).gather(2, flat).view_as(x)
-    return moved * inside[:, None].to(x.dtype)
+    return x.flatten(2).gather(2, flat).view_as(x), inside[:, None]
 
 
 def _cutout(x: Tensor, u: Tensor) -> Tensor:
@@ -111,31 +123,128 @@ def _rotate(x: Tensor, u: Tensor) -> Tensor:
     return _sample(x, (cos, -sin, zero), (sin, cos, zero))
 
 
-def _crop_scale_rotate(x: Tensor, u: Tensor) -> Tensor:
-    """Per image a shift by 4 pixels, a rescaling of each axis by 0.8-1.2, or a turn by 45 degrees, at most.
+# DC's, as its code computes them, of those images of a batch that have the kind: ``x [n, C, H, W]``, by numbers
+# ``u [n, 2]`` on the CPU. ``mean [1, C, 1, 1]`` is the batch's.
 
-    The batch's channel mean moves in.
+
+def _dc_crop(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
+    """Shift by whole pixels, uniform in [-4, 3] on each axis; the channel means move in."""
+    shift = to_device(_pick(u, 2 * _DC_CROP) - _DC_CROP, x.device)
+    rows, columns = (torch.arange(side, device=x.device) + shift[:, i, None] for i, side in enumerate(x.shape[2:]))
+    moved, inside = _gather(x, rows, columns)
+    return torch.where(inside, moved, mean)
+
+
+def _dc_scale(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
+    """Resize each side to int(side U(0.8, 1.2)) by nearest neighbours, about the centre; zeros move in.
+
+    DC's code knows square images only.
     """
-    kind = _pick(u[:, 0], 3)
-    shift = _pick(u[:, 1:], 2 * _DC_CROP + 1).to(x.dtype) - _DC_CROP
-    u = u.to(x.dtype)
-    # masked_fill: on CUDA torch.where copies a number to the device, and waits for that
-    dx, dy = ((2 * shift[:, i] / (x.shape[3 - i] - 1)).masked_fill(kind != 0, 0.0) for i in range(2))
-    factor = (1 / (1 + _DC_SCALE * (2 * u[:, 1:] - 1))).masked_fill((kind != 1)[:, None], 1.0)
-    angle = ((2 * u[:, 1] - 1) * math.radians(_DC_ROTATE)).masked_fill(kind != 2, 0.0)
-    cos, sin = angle.cos(), angle.sin()
+    sides = torch.tensor(x.shape[2:])
+    resized = ((1 - _DC_SCALE + 2 * _DC_SCALE * u.double()) * sides).long()
+    frame = torch.maximum(resized, sides).amax(dim=1, keepdim=True)  # a square that has room for both
+    first = (frame - resized) // 2 - (frame - sides) // 2  # where the resized image begins
+
+    def source(axis: int) -> Tensor:
+        new, begin = (to_device(numbers[:, axis, None], x.device) for numbers in (resized, first))
+        side = x.shape[2 + axis]
+        at = torch.arange(side, device=x.device) - begin
+        nearest = (at * (side / new.float())).floor().long()  # torch's rounding, in float32
+        # masked_fill: on CUDA torch.where copies a number to the device, and waits for that
+        return nearest.clamp(max=side - 1).masked_fill(at >= new, -1)
+
+    moved, inside = _gather(x, source(0), source(1))
+    return moved * inside.to(x.dtype)
+
+
+def _dc_rotate(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
+    """Turn by whole degrees, uniform in [-45, 44], as scipy.ndimage.rotate; the mean of the channel means moves in.
+
+    Values between pixels are those of cubic splines, mirrored at the borders. scipy turns into a larger image of whole
+    pixels, from which DC cuts the middle: the centre may thus be off by half a pixel.
+    """
+    height, width = x.shape[2:]
+    degrees = _pick(u[:, :1], 2 * _DC_ROTATE) - _DC_ROTATE
+    radians = to_device(degrees, x.device).double() * (math.pi / 180)
+    cos, sin = radians.cos(), radians.sin()
+
+    def from_centre(side: int, turned: Tensor) -> Tensor:
+        turned = (turned + 0.5).floor()
+        return torch.arange(side, device=x.device) + ((turned - side) / 2).trunc() - (turned - 1) / 2
+
+    down = from_centre(height, cos * height + sin.abs() * width)[:, :, None]
+    right = from_centre(width, sin.abs() * height + cos * width)[:, None, :]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rows = (cos * down + sin * right).flatten(1) + (height - 1) / 2  # in float64: at the borders the least bit decides
+    columns = (cos * right - sin * down).flatten(1) + (width - 1) / 2
+    inside = (rows >= 0) & (rows <= height - 1) & (columns >= 0) & (columns <= width - 1)
+
+    knots = (_spline(height, x) @ x @ _spline(width, x).T).flatten(2)
+    across = _around(columns, width, x.dtype)
+    turned = torch.zeros_like(knots)
+    for row, of_row in _around(rows, height, x.dtype):
+        for column, of_column in across:
+            index = (row * width + column)[:, None].expand_as(knots)
+            turned = torch.addcmul(turned, (of_row * of_column)[:, None], knots.gather(2, index))
+    return torch.where(inside[:, None], turned, mean.mean()).view_as(x)
+
+
+def _spline(side: int, like: Tensor) -> Tensor:
+    """The matrix ``[side, side]`` from values at pixels to coefficients of cubic B-splines, mirrored at both ends.
+
+    The inverse of the filter (1, 4, 1) / 6 of a signal of period 2 side - 2 (Unser, Splines, 1999).
+    """
+    pole, period = math.sqrt(3) - 2, 2 * side - 2
+    i = torch.arange(side, device=like.device)
+
+    def response(distance: Tensor) -> Tensor:
+        far = pole ** (period - distance).double()
+        return math.sqrt(3) / (1 - pole**period) * (pole ** distance.double() + far)
+
+    mirrored = ((i > 0) & (i < side - 1)).double()
+    return (response((i[:, None] - i).abs()) + response(i[:, None] + i) * mirrored).to(like.dtype)
+
+
+def _around(at: Tensor, side: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The four splines around float64 positions ``at``: their knots' indices, mirrored into 0..side-1, and weights."""
+    at = at.clamp(0, side - 1)
+    first = at.floor()
+    right = (at - first).to(dtype)
+    left = 1 - right
+    weights = (left**3, 4 - 3 * right**2 * (1 + left), 4 - 3 * left**2 * (1 + right), right**3)
+    last = side - 1
+    return [(last - (last - (first.long() + k - 1).abs()).abs(), weight / 6) for k, weight in enumerate(weights)]
+
+
+def _dc_noise(x: Tensor, u: Tensor, mean: Tensor) -> Tensor:
+    """Add Gaussian noise of standard deviation 0.001."""
+    rng = torch.Generator().manual_seed(int(u[0, 0] * 2**24))  # all of the number's bits
+    return x + _DC_NOISE * to_device(torch.randn(x.shape, generator=rng), x.device).to(x.dtype)
+
+
+_DC_KINDS = {"crop": _dc_crop, "scale": _dc_scale, "rotate": _dc_rotate, "noise": _dc_noise}
+
+
+def _each_by_its_kind(x: Tensor, u: Tensor, kinds: Sequence[str]) -> Tensor:
+    """Transform each image by one of DC's ``kinds``."""
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
-    return _sample(x - mean, (cos * factor[:, 0], -sin, dx), (sin, cos * factor[:, 1], dy)) + mean
+    which = _pick(u[:, 0], len(kinds))
+    for i, kind in enumerate(kinds):
+        some = (which == i).nonzero().flatten()  # known on the CPU, where draws are made: nothing waits for a device
+        if len(some):
+            there = to_device(some, x.device)
+            x = x.index_copy(0, there, _DC_KINDS[kind](x[there], u[some, 1:], mean))
+    return x
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "color": _color,
     "crop": _crop,
     "cutout": _cutout,
     "flip": _flip,
     "scale": _scale,
     "rotate": _rotate,
-    "crop_scale_rotate": _crop_scale_rotate,
+    **{name: partial(_each_by_its_kind, kinds=name.split("_")) for name in DC_STRATEGIES},
 }
 
 
@@ -143,7 +252,7 @@ def augment(x: Tensor, draw: Draw | None) -> Tensor:
     """Apply a draw to images ``[n, C, H, W]``; differentiable in the images. ``None`` returns them as they are."""
     if draw is None:
         return x
-    u = to_device(draw.u, x.device)
+    u = draw.u if draw.on_host else to_device(draw.u, x.device)
     return _KINDS[draw.kind](x, u.expand(x.shape[0], -1))
 
 
@@ -185,11 +294,18 @@ class DSA:
         return Draw(kind, torch.rand(1 if self.siamese else n, _DRAWS_PER_IMAGE, generator=generator))
 
 
-class CropScaleRotate:
-    """DC's augmentation of real training images, batched; each image has its own kind."""
+class DC:
+    """DC's augmentation, batched: each image has one of the strategy's kinds.
+
+    Args:
+        strategy: crop_scale_rotate, that of real images and of MNIST in its code, or crop_noise, that of ConvNetBN.
+    """
+
+    def __init__(self, strategy: str = DC_STRATEGIES[0]):
+        self.strategy = strategy
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
-        return Draw("crop_scale_rotate", torch.rand(n, _DRAWS_PER_IMAGE, generator=generator))
+        return Draw(self.strategy, torch.rand(n, _DRAWS_PER_IMAGE, generator=generator))
 
 
 class NoAugmentation:

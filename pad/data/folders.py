@@ -1,20 +1,21 @@
 """Data sets that are trees of image files."""
 
-import contextlib
+import logging
 import os
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import re
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
+from pad.data.decoding import endings, read_images
 from pad.data.images import ImageData, Statistics, mean_std, one_line
 from pad.errors import InputError
+
+log = logging.getLogger("pad")
 
 # Position in a row = label; the numbers are ImageNet class indices (its wnids in sorted order). From arXiv 2203.11932.
 IMAGENET_SUBSETS = {
@@ -26,21 +27,28 @@ IMAGENET_SUBSETS = {
     "imagesquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
 }
 
-# Of the formats that files of an image's ending can have; of others, some hand the file to other programs.
-_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+# What systems, notebooks and archives put between the images; the last is beside Tiny ImageNet's.
+_LITTER = re.compile(
+    r"\..*|__MACOSX|Icon\r|Thumbs\.db|ehthumbs.*\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information|lost\+found"
+    r"|@eaDir|#recycle|n\d+_boxes\.txt",
+    re.IGNORECASE | re.DOTALL,
+)
 
-_GREY = ("1", "L", "LA")  # colour modes
-_CHUNK = 256  # files that a decoding thread takes at a time
+_ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet's archive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The files of a data set: (file, label) pairs in the order of the images; labels are places in ``classes``."""
+    """The files of a data set: (file, label) pairs in the order of the images; labels are places in ``classes``.
+
+    Published sets are read as torchvision reads them: in colour, and as the files lie. Of others the images are turned
+    as their EXIF data says, and stay grey if all of them are.
+    """
 
     train: list[tuple[Path, int]]
     test: list[tuple[Path, int]]
     classes: list[str]
-    channels: int = 3
+    published: bool = True
 
 
 def load_tree(
@@ -58,14 +66,9 @@ def load_tree(
     """
     if not root.is_dir():
         raise InputError(f"the data_path {root} is not a folder")
-    with warnings.catch_warnings():  # holds for the whole process, so it is set here and not by each decoding thread
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        tree = find(root, subset)
-        size = (res, res) if res else _header(tree.train[0][0])[1]
-        train, test = (
-            _read_images([file for file, _ in part], size, tree.channels, resize=bool(res))
-            for part in (tree.train, tree.test)
-        )
+    tree = find(root, subset)
+    files = [[file for file, _ in part] for part in (tree.train, tree.test)]
+    train, test = read_images(files, res, as_seen=not tree.published)
     mean, std = statistics or mean_std(train)
     return ImageData(
         name=f"{name}/{subset}" if subset else name,
@@ -80,48 +83,64 @@ def load_tree(
 
 
 def image_folder(root: Path, subset: str | None) -> Tree:
-    """``train/<class>/``, and ``test/<class>/`` or ``val/<class>/``; grey if each class's first training image is."""
+    """``train/<class>/``, and ``<class>/`` in the first of test, val, valid and validation that holds images so."""
     classes = _class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; a data set has at least two classes")
-    candidates = [root / part for part in ("test", "val") if (root / part).is_dir()]
-    if not candidates:
-        raise InputError(f"{root} has neither a test nor a val folder beside train")
-    matching = [folder for folder in candidates if _class_folders(folder) == classes]
-    if not matching:
-        odd = sorted(set(classes) ^ set(_class_folders(candidates[0])))[0]
-        raise InputError(f"{candidates[0]} and {root / 'train'} differ in their class folders: {odd!r} is only in one")
     labels = {name: label for label, name in enumerate(classes)}
-    train, test = (_labelled_files(folder, labels) for folder in (root / "train", matching[0]))
+    if all(name.isdecimal() for name in classes):
+        for label, (name, number) in enumerate(zip(classes, sorted(classes, key=int))):
+            if name != number:
+                here = f"{root / 'train'}: classes are numbered in the order of their folders' names as text"
+                log.warning("%s: class %d is %r, and not %r", here, label, name, number)
+                break
+    test = _test_files(root, labels)
+    return Tree(train=_labelled_files(root / "train", labels), test=test, classes=classes, published=False)
 
-    first = {label: file for file, label in reversed(train)}
-    grey = all(_header(file)[0] in _GREY for file in first.values())
-    return Tree(train=train, test=test, classes=classes, channels=1 if grey else 3)
+
+def _test_files(root: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    """Those of the first folder that is sorted into the classes; of none, Tiny ImageNet's list."""
+    parts = [root / part for part in ("test", "val", "valid", "validation") if (root / part).is_dir()]
+    if not parts:
+        raise InputError(f"{root} has neither a test nor a val folder beside train")
+    first, listed = parts[0], root / "val"
+    part = next((part for part in parts if _is_sorted(part, labels)), None)
+    if part is None and not (listed / _ANNOTATIONS).is_file():
+        if odd := sorted(labels.keys() ^ set(_class_folders(first))):
+            same = len({unicodedata.normalize("NFC", name) for name in odd}) < len(odd)
+            only = f"{odd[0]!r} is only in one" + ", the other writes it in other Unicode characters" * same
+            raise InputError(f"{first} and {root / 'train'} differ in their class folders: {only}")
+        raise InputError(f"{first} holds no image in its class folders")
+    if (chosen := part or listed) != first:
+        log.info("%s: the test images are those in %s, since here none lies in a folder of its class", first, chosen)
+    return _labelled_files(part, labels) if part else _listed_files(listed, labels)
+
+
+def _is_sorted(part: Path, labels: dict[str, int]) -> bool:
+    """Whether a folder has one folder for each class, at least one of them with images, and images in no other."""
+
+    def any_image(names: Iterable[str]) -> bool:
+        return any(_scan(part / name).images for name in names)
+
+    names = set(_class_folders(part))
+    return labels.keys() <= names and any_image(labels) and not any_image(names - labels.keys())
 
 
 def tiny(root: Path, subset: str | None) -> Tree:
-    """Tiny ImageNet: ``train/<wnid>/`` and ``val/images/<wnid>/``, or as it is in its zip archive."""
+    """Tiny ImageNet: ``train/<wnid>/``, and ``val/images/<wnid>/``, ``val/<wnid>/`` or as it is in its zip archive."""
     if not (root / "train").is_dir() and (root / "tiny-imagenet-200" / "train").is_dir():
         root = root / "tiny-imagenet-200"
     classes = _class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; Tiny ImageNet has 200")
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    validation, annotations = root / "val" / "images", root / "val" / "val_annotations.txt"
-    if not validation.is_dir():
-        raise InputError(f"{validation} is not a folder; Tiny ImageNet's validation images are there")
-    if _class_folders(validation):
-        test = _labelled_files(validation, labels)
-    elif annotations.is_file():  # as in the zip archive: all images in one folder, "<file>\t<wnid>\t<box>" in a list
-        text = annotations.read_text(encoding="utf-8", errors="replace")
-        pairs = [line.split("\t")[:2] for line in text.splitlines() if line.strip()]
-        if any(len(pair) < 2 or pair[1] not in labels for pair in pairs):
-            raise InputError(f"{annotations} names a class that {root / 'train'} has no folder for, or is damaged")
-        if outside := [file for file, _ in pairs if Path(file).name != file or file == ".."]:
-            raise InputError(f"{annotations} names {outside[0]!r}, which is not the name of a file in {validation}")
-        test = [(validation / file, labels[wnid]) for file, wnid in sorted(pairs, key=lambda pair: pair[::-1])]
+    parts = [part for part in (root / "val" / "images", root / "val") if part.is_dir()]
+    if sorted_part := next((part for part in parts if not labels.keys().isdisjoint(_class_folders(part))), None):
+        test = _labelled_files(sorted_part, labels)
+    elif (root / "val" / _ANNOTATIONS).is_file():
+        test = _listed_files(root / "val", labels)
     else:
-        raise InputError(f"{validation} holds neither class folders nor is there a {annotations}")
+        raise InputError(f"{root / 'val'} holds neither folders of the classes nor a {_ANNOTATIONS}")
     return Tree(train=_labelled_files(root / "train", labels), test=test, classes=classes)
 
 
@@ -140,80 +159,114 @@ def imagenet(root: Path, subset: str | None) -> Tree:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders in sorted order, without hidden ones."""
+    """Names of the sub-folders in sorted order, without what is no class: litter, and links that lead back."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; it should hold one folder of images for each class")
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        there = [*folder.parent.glob(folder.name.capitalize()), *sorted(folder.parent.glob(f"*/{folder.name}"))]
+        near = next((f"; did you mean {other}?" for other in there if not _LITTER.fullmatch(other.parent.name)), "")
+        raise InputError(f"{folder} is not a folder; it should hold one folder of images for each class{near}")
+    here = Path(os.path.realpath(folder))
+    return sorted(
+        entry.name
+        for entry in _entries(folder)
+        if os.path.isdir(entry) and not (entry.is_symlink() and here.is_relative_to(os.path.realpath(entry)))
+    )
 
 
 def _labelled_files(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
     """(file, label) of the classes in ``labels``, in ImageFolder's order: classes by name, then files by path."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     missing = sorted(set(labels) - set(_class_folders(folder)))
     if missing:
         raise InputError(f"{folder} has no folder {missing[0]!r}, which is one of the classes")
-    samples = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-    filled = {label for _, label in samples}
-    empty = [name for name, label in labels.items() if label not in filled]
-    if empty:
-        raise InputError(f"{folder / empty[0]} holds no image (a file that ends in {', '.join(IMG_EXTENSIONS)})")
-    return [(Path(file), label) for file, label in samples]
+    files = []
+    formats, left_out, classes = Counter[str](), Counter[str](), Counter[str]()
+    for name in sorted(labels):
+        found = _scan(folder / name)
+        if not found.images:
+            instead = f" of a format that is read, but {_counts(found.left_out)}" if found.left_out else ""
+            raise InputError(f"{folder / name} holds no image{instead}")
+        files += [(file, labels[name]) for file in found.images]
+        formats += found.formats
+        left_out += found.left_out
+        classes[name] = found.left_out.total()
+    if left_out:
+        counts = f"{_counts(left_out)}; by class: {_counts(+classes)}"
+        log.warning("%s: files that are not read as images are left out: %s", folder, counts)
+    if len(formats) > 1:
+        log.info("%s: images of several formats are read: %s", folder, _counts(formats))
+    if loose := sum(_ending(entry.name) in endings() and os.path.isfile(entry) for entry in _entries(folder)):
+        log.warning("%s: images that lie in no class folder are left out: %d", folder, loose)
+    return files
 
 
-def _read_images(files: list[Path], size: tuple[int, int], channels: int, resize: bool) -> Tensor:
-    """Decode files into uint8 ``[N, channels, H, W]``, ``size`` = (H, W), in threads: the decoder releases the GIL."""
+def _counts(counter: Counter[str]) -> str:
+    """The most common, each with its number, and how many more there are."""
+    shown = [f"{name} {number}" for name, number in counter.most_common(4)]
+    more = len(counter) - len(shown)
+    return ", ".join([*shown, f"and {more} more"] if more else shown)
+
+
+def _listed_files(validation: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+    """Tiny ImageNet's test images as in its archive: all in one folder, "<file>\t<wnid>\t<box>" in a list."""
+    images, annotations = validation / "images", validation / _ANNOTATIONS
+    text = annotations.read_text(encoding="utf-8", errors="replace")
+    pairs = [line.split("\t")[:2] for line in text.splitlines() if line.strip()]
+    if any(len(pair) < 2 or pair[1] not in labels for pair in pairs):
+        raise InputError(f"{annotations} names a class that the train folder has none for, or is damaged")
+    if outside := [file for file, _ in pairs if Path(file).name != file or file == ".."]:
+        raise InputError(f"{annotations} names {outside[0]!r}, which is not the name of a file in {images}")
+    return [(images / file, labels[wnid]) for file, wnid in sorted(pairs, key=lambda pair: pair[::-1])]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies below a class folder: image files by folder, then by name; how many of which format; how many other
+    files of which ending."""
+
+    images: list[Path]
+    formats: Counter[str]
+    left_out: Counter[str]
+
+
+def _scan(folder: Path) -> _Found:
+    """Search a class folder, sub-folders and links too; what several ways lead to is one image, and litter is none."""
+    here = os.path.realpath(folder)
+    beside = Path(os.path.realpath(folder.parent), "_")  # the class folder may itself be a link
+    entered = set(map(str, [*beside.parents, *Path(here).parents]))  # real paths; a link to one of these leads back
+    files: dict[str, tuple[str, str]] = {}  # real path -> folder and name
+    linked: dict[str, tuple[str, str]] = {}
+    folders = deque([(str(folder), here)])  # those behind links last: the place where a file really lies comes first
+    while folders:
+        path, real = folders.popleft()
+        if real in entered:
+            continue
+        entered.add(real)
+        for entry in _entries(path):
+            link = entry.is_symlink()
+            target = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
+            if os.path.isdir(target) if link else entry.is_dir():
+                (folders.append if link else folders.appendleft)((entry.path, target))
+            elif link or entry.is_file():  # a link to nothing is an error of its own when it is read
+                (linked if link else files).setdefault(target, (path, entry.name))
+    images, formats, left_out = [], Counter[str](), Counter[str]()
+    for path, name in sorted((linked | files).values()):
+        ending = _ending(name)
+        if ending in endings():
+            images.append(Path(path, name))
+            formats[endings()[ending]] += 1
+        else:
+            left_out[ending or "no ending"] += 1
+    return _Found(images, formats, left_out)
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry]:
+    """What a folder holds, by name, without litter."""
     try:
-        images = torch.empty(len(files), channels, *size, dtype=torch.uint8)
-    except RuntimeError:
-        gigabytes = len(files) * channels * size[0] * size[1] / 1e9
-        sizes = f"{len(files)} images of {size[1]}x{size[0]} pixels take {gigabytes:.0f} GB"
-        raise InputError(f"{sizes}, more memory than there is; give a smaller res") from None
-    pixels = images.numpy()
-
-    def read(start: int) -> None:
-        for index in range(start, min(start + _CHUNK, len(files))):
-            pixels[index] = _read_image(files[index], size, channels, resize)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(read, range(0, len(files), _CHUNK))
-        )  # raises what the first bad chunk raised, and ends the others
-    return images
+        return sorted(
+            (entry for entry in os.scandir(folder) if not _LITTER.fullmatch(entry.name)), key=lambda entry: entry.name
+        )
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed ({one_line(error)})") from None
 
 
-def _read_image(file: Path, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
-    """One file as uint8 ``[channels, H, W]``."""
-    with _image_errors(file), Image.open(file, formats=_FORMATS) as opened:
-        image: Image.Image = opened
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise InputError(f"{file} has more than 8 bits per channel; convert it to 8 bits")
-        if channels == 1 and image.mode not in _GREY:
-            raise InputError(f"{file} is in colour, but the first image of every class is grey; convert it or those")
-        height, width = size
-        if image.size != (width, height) and not resize:
-            found = f"{image.width}x{image.height}"
-            raise InputError(f"{file} is {found} pixels, but the first image is {width}x{height}; give a res")
-        image = image.convert("L" if channels == 1 else "RGB")  # up to here nothing was decoded
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def _header(file: Path) -> tuple[str, tuple[int, int]]:
-    """Colour mode and (H, W) of an image file, without decoding it."""
-    with _image_errors(file), Image.open(file, formats=_FORMATS) as image:
-        return image.mode, (image.height, image.width)
-
-
-@contextlib.contextmanager
-def _image_errors(file: Path):
-    """What the image decoder raises for a bad file (many types, one per format) becomes an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{file} has more pixels than the {Image.MAX_IMAGE_PIXELS} that are safe to decode") from None
-    except Exception as error:
-        raise InputError(f"{file} cannot be read as an image ({one_line(error)})") from None
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

@@ -1,6 +1,7 @@
 """The space networks see: mean/std or ZCA-whitened images, and the way back to pixels."""
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -152,13 +153,13 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
     if there and (kept := _kept_zca(path, identity, dimensions)) is not None:
         return kept.to(device)
     with in_turn(path.with_name(f".{path.name}.lock"), "the same ZCA"):
-        if not there and path.is_file() and (kept := _kept_zca(path, identity, dimensions)) is not None:
+        if not there and os.path.isfile(path) and (kept := _kept_zca(path, identity, dimensions)) is not None:
             return kept.to(device)  # fitted meanwhile by the process that was waited for
         tensors = _fit_zca(data.train_images)
         try:
             save_tensors(path, tensors, identity)
         except OSError as error:
-            log.warning("the fitted ZCA is not kept, %s cannot be written (%s)", path, error)
+            log.warning("the fitted ZCA is not kept, %s cannot be written (%s); PAD_CACHE names a folder", path, error)
     return ZCA(identity, tensors)
 
 

@@ -6,7 +6,8 @@ the data, since difficulty rankings hold indices: torchvision's order for its da
 """
 
 import difflib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,20 @@ DATA_SETS: dict[str, DataSet] = {
 }
 
 
+# How papers, folders and archives call some of them; other spellings are near enough to the name.
+_ALSO_CALLED = {
+    **{"TinyImageNet": "Tiny", "TinyImageNet200": "Tiny", "FMNIST": "FashionMNIST", "ILSVRC2012": "ImageNet1K"},
+    **{"Folder": "ImageFolder", **{subset: f"ImageNet with the subset {subset}" for subset in IMAGENET_SUBSETS}},
+}
+
+
+def data_set(name: str) -> DataSet:
+    """The row of ``DATA_SETS``. Raises InputError where there is none, which names the one that comes nearest."""
+    if name not in DATA_SETS:
+        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATA_SETS, _ALSO_CALLED)}")
+    return DATA_SETS[name]
+
+
 def load_data(
     name: str, data_path: str | Path | None, *, subset: str | None = None, res: int | None = None
 ) -> ImageData:
@@ -105,9 +120,7 @@ def load_data(
 
     Raises InputError when a name, an option, a folder or a file cannot be used.
     """
-    if name not in DATA_SETS:
-        raise InputError(f"there is no data set {name!r}; {_nearest(name, DATA_SETS)}")
-    row = DATA_SETS[name]
+    row = data_set(name)
     if row.subsets and subset not in row.subsets:
         raise InputError(f"{name} needs one of its subsets, not {subset!r}; {_nearest(subset, row.subsets)}")
     if not row.subsets and subset is not None:
@@ -123,9 +136,16 @@ def load_data(
     return row.load(root, subset, res or row.fixed_size or row.default_size)
 
 
-def _nearest(word, choices) -> str:
-    """The valid names, and before them the one a mistyped name comes nearest to, if any does."""
-    lower = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.5)
+def _nearest(word, choices: Collection[str], also: Mapping[str, str] | None = None) -> str:
+    """The valid names, and before them the one a mistyped name comes nearest to, if any does.
+
+    Case and signs do not count. ``also``: what else may be meant, and how to say it.
+    """
+
+    def plain(text) -> str:
+        return re.sub(r"[\W_]", "", str(text)).lower()
+
+    known = {plain(name): meant for name, meant in [*(also or {}).items(), *zip(choices, choices)]}
+    near = difflib.get_close_matches(plain(word), known, n=1, cutoff=0.5)
     every = ", ".join(choices)
-    return f"did you mean {lower[near[0]]}? (there are {every})" if near else f"there are {every}"
+    return f"did you mean {known[near[0]]}? (there are {every})" if near else f"there are {every}"

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pad.data.augment import Augmentation, augment
-from pad.data.placement import HostImages, Images
+from pad.data.placement import HostImages, Images, to_device
 from pad.experts.gsam import GSAM
 from pad.nn.flat import FlatModel
 from pad.nn.replay import AT_ONCE, Replay
@@ -60,13 +59,19 @@ class ExpertTraining:
             plan = Plan(steps, replay, images.device, "of the expert", most)
             at.start(0)
             for i, each in enumerate(steps):
-                # from host memory, while the device is at the step before
-                seen = replay.hold("x", images[each.indices]) if isinstance(images, HostImages) else None
+                seen, draws = None, each.draw and not each.draw.on_host
+                if isinstance(images, HostImages):  # they come while the device is at the step before
+                    seen = replay.hold("x", images[each.indices])
+                if each.draw and each.draw.on_host:
+                    x = images[to_device(each.indices, images.device)] if seen is None else seen
+                    seen = replay.hold("x", augment(x, each.draw))
 
-                def work(i: int = i, seen: Tensor | None = seen) -> None:
+                def work(i: int = i, seen: Tensor | None = seen, draws: bool = bool(draws)) -> None:
                     step = plan.step(i, at)
-                    x = augment(images[step.indices] if seen is None else seen, step.draw)
-                    p = F.one_hot(self.labels[step.indices], self.num_classes).to(x.dtype)
+                    x = images[step.indices] if seen is None else seen
+                    x = augment(x, step.draw) if draws else x
+                    y = self.labels[step.indices][:, None]
+                    p = x.new_zeros(len(x), self.num_classes).scatter_(1, y, 1)  # F.one_hot looks at the labels
                     moved, momentum = self.optimiser.step(w, velocity, lambda at: self.model.grad(at, x, p))
                     w.copy_(moved)
                     if momentum is not None:

@@ -22,7 +22,7 @@ from pad.matching.real import RealBatches
 from pad.nn.flat import FlatModel
 from pad.rng import generator
 
-STATISTICS = 16  # real images of a class from which BatchNorm's statistics are taken, as published
+STATISTICS = 16  # real images of a class that BatchNorm's running statistics see before each step, as published
 
 
 def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...]], depth_ratio: float = 0.0) -> Tensor:
@@ -54,8 +54,9 @@ class GradientObjective(Objective):
     """The sum over the classes of D, in ``outer`` steps under a network that learns.
 
     An iteration has a fresh network. Between the steps it is trained for ``inner`` epochs on the synthetic set as it
-    then is. Networks with BatchNorm are trained with the statistics of the batch, and matched with those of 16 real
-    images a class, fixed.
+    then is. A network with BatchNorm is trained with the statistics of the batch, and matched under running ones, which
+    begin with its network. A batch of 16 real images a class moves them before each step, and each batch of the
+    training does.
 
     Args:
         start: the parameters ``[P]`` of iteration ``it``'s network.
@@ -83,22 +84,27 @@ class GradientObjective(Objective):
 
     def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
         """Losses and gradients in images ``[N, C, H, W]``; those in labels and lr are zero."""
-        theta = self.start(it)
+        theta, p = self.start(it), labels.softmax(dim=1)
+        models = self.model, self.real_model or self.model
+        running = None if self.model.separable else self.model.running(theta)
         for step in range(self.outer):
-            yield self._match(theta, images, labels, lr, it, step)
+            if running:
+                self._feed(running, theta, it, step)
+                models = running.fixed(), running.fixed()
+            loss, d_images = self._match(models, theta, images, p, it, step)
+            yield Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
             if step + 1 < self.outer:
-                theta = self._train(theta, images, labels, it, step)
+                theta = self._train(running or self.model, theta, images, p, it, step)
 
     @torch.no_grad()
-    def _match(self, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, it: int, step: int) -> Gradients:
-        model = self.model
-        of_real = self.real_model or model
-        if not model.separable:
-            model = of_real = self._with_statistics(theta, it, step)
-        num_classes = labels.shape[1]
+    def _match(
+        self, models: tuple[FlatModel, FlatModel], theta: Tensor, images: Tensor, p: Tensor, it: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient in the images, under a network for the synthetic and one for the real batches."""
+        model, of_real = models
+        num_classes = p.shape[1]
         ipc = len(images) // num_classes
-        p = labels.softmax(dim=1)
-        loss = torch.zeros_like(lr)
+        loss = p.new_zeros(())
         d_images = torch.zeros_like(images)
         for c in self.ranks.deal(range(num_classes)):
             rng = generator(self.seed, "gradient matching", it, step, c)
@@ -115,19 +121,20 @@ class GradientObjective(Objective):
             d_images[mine] = back(model.hvp(theta, x, p[mine], v)[2])
             loss += distance.detach()
         self.ranks.all_reduce_(loss, d_images)
-        return Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
+        return loss, d_images
 
-    def _train(self, theta: Tensor, images: Tensor, labels: Tensor, it: int, step: int) -> Tensor:
+    def _train(self, model: FlatModel, theta: Tensor, images: Tensor, p: Tensor, it: int, step: int) -> Tensor:
         """The network after ``inner`` epochs of SGD on the synthetic set."""
         rng = generator(self.seed, "inner training", it, step)
-        p = labels.softmax(dim=1)
         for _ in range(self.inner):
             for batch in to_device(torch.randperm(len(images), generator=rng), images.device).split(self.batch_train):
                 x = augment(images[batch], self.training.draw(len(batch), rng))
-                theta = theta - self.lr_net * self.model.grad(theta, x, p[batch])
+                theta = theta - self.lr_net * model.grad(theta, x, p[batch])
         return theta
 
-    def _with_statistics(self, theta: Tensor, it: int, step: int) -> FlatModel:
+    @torch.no_grad()
+    def _feed(self, running: FlatModel, theta: Tensor, it: int, step: int) -> None:
+        """Move BatchNorm's running statistics towards those of one batch of real images of all classes."""
         rng = generator(self.seed, "statistics", it, step)
         some = [self.real.draw(c, rng, STATISTICS) for c in range(len(self.real.rows))]
-        return self.model.with_statistics(theta, torch.cat(some).to(theta.dtype))
+        running(theta, torch.cat(some).to(theta.dtype))

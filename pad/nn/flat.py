@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.nn.derivatives import Derivatives, Hvp, choose, contains
+from pad.nn.derivatives import Derivatives, Eager, Hvp, choose, contains
 
 
 def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
 class FlatModel:
     """``f(theta, x)`` and its derivatives, for a module without dropout.
 
-    BatchNorm layers use the statistics of the batch: running ones are not part of a trajectory.
+    BatchNorm layers use the statistics of the batch: running ones are not part of a trajectory (but :meth:`running`).
 
     Args:
         module: gives the structure; its own numbers are not used (see :meth:`flatten`).
@@ -79,23 +79,35 @@ class FlatModel:
         slopes, h_thetas, h_xs, h_ps = zip(*parts)
         return sum(slopes), sum(h_thetas), torch.cat(h_xs), torch.cat(h_ps) / n
 
-    def with_statistics(self, theta: Tensor, images: Tensor) -> "FlatModel":
-        """This network with BatchNorm's statistics fixed to those of ``images [N, C, H, W]`` under ``theta [P]``.
+    def running(self, theta: Tensor) -> "FlatModel":
+        """This network with BatchNorm's running statistics, mean 0 and variance 1 at first, where ``theta [P]`` is.
 
-        Its images do not depend on each other any more. The statistics are constants of its derivatives, which are
-        computed operation by operation.
+        It computes with the statistics of the batch, as this one does. Each pass moves the running ones towards them,
+        by BatchNorm's momentum. Its derivatives are computed operation by operation.
         """
-        fixed = copy.deepcopy(self.module)
-        norms = {name: child for name, child in fixed.named_modules() if isinstance(child, _BatchNorm)}
-        for norm in norms.values():
+        running = self._with(copy.deepcopy(self.module))
+        for norm in _batch_norms(running.module):
             norm.track_running_stats = True
-            norm.momentum = 1.0
-            norm.running_mean, norm.running_var = theta.new_zeros(2, norm.num_features)
-        with torch.no_grad():
-            torch.func.functional_call(fixed, self.unflatten(theta), (images,))
-        for name, norm in norms.items():
-            fixed.set_submodule(name, _FixedBatchNorm(norm))
-        return FlatModel(fixed, micro_batch=self.micro_batch)
+            norm.running_mean, norm.running_var = theta.new_empty(2, norm.num_features)
+            norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=theta.device)
+            norm.reset_running_stats()
+        return running
+
+    def fixed(self) -> "FlatModel":
+        """A :meth:`running` network under its statistics as they now are: constants, so its images are independent."""
+        fixed = self._with(copy.deepcopy(self.module))
+        for norm in _batch_norms(fixed.module):
+            norm.eval()
+        fixed.separable = True
+        return fixed
+
+    def _with(self, module: nn.Module) -> "FlatModel":
+        """The same parameters in another module, whose buffers have numbers."""
+        other = copy.copy(self)
+        other.module = module
+        other.derivatives = Eager(other)
+        other.compile = other.derivatives.word
+        return other
 
     def _pieces(self, x: Tensor, p: Tensor) -> list[tuple[Tensor, Tensor]]:
         """A batch in micro-batches."""
@@ -133,18 +145,8 @@ class FlatModel:
         return (self.logits(theta, images).argmax(dim=1) == labels).double().mean().item()
 
 
-class _FixedBatchNorm(nn.Module):
-    """A BatchNorm layer whose statistics are constants. They are no buffers: :func:`_stateless` leaves them alone."""
-
-    def __init__(self, norm: _BatchNorm):
-        super().__init__()
-        self.weight = norm.weight
-        self.bias = norm.bias
-        self.statistics = norm.running_mean, norm.running_var
-        self.eps = norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, *self.statistics, self.weight, self.bias, eps=self.eps)
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, _BatchNorm)]
 
 
 def _stateless(module: nn.Module) -> nn.Module:
@@ -153,7 +155,7 @@ def _stateless(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if isinstance(child, nn.modules.dropout._DropoutNd):
             raise InputError("networks with dropout cannot be used: their gradient is not a function of the parameters")
-        if isinstance(child, _BatchNorm):
-            child.track_running_stats = False
-            child.running_mean = child.running_var = child.num_batches_tracked = None
+    for norm in _batch_norms(module):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     return module.train()

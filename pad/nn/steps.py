@@ -51,7 +51,10 @@ class Plan:
         self._steps = steps
         self._rows: list[Tensor] = []
         if replay.captures or device.type != "cpu":
-            columns = {"indices": [step.indices for step in steps], "u": [step.draw.u for step in steps if step.draw]}
+            columns = {
+                "indices": [step.indices for step in steps],
+                "u": [step.draw.u for step in steps if step.draw and not step.draw.on_host],
+            }
             for what, column in columns.items():
                 if column:
                     rows = column[0].new_zeros(len(column), max(map(len, column)), *column[0].shape[1:])
@@ -68,5 +71,5 @@ class Plan:
         if not self._rows:
             return step
         indices, *u = (at.of(rows) for rows in self._rows)
-        draw = step.draw and Draw(step.draw.kind, u[0][: len(step.draw.u)])
+        draw = Draw(step.draw.kind, u[0][: len(step.draw.u)]) if step.draw and u else step.draw
         return Step(indices[: len(step.indices)], draw)

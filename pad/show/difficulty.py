@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pad.difficulty.ranking import Ranking
 from pad.experts.curriculum import Curriculum
-from pad.show.figures import BLUE, GREY, ORANGE, new_figure, save_figure
-from pad.show.pictures import image_grid
+from pad.show.figures import BLUE, GREY, ORANGE, draw_figure, new_figure, own_style
+from pad.show.names import short, widest
+from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import save_picture
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PANELS = 20  # classes that have a histogram each; more are shown by their quantiles
 NAMES = 60  # class names that fit under one axis
 CLASSES = 20  # of which images are shown
+METHOD = 40  # characters of a method's name
 EXTREMES = 8  # images of a class that are shown from either end
 
 
@@ -37,19 +39,23 @@ def plot_all(
     """Write every picture there is to make of ``rankings`` (method -> ranking) as PNG files.
 
     ``scores_<method>.png`` where there are scores, ``images_<method>.png``, ``correlation.png`` of two or more methods,
-    and ``curriculum.png``, of the ``curriculum`` over ``epochs`` epochs in the largest class.
+    and ``curriculum.png``, of the ``curriculum`` over ``epochs`` epochs in the largest class. Of one that fails a
+    warning is logged.
     images uint8 ``[N, C, H, W]`` by data-set index; all rankings are of these images and of the named classes.
     """
     for method, ranking in rankings.items():
         if ranking.scores is not None:
-            save_figure(folder / f"scores_{method}.png", plot_scores(ranking, class_names, method))
-        save_picture(folder / f"images_{method}.png", extremes(ranking, images, class_names, method))
+            draw_figure(folder / f"scores_{method}.png", plot_scores, ranking, class_names, method)
+        path = folder / f"images_{method}.png"
+        with unless_it_fails(path):
+            save_picture(path, extremes(ranking, images, class_names, method))
     if len(rankings) > 1:
-        save_figure(folder / "correlation.png", plot_correlation(rank_correlation(rankings), list(rankings)))
+        draw_figure(folder / "correlation.png", plot_correlation, rank_correlation(rankings), list(rankings))
     largest = max(len(row) for ranking in rankings.values() for row in ranking.rows)
-    save_figure(folder / "curriculum.png", plot_curriculum(curriculum, epochs, largest))
+    draw_figure(folder / "curriculum.png", plot_curriculum, curriculum, epochs, largest)
 
 
+@own_style()
 def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Figure:
     """How a ranking's scores are distributed in each class: up to 20 classes as histograms, more by their quantiles.
 
@@ -77,7 +83,7 @@ def _histograms(
         panel.hist(values, edges, color=BLUE)
         of_all = panel.axvline(median, color=GREY, linestyle=":", linewidth=1.5)
         of_class = panel.axvline(np.median(values), color=ORANGE, linewidth=1.5)
-        panel.set_title(_short(name, 22), fontsize=10, parse_math=False)
+        panel.set_title(short(name, 22), fontsize=10, parse_math=False)
         panel.set_xscale(scale)
         panel.set_xlim(edges[0], edges[-1])
         panel.spines[["top", "right"]].set_visible(False)
@@ -87,7 +93,7 @@ def _histograms(
         panel.tick_params(labelbottom=True)
     figure.supxlabel(_score_label(method, scale), fontsize=10, parse_math=False)
     figure.supylabel("images per bar", fontsize=10)
-    figure.suptitle(f"{method}: scores of each class", x=0.01, ha="left", parse_math=False)
+    figure.suptitle(_title(method), x=0.01, ha="left", parse_math=False)
     lines = [of_class, of_all]
     figure.legend(lines, ["median of the class", "median of all"], loc="outside upper right", ncols=2, frameon=False)
     return figure
@@ -121,25 +127,24 @@ def _quantiles(
     axes.set_xlim(-0.5, len(order) - 0.5)
     step = math.ceil(len(order) / NAMES)
     named = places[::step]
-    labels = [_short(class_names[order[place]], 16) for place in named]
+    labels = [short(class_names[order[place]], 16) for place in named]
     axes.set_xticks(named, labels, rotation=90, fontsize=8, parse_math=False)
     ordinal = {2: "2nd", 3: "3rd"}.get(step, f"{step}th")
     which = "" if step == 1 else f", every {ordinal} named"
     axes.set_xlabel(f"{len(order)} classes, by their median{which}")
     axes.set_ylabel(_score_label(method, scale), parse_math=False)
-    axes.set_title(f"{method}: scores of each class", parse_math=False)
+    axes.set_title(_title(method), parse_math=False)
     axes.legend(loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
+def _title(method: str) -> str:
+    return f"{short(method, METHOD)}: scores of each class"
+
+
 def _score_label(method: str, scale: str) -> str:
-    return f"{method} score, low = easy" + (", logarithmic" if scale == "log" else "")
-
-
-def _short(name: object, length: int) -> str:
-    name = str(name)
-    return name if len(name) <= length else name[: length - 1].rstrip(" ,") + "…"
+    return f"{short(method, METHOD)} score, low = easy" + (", logarithmic" if scale == "log" else "")
 
 
 def extremes(ranking: Ranking, images: Tensor, class_names: Sequence[str], method: str) -> np.ndarray:
@@ -181,11 +186,13 @@ def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
     return total / classes
 
 
+@own_style()
 def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     """A matrix of rank correlations (:func:`rank_correlation`) ``[m, m]`` with the numbers in its cells."""
+    names = [short(name, METHOD) for name in names]
     count = len(names)
     side = max(3.5, 0.55 * count)  # inches
-    margin = 0.085 * max(map(len, names))
+    margin = widest(names)
     figure = new_figure(side + margin + 1.3, side + margin + 0.6)
     axes = figure.subplots()
     picture = axes.imshow(correlation.numpy(), cmap="PuOr", vmin=-1, vmax=1)
@@ -201,6 +208,7 @@ def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     return figure
 
 
+@own_style()
 def plot_curriculum(curriculum: Curriculum, epochs: int, n: int) -> Figure:
     """Which part of a class of ``n`` images, by difficulty, each of ``epochs`` epochs uses, and how many images."""
     windows = np.array([curriculum.window(epoch, n) for epoch in range(epochs)])  # [epochs, 2]

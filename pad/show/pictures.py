@@ -1,7 +1,11 @@
 """Pictures of images, one row per class."""
 
+import bisect
+import contextlib
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pad.errors import InputError
+from pad.show.names import drawable, font_file
 from pad.store.files import save_picture
+
+log = logging.getLogger("pad")
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 MARGIN = 16  # pixels around the picture
 GAP = 2  # between tiles
@@ -19,8 +28,20 @@ BLOCK_GAP = 28  # between columns of classes
 LABEL_GAP = 8  # between a class's name and its tiles
 ROWS = 25  # of classes in a column
 PER_CLASS = 10  # images that are shown
+NAME_WIDTH = 160  # pixels of a class's name, at most
+CAPTION_WIDTH = 1000  # of what the caller says of a picture, at most
+CAPTION_SIZE = 16
 MAX_TILES = 500  # in a picture: some 2000 x 1700 pixels at 64 per tile
 INK = (32, 32, 32)
+
+
+@contextlib.contextmanager
+def unless_it_fails(picture: object) -> Iterator[None]:
+    """``picture`` is made in the block. One that fails is a warning: what was computed is whole without it."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("no picture %s: %s: %s", picture, type(error).__name__, " ".join(str(error).split()))
 
 
 def image_grid(
@@ -30,8 +51,9 @@ def image_grid(
 
     pixels [N, 1 or 3, H, W] in [0, 1]; classes [N] int64, in any order. Rows come by class number, the images of a row
     in the order given. At most 10 images of a class and 500 images in all are shown; the caption says when that leaves
-    some out. More than 25 classes stand in several columns. ``scale``: whole-number enlargement,
-    without smoothing; None: to tiles of 64 pixels or more. Raises InputError when there are neither 1 nor 3 channels.
+    some out. More than 25 classes stand in several columns. Names and caption are shown as :func:`drawable` has them,
+    long ones cut off. ``scale``: whole-number enlargement, without smoothing; None: to tiles of 64 pixels or more.
+    Raises InputError when there are neither 1 nor 3 channels.
     """
     channels, height, width = pixels.shape[1:]
     if channels not in (1, 3):
@@ -40,7 +62,7 @@ def image_grid(
     present, sizes = classes.cpu().unique(return_counts=True)
     columns = min(int(sizes.max()), PER_CLASS)
     shown = present[: max(1, MAX_TILES // columns)].tolist()
-    notes = [caption] if caption else []
+    notes = [_shortened(caption, CAPTION_SIZE, CAPTION_WIDTH)] if caption else []
     if columns < sizes.max():
         of_all = f" of {int(sizes.max())}" if sizes.min() == sizes.max() else ""
         notes.append(f"first {columns}{of_all} images per class")
@@ -49,17 +71,16 @@ def image_grid(
 
     tile_height = height * scale
     tile_width = width * scale
-    font = ImageFont.load_default(size=min(16, max(11, tile_height // 4)))
-    names = [_shorten(str(class_names[c]), font, 150) for c in shown]
-    label_width = math.ceil(max(font.getlength(name) for name in names))
+    size = min(16, max(11, tile_height // 4))
+    names = [_shortened(class_names[c], size, NAME_WIDTH) for c in shown]
+    label_width = math.ceil(max(_font(name, size).getlength(name) for name in names))
     blocks = math.ceil(len(shown) / ROWS)
     rows = math.ceil(len(shown) / blocks)
-    caption_font = ImageFont.load_default(size=16)
     text = ", ".join(notes)
     top = MARGIN + (28 if text else 0)
     block_width = label_width + LABEL_GAP + columns * (tile_width + GAP) - GAP
     all_blocks = blocks * block_width + (blocks - 1) * BLOCK_GAP
-    total_width = 2 * MARGIN + max(all_blocks, math.ceil(caption_font.getlength(text)))
+    total_width = 2 * MARGIN + max(all_blocks, math.ceil(_font(text, CAPTION_SIZE).getlength(text)))
     total_height = top + rows * (tile_height + GAP) - GAP + MARGIN
     canvas = np.full((total_height, total_width, 3), 255, dtype=np.uint8)
 
@@ -81,20 +102,33 @@ def image_grid(
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     if text:
-        draw.text((MARGIN, MARGIN), text, fill=INK, font=caption_font)
+        draw.text((MARGIN, MARGIN), text, fill=INK, font=_font(text, CAPTION_SIZE))
     for index, name in enumerate(names):
         y, x = corner(index)
-        draw.text((x + label_width, y + tile_height // 2), name, fill=INK, font=font, anchor="rm")
+        draw.text((x + label_width, y + tile_height // 2), name, fill=INK, font=_font(name, size), anchor="rm")
     return np.asarray(picture)
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """``name``, cut off with "..." where it would be wider than ``width`` pixels."""
-    if font.getlength(name) <= width:
+def _shortened(name: object, size: int, width: int) -> str:
+    """``name`` as it can be drawn, cut off with "..." where it would be wider than ``width`` pixels."""
+    name = drawable(name)
+    if _font(name, size).getlength(name) <= width:
         return name
-    while name and font.getlength(name + "...") > width:
-        name = name[:-1]
-    return name.rstrip(" ,") + "..."
+    # Each letter is a pixel wide, if not more.
+    fitting = bisect.bisect(range(width), width, key=lambda n: math.ceil(_font(name, size).getlength(name[:n] + "...")))
+    return name[: max(0, fitting - 1)].rstrip(" ,") + "..."
+
+
+def _font(text: str, size: int) -> Font:
+    """Pillow's own font for ASCII, which is all that it has; for other text one that has :func:`drawable`'s glyphs."""
+    return _loaded(text.isascii(), size)
+
+
+@functools.cache
+def _loaded(ascii: bool, size: int) -> Font:
+    if ascii:
+        return ImageFont.load_default(size=size)
+    return ImageFont.truetype(font_file(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def before_after(

@@ -168,9 +168,9 @@ class _Writer(io.BufferedWriter):
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a text file atomically, in UTF-8; bytes of a file's name that are not UTF-8 become \\udcff, say."""
     with atomic_file(path) as handle:
-        handle.write(text.encode())
+        handle.write(text.encode(errors="backslashreplace"))
 
 
 def save_picture(path: Path | str, picture: np.ndarray) -> None:

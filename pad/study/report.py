@@ -3,12 +3,14 @@
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from pad.show.figures import BLUE, GREY, new_figure, save_figure
+from pad.show.figures import BLUE, GREY, draw_figure, new_figure, own_style
+from pad.show.names import short, widest
 from pad.store.files import write_text
 
 
@@ -91,20 +93,24 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
-    """Write ``results.md``, ``results.csv``, ``results.png``. ``reference``: a method that others are compared with."""
+    """Write ``results.md`` and ``results.csv``, print the table, then draw ``results.png``, if that can be drawn.
+
+    ``reference``: a method that others are compared with.
+    """
     rows = summarise(outcomes, reference)
-    write_text(folder / "results.md", markdown(rows, reference))
+    text = markdown(rows, reference)
+    write_text(folder / "results.md", text)
     write_text(folder / "results.csv", comma_separated(rows))
+    print(f"\n{text}", flush=True)
     if any(row.values for row in rows):
-        save_figure(folder / "results.png", plot(rows))
+        draw_figure(folder / "results.png", plot, rows)
 
 
 def markdown(rows: Sequence[Row], reference: str | None = None) -> str:
     """A table for each size, best first, and what failed."""
     compared = any(row.difference for row in rows)
-    head = (
-        ["method", "accuracy %", "standard error", "n"] + [f"minus {reference}, by seed"] * compared + ["networks each"]
-    )
+    minus = [f"minus {_in_markdown(reference)}, by seed"] * compared
+    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each"]
     parts = []
     for ipc in dict.fromkeys(row.ipc for row in rows):
         mine = sorted((row for row in rows if row.ipc == ipc), key=lambda row: -row.mean if row.values else 1)
@@ -114,13 +120,20 @@ def markdown(rows: Sequence[Row], reference: str | None = None) -> str:
             forms = zip(row.difference or (), ("+.2f", ".2f"))
             pair = [" ± ".join(_text(value, form, "-") for value, form in forms)] * compared
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
-            lines.append([row.method, *figures, n, *pair, str(row.networks)])
-        table = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
+            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks)])
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
+        table = [f"| {' | '.join(line)} |" for line in cells]
         parts.append(f"## {ipc} image{'s' * (ipc > 1)} per class\n\n" + "\n".join(table))
-    failed = [f"- {row.method}, ipc {row.ipc}, {reason}" for row in rows for reason in row.failed]
+    failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
     if failed:
         parts.append("## Failed\n\n" + "\n".join(failed))
     return "\n\n".join(parts) + "\n"
+
+
+def _in_markdown(text: object) -> str:
+    """``text`` on one line, with nothing that Markdown or HTML reads as more than text; a | is for tables to mind."""
+    at_an_edge = r"(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(rf"[\\`*<>&~$\[\]]|{at_an_edge}", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
@@ -141,11 +154,14 @@ def _text(value: float, form: str, unknown: str = "") -> str:
     return unknown if math.isnan(value) else format(value, form)
 
 
+@own_style()
 def plot(rows: Sequence[Row]):
     """Mean and standard error of each method, a panel for each size; small dots are seeds."""
     sizes = list(dict.fromkeys(row.ipc for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure = new_figure(2 + 3.5 * len(sizes), 1 + 0.3 * len(methods))
+    names = [short(method, 40) for method in methods]
+    margin = max(2, 0.6 + widest(names))
+    figure = new_figure(margin + 3.5 * len(sizes), 1 + 0.3 * len(methods))
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for panel, ipc in zip(panels, sizes):
         for row in (row for row in rows if row.ipc == ipc and row.values):
@@ -155,7 +171,7 @@ def plot(rows: Sequence[Row]):
             panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
         panel.set_title(f"{ipc} image{'s' * (ipc > 1)} per class", fontsize=10)
         panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
-        panel.set_yticks(range(len(methods)), methods)
+        panel.set_yticks(range(len(methods)), names, parse_math=False)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
     return figure

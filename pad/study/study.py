@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import statistics
 import time
 import traceback
@@ -21,9 +20,10 @@ from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.record import record_experts
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
-from pad.show.pictures import save_grid
+from pad.show.pictures import save_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, write_text
 from pad.store.locks import each_once, remove_leftovers
+from pad.streams import silence
 from pad.study.grid import Cell, Grid, StudySettings, slug
 from pad.study.report import Outcome, write_report
 from pad.synthetic import SyntheticSet
@@ -56,11 +56,11 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
             write_report(grid.out, outcomes, grid.reference)
             _pictures(grid.out, outcomes)
-    results = grid.out / "results.md"
-    print(f"\n{results.read_text(encoding='utf-8')}")
     log.info("tables, plot and pictures are in %s", grid.out)
     if failed := sum(outcome.failed is not None for outcome in outcomes):
-        raise Stopped(f"{failed} of {len(cells)} cells failed, see {results}; the command tries them again", 1)
+        raise Stopped(
+            f"{failed} of {len(cells)} cells failed, see {grid.out / 'results.md'}; the command tries them again", 1
+        )
     return outcomes
 
 
@@ -118,7 +118,7 @@ class _Work:
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
         bench = self.bench  # those of another study are no cell's failure
         try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # a line is said of it below
+            with silence():  # a line is said of it below
                 made, accuracies = _run(cell, bench)
             record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
@@ -157,16 +157,13 @@ def _run(cell: Cell, bench: Workbench) -> tuple[Path, list[float]]:
 def _pictures(out: Path, outcomes: list[Outcome]) -> None:
     """One small picture for each method and size, to stand side by side: of the first seed's set."""
     for outcome in {(outcome.method, outcome.ipc): outcome for outcome in reversed(outcomes) if outcome.made}.values():
-        try:
+        with unless_it_fails(f"of {outcome.method}"):
             synthetic = SyntheticSet.load(out / str(outcome.made))
-        except InputError as error:  # the table stands without it
-            log.warning("no picture of %s: %s", outcome.method, error)
-            continue
-        save_grid(
-            out / "pictures" / f"{slug(outcome.method)}_ipc{outcome.ipc}.png",
-            synthetic.pixels(),
-            synthetic.classes,
-            synthetic.class_names,
-            caption=f"{outcome.method}, seed {outcome.seed}",
-            scale=1,
-        )
+            save_grid(
+                out / "pictures" / f"{slug(outcome.method)}_ipc{outcome.ipc}.png",
+                synthetic.pixels(),
+                synthetic.classes,
+                synthetic.class_names,
+                caption=f"{outcome.method}, seed {outcome.seed}",
+                scale=1,
+            )
