@@ -81,8 +81,9 @@ class EvaluationSettings(Evaluating, Ranked):
             )
         missing = [key for key, value in trio.items() if not value]
         if not self.synthetic and missing:
-            number = "; --lr_dir may be the number itself" * (not self.lr_dir)
-            raise InputError(f"no synthetic set to evaluate: give --synthetic, or --{' and --'.join(missing)}{number}")
+            if missing == ["lr_dir"]:
+                raise InputError("lr_dir: the set's learning rate is missing; give its file, or the number itself")
+            raise InputError(f"no synthetic set to evaluate: give --synthetic, or --{' and --'.join(missing)}")
 
     @property
     def baseline_kinds(self) -> list[str]:
@@ -198,15 +199,14 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
     if not settings.synthetic:
         images, labels, lr = (str(getattr(settings, name)) for name in settings.trio)
         return settings, SyntheticSet.from_published(images, labels, _number_or_path(lr))
-    given = Path(settings.synthetic)
-    if given.suffix in (".pt", ".pth"):
-        raise InputError(
-            f"synthetic: {given} is no file of this toolkit's; --{' --'.join(settings.trio)} take .pt files"
-        )
-    if given.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
-        last = given / "synthetic_last.safetensors"
-        last = last if last.exists() else given / "Normal" / last.name
-        settings = dataclasses.replace(settings, synthetic=FilePath(str(last)))
+    path = Path(settings.synthetic)
+    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+        last = path / "synthetic_last.safetensors"
+        path = last if last.exists() else path / "Normal" / last.name
+        settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
+    if path.suffix == ".pt" or not path.exists():
+        reason = "is a published file" if path.exists() else "does not exist"
+        raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
@@ -397,8 +397,9 @@ class _Finished:
                 path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        folder = self._start.parent
-        return [path for path in folder.iterdir() if path.name.startswith(self._start.name)] if folder.is_dir() else []
+        folder, start = self._start.parent, self._start.name
+        there = folder.iterdir() if folder.is_dir() else ()
+        return [path for path in there if path.name.startswith(start) and path.name.removeprefix(start).isdigit()]
 
     def _key(self, case: int, j: int) -> str:
         network, name, training_set = self._cases[case]
@@ -409,8 +410,11 @@ class _Finished:
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    """Each whole line of a file of :class:`_Finished`."""
-    for line in path.read_bytes().splitlines():
+    """Each whole line of a file of :class:`_Finished`, which another process may have removed."""
+    data = b""
+    with contextlib.suppress(FileNotFoundError):
+        data = path.read_bytes()
+    for line in data.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
             if isinstance(entry["key"], str) and 0 <= entry["accuracy"] <= 1:

@@ -95,7 +95,7 @@ def test_a_set_without_a_learning_rate(images, made, tmp_path, refused):
     argv = trio_args(images, tmp_path, CLASSES)
     at = argv.index("--lr_dir")
     without = argv[:at] + argv[at + 2 :]
-    refused(cli.evaluate, without, "--lr_dir may be the number itself")
+    refused(cli.evaluate, without, "learning rate is missing; give its file, or the number itself")
     refused(cli.evaluate, [*without, "--lr_net", "0.1"], "--lr_dir")
     for number, said in (("0", "not a positive number"), ("nan", "not finite"), ("O.1", "O.1 does not exist")):
         refused(cli.evaluate, [*without, "--lr_dir", number], said)
@@ -113,7 +113,10 @@ def test_where_a_set_may_lie(images, made, tmp_path, refused):
         assert cli.evaluate(evaluation_args(images, folder)) == 0
     assert [path.name for path in normal.glob("*.json")] == ["synthetic_last.evaluation.json"]
     pt = made.with_name(f"images_{made.stem}.pt")
-    refused(cli.evaluate, evaluation_args(images, pt), pt, "--data_dir --label_dir --lr_dir take .pt files")
+    refused(
+        cli.evaluate, evaluation_args(images, pt), pt, "published sets are given by --data_dir, --label_dir, --lr_dir"
+    )
+    refused(cli.evaluate, evaluation_args(images, tmp_path), "Normal/synthetic_last.safetensors does not exist; pub")
 
 
 # ---- results are kept
