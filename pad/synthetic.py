@@ -230,8 +230,8 @@ def _numbers(path: Path | str) -> Tensor:
 
 def _logits(labels: Tensor, where: Path | str) -> Tensor:
     """Logits [N, K] float32 of labels in any of the forms of :meth:`SyntheticSet.from_published`."""
-    whole = not labels.is_floating_point() or labels.equal(labels.round())
-    if whole and labels.ndim and labels.numel() == len(labels):
+    integers, labels = not labels.is_floating_point(), labels.float()
+    if labels.ndim and labels.numel() == len(labels) > 0 and labels.equal(labels.round()):
         classes = labels.flatten().long()
         if classes.min() < 0 or classes.max() >= len(classes):
             raise InputError(
@@ -239,7 +239,6 @@ def _logits(labels: Tensor, where: Path | str) -> Tensor:
             )
         log.info("%s: the labels are class numbers, hard labels", where)
         return hard_logits(classes, int(classes.max()) + 1)
-    labels, integers = labels.float(), not labels.is_floating_point()
     if labels.ndim == 2 and labels.numel() and labels.min() >= -1e-3 and (labels.sum(1) - 1).abs().max() < 1e-2:
         log.warning("%s: the labels are probabilities, and are taken as these, not as logits", where)
         return labels.clamp(min=0).log().clamp(min=-HARD_LOGIT)
