@@ -280,7 +280,11 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def plain(name: str, data: bytes) -> bytes:
-    """A file's bytes without the seconds that a study notes."""
+    """A file's bytes without the seconds that a study notes, and what later versions say beside an evaluation."""
+    if name.endswith(".evaluation.json"):
+        later = ("synthetic", "settings", "data", "experts")
+        results = {key: value for key, value in json.loads(data).items() if key not in later}
+        return (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
     if name.startswith("study/cells/"):
         record = {key: value for key, value in json.loads(data).items() if key != "seconds"}
         return json.dumps(record, indent=1).encode()
