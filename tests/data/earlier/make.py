@@ -192,7 +192,7 @@ GO_ON = {
 def machine() -> dict[str, str]:
     """What the last bits of a result hang on: digests, none of which is made by this toolkit's code.
 
-    Where all of them are the same, so are all bytes.
+    Where all of them are the same, so are all bytes that the toolkit's own CPU kernels have no part in.
     """
     import torch
 
