@@ -3,6 +3,8 @@
 import os
 import sys
 
+from pad.allocator import let_waiting_threads_sleep
+
 try:
     os.getcwd()
 except FileNotFoundError:  # torch's mathematics would end the process when it is imported, with another sentence
@@ -10,3 +12,5 @@ except FileNotFoundError:  # torch's mathematics would end the process when it i
     sys.exit(2)
 
 __version__ = "0.1.0"
+
+let_waiting_threads_sleep()

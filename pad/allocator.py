@@ -1,4 +1,4 @@
-"""What a process sets up for speed before its first tensor: how memory is handed out, where compiled code is kept."""
+"""What a process sets up for speed before its first tensor: memory, where compiled code is kept, how threads wait."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import os
 import platform
 from pathlib import Path
 
+HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # in the environment
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -31,6 +32,19 @@ def keep_compiled_code() -> None:
     """
     if folder := compiled_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def let_waiting_threads_sleep() -> None:
+    """Let a thread that waits for the others of an operation sleep after some 50 microseconds.
+
+    By default it spins, for milliseconds in GNU's OpenMP, for 200 in LLVM's and Intel's. Where other processes have the
+    cores, it so keeps one from the very thread it waits for. OpenMP reads this when torch is loaded: importing
+    :mod:`pad` calls it, which comes too late after torch. Processes started from here inherit it. Does nothing when the
+    environment says already how to wait.
+    """
+    if os.environ.keys().isdisjoint(HOW_THREADS_WAIT):
+        # Passive threads sleep at once. GNU's look 3,000 times first, as waking one takes about as long.
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def cache_folder() -> Path | None:

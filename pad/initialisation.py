@@ -19,11 +19,19 @@ _BATCH = 256  # images that an expert is asked about at a time, so that a search
 
 @dataclass(frozen=True)
 class Experts:
-    """Trained networks to label with: ``parameters(k) -> [P]`` for k in 0..count-1, loaded one at a time."""
+    """Trained networks to label with: ``parameters(k) -> [P]`` for k in 0..count-1, loaded one at a time.
+
+    digest: of what their files say of them.
+    """
 
     model: FlatModel
     parameters: Callable[[int], Tensor]
     count: int
+    digest: str = ""
+
+
+class WeakExperts(InputError):
+    """The experts get too few images right."""
 
 
 def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int) -> None:
@@ -48,7 +56,7 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
     """Indices ``[num_classes * ipc]`` of real images that an expert classifies correctly.
 
     Of each class, in the order of its row, those the first expert gets right; while a class runs short the next expert
-    goes over the images that remain. Raises InputError when all experts together get too few right.
+    goes over the images that remain. Raises WeakExperts when all experts together get too few right.
     """
     chosen: list[list[int]] = [[] for _ in rows]
     left = dict(enumerate(rows))
@@ -71,10 +79,8 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
         left = {c: torch.cat(wrong[c]) for c in short}
     for c, found in enumerate(chosen):
         if len(found) < ipc:
-            raise InputError(
-                f"the {experts.count} experts classify only {len(found)} images of class {c} correctly, "
-                f"but ipc is {ipc}; train them longer, or use pix_init: real"
-            )
+            right = f"only {len(found)} images of class {c} correctly"
+            raise WeakExperts(f"the {experts.count} experts classify {right}, but ipc is {ipc}")
     return torch.tensor([index for found in chosen for index in found[:ipc]])
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pad.errors import InputError
+from pad.labels import HARD_LOGIT, hard_logits
 from pad.store.foreign import load_pt, save_pt
 from pad.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pad.data.preprocessing import Preprocessing
+
+log = logging.getLogger("pad")
 
 KIND = "synthetic set"
 FORMAT = 1
@@ -125,18 +131,30 @@ class SyntheticSet:
             save_pt(Path(folder) / f"{name}_{tag}.pt", tensor.detach().float().cpu().clone())
 
     @classmethod
-    def from_published(cls, images_path: Path | str, labels_path: Path | str, lr_path: Path | str) -> SyntheticSet:
-        """Read a published trio: images [N, C, H, W] class by class, labels [N, K] logits, lr of one element.
+    def from_published(
+        cls, images_path: Path | str, labels_path: Path | str, lr_path: Path | str | float
+    ) -> SyntheticSet:
+        """Read a published trio: images [N, C, H, W] class by class, labels, lr of one element or as a number.
 
+        The labels may be logits [N, K], probabilities [N, K] (rows in [0, 1] that sum to 1; one-hot is the same), or
+        class numbers [N] or [N, 1], of which K is the largest and 1; they come out as logits of the same targets.
         No code in the files is run. Such files say nothing about their data set or preprocessing, so the metadata only
         name where the set came from. Raises InputError naming the file that is missing, damaged or unusable.
         """
-        images, labels, lr = (_floats(path) for path in (images_path, labels_path, lr_path))
+        images, labels = _numbers(images_path), _logits(_numbers(labels_path), labels_path)
+        lr = torch.tensor(lr_path) if isinstance(lr_path, float) else _numbers(lr_path).float()
+        if not images.is_floating_point():
+            raise InputError(
+                f"{images_path} holds images of {images.dtype}; they are needed as networks see them, normalised or "
+                "whitened, in floating-point numbers"
+            )
         if lr.numel() != 1:
             raise InputError(f"{lr_path}: lr is {_shape(lr)}, not a single number")
-        metadata = {"provenance": {"published": [Path(path).name for path in (images_path, labels_path, lr_path)]}}
-        loaded = cls(images, labels, lr.reshape(()), torch.empty(0, dtype=torch.int64), metadata)
+        metadata = {"provenance": {"published": [Path(str(path)).name for path in (images_path, labels_path, lr_path)]}}
+        loaded = cls(images.float(), labels, lr.reshape(()), torch.empty(0, dtype=torch.int64), metadata)
         loaded._refuse_unusable_tensors(str(images_path), str(labels_path), str(lr_path))
+        if images.min() >= 0 and images.max() <= 1:
+            log.warning("%s: all values are in 0..1; they count as normalised images, not as pixels", images_path)
         loaded.classes = _class_order(len(images), loaded.num_classes)
         return loaded
 
@@ -189,14 +207,44 @@ def _class_order(count: int, num_classes: int) -> Tensor:
     return torch.arange(num_classes).repeat_interleave(count // num_classes)
 
 
-def _floats(path: Path | str) -> Tensor:
-    """The tensor of floating-point numbers a .pt file holds, as float32 on the CPU."""
+def _numbers(path: Path | str) -> Tensor:
+    """The tensor of real numbers that a .pt file holds, on the CPU; what is alone in a list or dict counts as it."""
     value = load_pt(path)
+    for _ in range(3):
+        if isinstance(value, (list, tuple, dict)) and len(value) == 1:
+            [value] = value.values() if isinstance(value, dict) else value
+    flat = isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        elif flat or isinstance(value, (int, float)):
+            value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a tensor")
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-        raise InputError(f"{path} holds a tensor of {value.dtype}, {value.layout}; floating-point numbers are needed")
-    return value.detach().float().contiguous()
+        inside = f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else ""
+        names = f" ({', '.join(map(str, value))[:80]})" if isinstance(value, dict) else ""
+        raise InputError(f"{path} holds a {type(value).__name__}{inside}{names}, not one tensor of numbers")
+    if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+        raise InputError(f"{path} holds a tensor of {value.dtype}, {value.layout}; plain numbers are needed")
+    return value.detach().contiguous()
+
+
+def _logits(labels: Tensor, where: Path | str) -> Tensor:
+    """Logits [N, K] float32 of labels in any of the forms of :meth:`SyntheticSet.from_published`."""
+    integers, labels = not labels.is_floating_point(), labels.float()
+    if labels.ndim and labels.numel() == len(labels) > 0 and labels.equal(labels.round()):
+        classes = labels.flatten().long()
+        if classes.min() < 0 or classes.max() >= len(classes):
+            raise InputError(
+                f"{where}: {len(classes)} labels are not numbers of classes, 0, 1, ..., all of which occur"
+            )
+        log.info("%s: the labels are class numbers, hard labels", where)
+        return hard_logits(classes, int(classes.max()) + 1)
+    if labels.ndim == 2 and labels.numel() and labels.min() >= -1e-3 and (labels.sum(1) - 1).abs().max() < 1e-2:
+        log.warning("%s: the labels are probabilities, and are taken as these, not as logits", where)
+        return labels.clamp(min=0).log().clamp(min=-HARD_LOGIT)
+    if integers:
+        raise InputError(f"{where}: labels are {_shape(labels)} of whole numbers, neither class numbers nor one-hot")
+    return labels
 
 
 def _shape(tensor: Tensor) -> str:

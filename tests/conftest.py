@@ -51,7 +51,9 @@ def advice():
     def check(sentence):
         of = COMMANDS.values() if running[0] is COMMANDS["study"].settings else []  # its file holds their settings
         kinds = [running[0], *(command.settings for command in of)]
-        known = {"nproc_per_node", "cfg"}.union(*({*kind.fields(), *kind.dead, *kind.refused} for kind in kinds))
+        known = {"nproc_per_node", "cfg", "help"}.union(
+            *({*kind.fields(), *kind.dead, *kind.refused} for kind in kinds)
+        )
         if running[0] is config.Settings or "go on with: " in sentence:
             return
         quoted = re.sub(r"'[^']*'|\S*/\S*( --\S+)?", "", sentence)  # what was given; other programs

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import slow
 
+from pad.allocator import HOW_THREADS_WAIT
 from pad.data.augment import DSA
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
@@ -26,7 +28,7 @@ from pad.rng import generator
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
 NAMES = ("common", "distributed", "evaluation", "expert_epoch", "matching", "memory", "scaling", "store")
 common, distributed, evaluation, expert_epoch, matching, memory, scaling, store = map(importlib.import_module, NAMES)
-difficulty, ranking_quality = map(importlib.import_module, ("difficulty", "ranking_quality"))
+contention, difficulty, ranking_quality = map(importlib.import_module, ("contention", "difficulty", "ranking_quality"))
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 
 
@@ -49,6 +51,7 @@ def relative(ours, theirs):
         pytest.param("memory", [], ["unrolled / adjoint", "    2 ", "    4 "], marks=linux),
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
         ("distributed", [], ["float32: gradients off by", "    1 ", "    2 "]),
+        ("contention", ["--spins", "7"], ["1 busy process  ours ", "1 busy process  7 looks"]),
         ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "Craig"]),
         slow("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
         ("ranking_quality", [], ["agreement of GraNd", "2 networks", "10 wrongly labelled", "Forgetting"]),
@@ -65,6 +68,7 @@ def test_the_script_prints_its_table(name, options, rows, monkeypatch, tmp_path,
 
     for module, function in ((memory, in_child), (scaling, in_child), (distributed, run)):
         monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(contention, "in_child", lambda case, waiting: contention.work(case))
     monkeypatch.chdir(tmp_path)
     importlib.import_module(name).main(["--tiny", *options])
     out = capsys.readouterr().out
@@ -80,6 +84,22 @@ def test_memory_is_measured_in_a_process_that_finds_its_modules_from_anywhere(mo
     problem = {"depth": 1, "width": 16, "n": 64, "batch": 64, "side": 32, "count": 2}
     activations = 4 * 64 * 16 * 32 * 32  # bytes of the first layer's output; a step needs several such
     assert 2 * activations < memory.in_child("adjoint", **problem) < 40 * activations
+
+
+def test_contention_is_measured_in_processes_that_wait_as_told(monkeypatch):
+    told = []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(contention.subprocess, "check_output", lambda command, env: told.append(env) or "{}")
+    for waiting in ({}, {"GOMP_SPINCOUNT": "7"}):
+        contention.in_child({}, waiting)
+        environment = told.pop()
+        assert {name: environment[name] for name in HOW_THREADS_WAIT if name in environment} == waiting
+
+
+def test_busy_processes_last_as_long_as_they_are_wanted():
+    with contention.beside(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert [process.poll() for process in processes] == [-signal.SIGKILL] * 2
 
 
 # ---- the competitors compute the same

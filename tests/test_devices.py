@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pad import cli, evaluation
-from pad.allocator import keep_compiled_code
+from pad.allocator import HOW_THREADS_WAIT, keep_compiled_code
 from pad.commands import bench as workbench
 from pad.commands.bench import use_tf32
 from pad.commands.evaluate import EvaluationSettings
@@ -329,6 +332,50 @@ def test_another_kind_of_cpu_has_its_own_compiled_code(cache, monkeypatch):
         keep_compiled_code()
         folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert len(folders) == 2
+
+
+# ------------------------------------------------------------------------------------------ waiting threads
+
+
+def what_openmp_was_told(*command, **environment):
+    """How threads wait, as GNU's OpenMP says itself when torch loads it; of several processes the last."""
+    kept = {name: value for name, value in os.environ.items() if name not in HOW_THREADS_WAIT}
+    said = subprocess.run(
+        [sys.executable, *command],
+        env=kept | {"OMP_DISPLAY_ENV": "VERBOSE"} | environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    if "GOMP_" not in said:
+        pytest.skip("torch has another OpenMP here")
+    return dict(re.findall(r"(OMP_WAIT_POLICY|GOMP_SPINCOUNT) = '(\w+)'", said))
+
+
+TWO_RANKS = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import pad, torch"],
+        ["buffer/buffer_CL.py", "--help"],
+        [*TWO_RANKS, "distill/PAD.py", "--help"],
+        ["scripts/benchmarks/matching.py", "--help"],
+    ],
+    ids=["library", "command", "ranks", "benchmark"],
+)
+def test_threads_that_wait_sleep_before_long(command):
+    assert what_openmp_was_told(*command) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, value", [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE")])
+def test_where_the_user_says_how_threads_wait_they_do(name, value):
+    plain, ours = (what_openmp_was_told("-c", f"import {what}", **{name: value}) for what in ("torch", "pad, torch"))
+    assert ours == plain and ours[name] == value
 
 
 # ------------------------------------------------------------------------------------------ CUDA

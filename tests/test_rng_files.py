@@ -1,4 +1,5 @@
 import errno
+import gzip
 import itertools
 import os
 import pickle
@@ -6,6 +7,7 @@ import random
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -295,22 +297,97 @@ def test_a_damaged_pt_file_is_refused(tmp_path):
     path = tmp_path / "file.pt"
     with pytest.raises(InputError, match="does not exist"):
         load_pt(path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is a folder"):
         load_pt(tmp_path)
     for zipped in (True, False):
         torch.save([torch.arange(40.0), torch.ones(3)], path, _use_new_zipfile_serialization=zipped)
         content = path.read_bytes()
         for length in {*range(0, len(content), len(content) // 25), len(content) - 1}:
             path.write_bytes(content[:length])
-            with pytest.raises(InputError, match="damaged") as error:
+            with pytest.raises(InputError, match="damaged" if length else "is empty") as error:
                 load_pt(path)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
     noise = random.Random(0).randbytes(300)
-    for content in (b"text", b"\x00" * 100, noise, b"PK\x03\x04" + noise, b"\x80\x02."):
+    for content in (b"\x00" * 100, noise, b"PK\x03\x04" + noise, b"\x80\x02."):
         path.write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
             load_pt(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "an archive of something else")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="zip archive of other files"):
         load_pt(path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+STARTS = {
+    "is empty": b"",
+    "is a Git LFS pointer": LFS,
+    "is a web page": b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>",
+    "is a text file": "0.01 caf\u00e9\n".encode(),
+    "is a gzip archive": gzip.compress(b"tensors"),
+    "is a NumPy file": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}",
+    "is a safetensors file": struct.pack("<Q", 2) + b'{"a":{}}',
+    "is a picture": b"\x89PNG\r\n\x1a\n\x00\x00",
+}
+
+
+@pytest.mark.parametrize("said", STARTS)
+def test_what_is_no_pt_file_is_called_what_it_is(tmp_path, said):
+    path = tmp_path / "images_best.pt"
+    path.write_bytes(STARTS[said])
+    with pytest.raises(InputError, match=f"images_best.pt {said}") as error:
+        load_pt(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_text_whose_letter_is_cut_in_two_is_a_text(tmp_path):
+    path = tmp_path / "file.pt"
+    for length in (510, 511, 512, 513):
+        path.write_bytes((("a" * (length % 2) + "\u00e9" * 400).encode())[:length] + "\u00e9".encode() * 100)
+        with pytest.raises(InputError, match="is a text file"):
+            load_pt(path)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "<i8", "|u1", "|b1"])
+def test_numpy_arrays_and_numbers_are_read_as_what_they_are(tmp_path, dtype):
+    array = np.asfortranarray(np.random.default_rng(0).integers(0, 2, (30, 40)) * 1.5, dtype)
+    values = {"array": array, "number": array[0, 0], "turned": array.T, "column": array[:, 3]}
+    torch.save(values, tmp_path / "file.pt")
+    for ours, theirs in zip(load_pt(tmp_path / "file.pt").values(), values.values()):
+        assert np.array_equal(ours, theirs) and np.shape(ours) == theirs.shape
+
+
+class Rebuilt:
+    """A pickle that calls ``make(*arguments)``, and then sets ``state``."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def __reduce__(self):
+        return self.steps
+
+
+def test_numpy_arrays_cannot_be_more_than_their_bytes(tmp_path):
+    """Nor of a type whose numbers would be taken for addresses."""
+    path = tmp_path / "file.pt"
+    rebuild = np.zeros(2).__reduce__()[0]
+    make = (rebuild, (np.ndarray, (0,), b"b"))
+    floats = np.dtype("f8")
+    for state in ((1, (10**12,), floats, False, b"\x00" * 16), (1, (2,), floats, False, [1, 2])):
+        torch.save(Rebuilt(*make, state), path)
+        with pytest.raises(InputError, match="file.pt"):
+            load_pt(path)
+    torch.save(Rebuilt(rebuild, (np.ndarray, (10**13,), b"b")), path)  # the shape it is made with is no one's claim
+    assert load_pt(path).size == 0
+    for value in (np.array([object()]), np.array(["a"]), np.zeros(2, "f4,i4"), np.datetime64("2020-01-01")):
+        torch.save(value, path)
+        with pytest.raises(InputError, match="file.pt"):
+            load_pt(path)
+    objects = Rebuilt(np.dtype, ("i8,O", False, True), (3, "<", None, None, None, -1, -1, 0))
+    torch.save(Rebuilt(*make, (1, (1,), objects, False, b"\x01" * 16)), path)
+    with pytest.raises(InputError, match="file.pt"):
+        load_pt(path)
+    pointers = Rebuilt(np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63))  # "holds objects"
+    torch.save(Rebuilt(*make, (1, (2,), pointers, False, b"\x01" * 16)), path)
+    found = load_pt(path)
+    assert found.dtype == floats and found.dtype.flags == 0

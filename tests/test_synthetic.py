@@ -1,6 +1,7 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,6 +195,82 @@ def test_published_files_of_other_precision_or_with_gradients_are_read(tmp_path)
     assert back.classes.tolist() == [0, 0, 1, 1, 2, 2] and back.class_names == ["0", "1", "2"]
 
 
+CLASSES = torch.tensor([0, 0, 1, 1, 2, 2])
+ONE_HOT = torch.eye(K, dtype=torch.float64).repeat_interleave(2, dim=0)
+SOFT = torch.rand(6, K, dtype=torch.float64, generator=GENERATOR) + 1e-9
+SOFT = SOFT / SOFT.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "labels, expected, atol",
+    [
+        *((CLASSES.to(dtype), ONE_HOT, 0) for dtype in (torch.int64, torch.int32, torch.uint8, torch.uint16)),
+        (CLASSES[:, None], ONE_HOT, 0),
+        (CLASSES.float(), ONE_HOT, 0),
+        (CLASSES.to(torch.float8_e4m3fn), ONE_HOT, 0),
+        (CLASSES.tolist(), ONE_HOT, 0),
+        (CLASSES.numpy(), ONE_HOT, 0),
+        ({"labels": CLASSES}, ONE_HOT, 0),
+        *((ONE_HOT.to(dtype), ONE_HOT, 0) for dtype in (torch.int64, torch.bool, torch.float32, torch.bfloat16)),
+        (SOFT, SOFT, 1e-7),
+        (SOFT.float().numpy(), SOFT, 1e-7),
+        (SOFT.half(), SOFT.half().double() / SOFT.half().double().sum(1, keepdim=True), 1e-7),
+        (torch.tensor([[0.5, 0.5, 0.0]] * 6), torch.tensor([[0.5, 0.5, 0.0]] * 6).double(), 1e-7),
+        (SOFT.log() + 3, SOFT, 1e-6),
+        ((SOFT - 0.5).log1p(), (SOFT + 0.5) / (SOFT + 0.5).sum(1, keepdim=True), 1e-6),
+    ],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
+)
+def test_labels_of_others_are_what_they_mean(tmp_path, caplog, labels, expected, atol):
+    """The targets: one-hot of class numbers, probabilities as they are, the softmax of everything else."""
+    loaded = SyntheticSet.from_published(*published(tmp_path, labels=labels))
+    torch.testing.assert_close(loaded.labels.double().softmax(1), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(loaded.probabilities().double(), expected, rtol=0, atol=atol)
+    loaded.save(tmp_path / "set")
+    assert torch.equal(SyntheticSet.load(tmp_path / "set").labels, loaded.labels)
+
+
+@pytest.mark.parametrize("labels, said", [(CLASSES, "class numbers"), (SOFT, "probabilities"), (SOFT.log(), None)])
+def test_it_is_said_what_labels_are_taken_for(tmp_path, caplog, labels, said):
+    caplog.set_level("INFO", "pad")
+    SyntheticSet.from_published(*published(tmp_path, labels=labels))
+    assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize(
+    "lr",
+    [0.25, [0.25], np.float32(0.25), np.array(0.25), np.array([[0.25]], ">f8"), torch.tensor([[0.25]]).double()]
+    + [torch.nn.Parameter(torch.tensor(0.25)), {"lr": torch.tensor(0.25)}, (torch.tensor([0.25]).half(),)],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
+)
+def test_a_learning_rate_in_any_form_is_the_number(tmp_path, lr):
+    loaded = SyntheticSet.from_published(*published(tmp_path, lr=lr))
+    assert torch.equal(loaded.lr, torch.tensor(0.25)) and not loaded.lr.requires_grad
+
+
+def test_a_learning_rate_needs_no_file(tmp_path):
+    images, labels, _ = published(tmp_path)
+    loaded = SyntheticSet.from_published(images, labels, 0.25)
+    assert torch.equal(loaded.lr, torch.tensor(0.25))
+    assert loaded.metadata["provenance"]["published"] == ["images_best.pt", "labels_best.pt", "0.25"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_other_precision_are_read(tmp_path, dtype):
+    images = torch.randn(6, *SHAPE).to(dtype)
+    loaded = SyntheticSet.from_published(*published(tmp_path, images=images))
+    assert torch.equal(loaded.images, images.float())
+    whole = SyntheticSet.from_published(*published(tmp_path, images=[images.double().numpy()]))
+    assert torch.equal(whole.images, images.float())
+
+
+def test_images_that_look_like_pixels_are_scored_with_a_warning(tmp_path, caplog):
+    SyntheticSet.from_published(*published(tmp_path))
+    assert not caplog.records
+    SyntheticSet.from_published(*published(tmp_path, images=torch.rand(6, *SHAPE)))
+    assert "images_best.pt: all values are in 0..1" in caplog.text
+
+
 class Malicious:
     """A pickle that creates a file when it is loaded."""
 
@@ -209,18 +286,35 @@ class Malicious:
     "changes, file, message",
     [
         ({"images": torch.randn(6, 4, 5)}, "images", r"images are a tensor of shape \[6, 4, 5\]"),
-        ({"images": [torch.randn(2)]}, "images", "holds a list, not a tensor"),
+        ({"images": [torch.randn(2)]}, "images", r"images are a tensor of shape \[2\]"),
+        ({"images": list(torch.randn(6, *SHAPE))}, "images", "holds a list of 6, not one tensor"),
+        (
+            {"images": {"data": torch.zeros(2), "accs_all_exps": {}}},
+            "images",
+            r"holds a dict of 2 \(data, accs_all_exps\), not one tensor",
+        ),
+        ({"images": "images"}, "images", "holds a str, not one tensor"),
+        ({"images": torch.zeros(6, *SHAPE, dtype=torch.complex64)}, "images", "torch.complex64"),
         ({"images": torch.zeros(6, *SHAPE, dtype=torch.uint8)}, "images", "torch.uint8"),
         ({"images": torch.full((6, *SHAPE), 1e300, dtype=torch.float64)}, "images", "not finite"),
         ({"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)}, "images", "7 images are not a multiple"),
         ({"images": torch.randn(6, *SHAPE).to_sparse()}, "images", "torch.sparse_coo"),
-        ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, "labels", "torch.int64"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, -1])}, "labels", "6 labels are not numbers of classes"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 6])}, "labels", "6 labels are not numbers of classes"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2])}, "labels", "5 labels for 6 images"),
+        ({"labels": torch.full((6, K), 2)}, "labels", "whole numbers, neither class numbers nor one-hot"),
         ({"labels": torch.randn(6)}, "labels", r"labels are a tensor of shape \[6\]"),
         ({"labels": torch.tensor(1.0)}, "labels", r"labels are a tensor of shape \[\]"),
         ({"labels": torch.randn(5, K)}, "labels", "5 labels for 6 images"),
         ({"labels": torch.randn(6, 0)}, "labels", r"shape \[6, 0\]"),
+        ({"labels": torch.randn(0, K)}, "labels", r"shape \[0, 3\]"),
+        ({"labels": torch.zeros(0, dtype=torch.int64)}, "labels", r"shape \[0\]"),
         ({"lr": torch.tensor([0.1, 0.2])}, "lr", r"lr is a tensor of shape \[2\]"),
         ({"lr": torch.tensor(-0.1)}, "lr", "lr is -0.1"),
+        ({"lr": 0}, "lr", "lr is 0"),
+        ({"lr": []}, "lr", r"lr is a tensor of shape \[0\]"),
+        ({"lr": "0.01"}, "lr", "holds a str, not one tensor"),
+        ({"lr": 2**2000}, "lr", "holds a int, not one tensor"),
     ],
 )
 def test_an_unusable_published_file_is_named(tmp_path, changes, file, message):

@@ -27,6 +27,7 @@ from pad.initialisation import Experts
 from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
+from pad.store.identity import digest
 from pad.store.trajectories import TrajectoryStore, buffer_folder, describe
 
 log = logging.getLogger("pad")
@@ -204,7 +205,8 @@ def experts_at(
         k = experts[i]
         return store.rows(k, [epoch % (store.epochs(k) + 1)])[0].to(device)
 
-    return Experts(model=model, parameters=parameters, count=len(experts))
+    about = digest([[store.header(k), epoch] for k in experts])
+    return Experts(model=model, parameters=parameters, count=len(experts), digest=about)
 
 
 def set_up(settings: Common, ranks: Ranks) -> Workbench:

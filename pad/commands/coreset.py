@@ -3,6 +3,7 @@
 python scripts/select_coreset.py --dataset CIFAR10 --method Herding --ipc 10
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pad.initialisation import averaged_logits, refuse_small_classes
 from pad.labels import hard_logits
 from pad.show.pictures import save_grid, unless_it_fails
 from pad.store.files import refuse_unwritable
+from pad.store.identity import digest, refuse_difference
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
@@ -35,6 +37,7 @@ class CoresetSettings(Ranked):
     buffer_path: FilePath | None = setting(None, "folder of the trajectories, for soft labels", PLACE, by_study=True)
     lr: float = setting(0.01, "learning rate that evaluation trains with", RECIPE, above=0)
     out: FilePath = setting("coresets", "folder of the set's files", PLACE, by_study=True)
+    overwrite: bool = setting(False, "replace a set of the same name by other settings", PLACE, by_study=True)
 
     def check(self) -> None:
         super().check()
@@ -46,7 +49,8 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     """Take the first images of each class in a ranking as a training set. Returns its file.
 
     The ranking is read, or computed as in stage 1, by all ranks; rank 0 writes the set, which stage 3 evaluates as it
-    does a synthetic one: one safetensors file, the published trio, and a picture.
+    does a synthetic one: one safetensors file, the published trio, and a picture. A set of that name is replaced when
+    it says the same of itself, or ``settings.overwrite`` says so; InputError otherwise.
     """
     bench, out = bench or set_up(settings, ranks), Path(settings.out)
     [stem] = bench.ranking_stems(settings, [settings.method])
@@ -54,6 +58,10 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     ranks.on_main(lambda: refuse_unwritable(out))
     soft = settings.labels == "soft"
     experts = bench.labellers(str(settings.buffer_path), settings.model) if soft else None
+    name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
+    path = out / f"{name}.safetensors"
+    metadata = {**identity_of_set(bench, settings), "settings": settings.of(DATA, MODEL, RECIPE, SEED)}
+    ranks.on_main(lambda: _refuse_other_set(settings, path, metadata))
 
     ranking = bench.rankings(settings, [stem], convert_flat=settings.convert_flat)[stem]
     chosen = first_of_each_class(ranking.rows, settings.ipc, settings.end).to(bench.device)
@@ -63,16 +71,13 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
         labels = averaged_logits(experts, images, classes)
     else:
         labels = hard_logits(classes, bench.data.num_classes)
-    metadata = {
-        **identity_of_set(bench, settings),
-        "settings": settings.of(DATA, MODEL, RECIPE, SEED),
-        "provenance": {"ranking": ranking.metadata, "images": chosen.tolist()},
-    }
+    metadata["provenance"] = {"ranking": ranking.metadata, "images": chosen.tolist()}
+    if experts is not None:
+        metadata["provenance"]["experts"] = experts.digest
+    ranks.on_main(lambda: _refuse_other_set(settings, path, metadata))  # the ranking is kept
     coreset = SyntheticSet(
         images, labels, torch.tensor(settings.lr), classes.cpu(), metadata, preprocessing=bench.preprocessing
     )
-    name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
-    path = out / f"{name}.safetensors"
     if ranks.is_main:
         coreset.export_published(out, name)
         coreset.save(path)
@@ -82,3 +87,26 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
             save_grid(picture, *shown, caption=f"{stem}, {settings.end} images")
         log.info("the coreset is in %s", path)
     return path
+
+
+def _refuse_other_set(settings: CoresetSettings, path: Path, metadata: dict) -> None:
+    """Raise InputError when the set at ``path`` says otherwise than ``metadata``, and is not to be replaced."""
+    if settings.overwrite or not path.exists():
+        return
+    there, here = _comparable(SyntheticSet.load(path).metadata), _comparable(metadata)
+    refuse_difference(
+        path,
+        {key: there[key] for key in here if key in there},
+        here,
+        there_is="this set",
+        here_is="this command",
+        remedy="name another folder with --out, or replace it with --overwrite",
+        every=True,
+    )
+
+
+def _comparable(metadata: dict) -> dict:
+    """What a set says of itself, but for where its images come from: which they are."""
+    about = json.loads(json.dumps(metadata))
+    origin = about.pop("provenance", {})
+    return about | {key: digest(origin[key]) for key in ("images", "experts") if key in origin}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from pad.commands.bench import Workbench, progress_bar, set_up
 from pad.commands.common import Evaluating, Ranked, words
-from pad.config import DATA, MODEL, PLACE, RECIPE, REPORT, FilePath, setting
+from pad.config import DATA, DETAIL, MODEL, PLACE, RECIPE, REPORT, SEED, FilePath, setting
 from pad.data.augment import DC
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Accuracies, Protocol, TrainingSet, TrainingSets
-from pad.initialisation import class_order, initial_set, refuse_small_classes
+from pad.initialisation import Experts, WeakExperts, class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
 from pad.store.files import refuse_unwritable, write_text
@@ -45,7 +46,9 @@ class EvaluationSettings(Evaluating, Ranked):
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
     data_dir: FilePath | None = setting(None, "images_*.pt of a published set", RECIPE, by_study=True)
     label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
-    lr_dir: FilePath | None = setting(None, "lr_*.pt of a published set", RECIPE, by_study=True)
+    lr_dir: FilePath | None = setting(
+        None, "lr_*.pt of a published set; of one that has none, the learning rate as a number", RECIPE, by_study=True
+    )
     synthetic: FilePath | None = setting(
         None, "its own file, or its run's folder, instead of the three", RECIPE, by_study=True
     )
@@ -60,6 +63,7 @@ class EvaluationSettings(Evaluating, Ranked):
         by_study=True,
     )
     out: FilePath | None = setting(None, "JSON file of the results; default: beside the set", PLACE, by_study=True)
+    overwrite: bool = setting(False, "replace results of another set or by other settings", PLACE, by_study=True)
 
     dead = {
         "batch_real": "nothing reads it",
@@ -67,16 +71,20 @@ class EvaluationSettings(Evaluating, Ranked):
         "no_aug": "it is about matching, in the second stage",
         "parall_eva": "torchrun deals networks to several devices",
     }
+    trio: ClassVar[tuple[str, ...]] = ("data_dir", "label_dir", "lr_dir")
+    refused = {"lr_net": "a set brings its learning rate; for one that has none, give the number as --lr_dir"}
 
     def check(self) -> None:
         super().check()
-        trio = {"data_dir": self.data_dir, "label_dir": self.label_dir, "lr_dir": self.lr_dir}
+        trio = {name: getattr(self, name) for name in self.trio}
         if self.synthetic and any(trio.values()):
             raise InputError(
                 "synthetic and data_dir, label_dir, lr_dir exclude each other: give the one file or the three"
             )
         missing = [key for key, value in trio.items() if not value]
         if not self.synthetic and missing:
+            if missing == ["lr_dir"]:
+                raise InputError("lr_dir: the set's learning rate is missing; give its file, or the number itself")
             raise InputError(f"no synthetic set to evaluate: give --synthetic, or --{' and --'.join(missing)}")
 
     @property
@@ -89,7 +97,8 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbenc
     """Stage 3: train fresh networks on a synthetic set, and on real images of the same number. Returns the results.
 
     The networks are dealt to the ranks; rank 0 writes. The accuracy of each network is kept until the results are
-    written, so that a stopped command, given again, trains those only that are missing.
+    written, so that a stopped command, given again, trains those only that are missing. Results that say that they are
+    of another set, or by other settings, are replaced only when ``settings.overwrite`` says so.
     """
     settings, synthetic = _read_set(settings)
     out = Path(settings.out or Path(str(settings.synthetic or settings.data_dir)).with_suffix(".evaluation.json"))
@@ -109,9 +118,15 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     sets: dict[str, TrainingSets] = {
         "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
     }
-    sets |= dict(_baselines(settings, bench, synthetic.ipc))
+    experts = None
+    if "soft" in settings.baseline_kinds and settings.buffer_path is not None:
+        experts = bench.labellers(str(settings.buffer_path), settings.model)
+    sets |= dict(_baselines(settings, bench, synthetic.ipc, experts))
     _refuse_other("preprocessing", synthetic, bench.preprocessing.identity)
-    _refuse_undrawable(sets)
+    about = _about(settings, synthetic, bench, experts)
+    if not settings.overwrite:
+        ranks.on_main(lambda: _refuse_other_results(out, about))
+    sets = _drawable(sets, ranks)
 
     @functools.lru_cache(maxsize=1)  # the last one is wanted twice: for its digest, and to train on
     def draw(name: str, j: int) -> TrainingSet:
@@ -129,7 +144,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "device": bench.device.type,
         "tf32": settings.tf32,
     }
-    finished = _Finished(out, fixed, cases, ranks)
+    finished = _Finished(out, fixed, cases, ranks=ranks, about=digest(about))
     known = finished.read(settings.num_eval)
     total = math.ceil((len(cases) * settings.num_eval - len(known)) / ranks.size)
     with progress_bar(ranks, total, "evaluating", "network") as bar:
@@ -150,6 +165,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
         "results": [{"set": name, **each.as_dict()} for (_, name, _), each in zip(cases, found)],
+        **about,
     }
     if ranks.is_main:
         write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
@@ -191,17 +207,27 @@ def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
     """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
     if not settings.synthetic:
-        return settings, SyntheticSet.from_published(
-            *map(str, (settings.data_dir, settings.label_dir, settings.lr_dir))
-        )
-    if Path(settings.synthetic).is_dir():  # of a run: the last set, since the best one was picked by test accuracy
-        last = Path(settings.synthetic) / "Normal" / "synthetic_last.safetensors"
-        settings = dataclasses.replace(settings, synthetic=FilePath(str(last)))
+        images, labels, lr = (str(getattr(settings, name)) for name in settings.trio)
+        return settings, SyntheticSet.from_published(images, labels, _number_or_path(lr))
+    path = Path(settings.synthetic)
+    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+        last = path / "synthetic_last.safetensors"
+        path = last if last.exists() else path / "Normal" / last.name
+        settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
+    if path.suffix == ".pt" or not path.exists():
+        reason = "is a published file" if path.exists() else "does not exist"
+        raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
     wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in own]
     return settings.adopting({name: made_with[name] for name in wanted if name in made_with}), synthetic
+
+
+def _number_or_path(text: str) -> float | str:
+    with contextlib.suppress(ValueError):
+        return text if Path(text).exists() else float(text)
+    return text
 
 
 def _refuse_other_data(synthetic: SyntheticSet, bench: Workbench) -> None:
@@ -228,13 +254,56 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
         )
 
 
-def _refuse_undrawable(sets: dict[str, TrainingSets]) -> None:
-    """Raise InputError for a set that cannot be had, before a network is trained: experts get too few images right."""
-    for training_set in sets.values():
-        training_set(0)
+def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
+    """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
+    elsewhere = ("synthetic", *EvaluationSettings.trio)
+    names = [name for name in settings.names(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT) if name not in elsewhere]
+    iteration = synthetic.metadata.get("iteration")
+    tensors = synthetic.images, synthetic.labels, synthetic.lr
+    return {
+        "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
+        "settings": {name: getattr(settings, name) for name in names},
+        "data": dict(bench.data.identity),
+        "experts": experts.digest if experts else None,
+    }
 
 
-def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iterator[tuple[str, TrainingSets]]:
+def _refuse_other_results(out: Path, about: dict) -> None:
+    """Raise InputError when the file ``out`` holds anything but results that are ``about`` the same."""
+    if not out.exists():
+        return
+    remedy = "name another file with --out, or replace this one with --overwrite"
+    try:
+        there = json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict) or not about.keys() <= there.keys():
+        raise InputError(f"{out} is there and does not say what set and settings it is of; {remedy}")
+    here = json.loads(json.dumps(about))
+    there = {key: there[key] for key in here}
+    refuse_difference(out, there, here, there_is="these results", here_is="this command", remedy=remedy, every=True)
+
+
+def _drawable(sets: dict[str, TrainingSets], ranks: Ranks) -> dict[str, TrainingSets]:
+    """The sets that can be had, found before a network is trained; a line says of others why: weak experts."""
+
+    def why_not(training_set: TrainingSets) -> str:
+        try:
+            training_set(0)
+        except WeakExperts as error:
+            return str(error)
+        return ""
+
+    reasons = {name: max(ranks.gather(why_not(training_set))) for name, training_set in sets.items()}
+    for name, reason in reasons.items():
+        if reason:
+            log.warning("%s are left out: %s", name, reason)
+    return {name: training_set for name, training_set in sets.items() if not reasons[name]}
+
+
+def _baselines(
+    settings: EvaluationSettings, bench: Workbench, ipc: int, experts: Experts | None
+) -> Iterator[tuple[str, TrainingSets]]:
     """Real images of the same number, by name.
 
     Random ones, for each network another draw, with hard labels, and with soft ones as distillation starts from; with
@@ -256,10 +325,9 @@ def _baselines(settings: EvaluationSettings, bench: Workbench, ipc: int) -> Iter
             return hard_labelled(first_of_each_class(rows, ipc))
 
         yield "random real, hard labels", hard
-    if "soft" in settings.baseline_kinds and settings.buffer_path is None:
+    if "soft" in settings.baseline_kinds and experts is None:
         log.info("no --buffer_path: real images with the experts' soft labels are left out")
-    elif "soft" in settings.baseline_kinds:
-        experts = bench.labellers(str(settings.buffer_path), settings.model)
+    if experts is not None:
 
         def soft(j: int) -> TrainingSet:
             images, logits = initial_set(
@@ -297,19 +365,21 @@ class _Finished:
     Args:
         fixed: of all that, what is the same for all networks, as plain values.
         cases: architecture, name of the training set, and the set for network j.
+        about: digest of what the results are of. What was kept of others stays.
     """
 
-    def __init__(self, out: Path, fixed: dict, cases: Sequence[tuple[str, str, Callable]], ranks: Ranks):
+    def __init__(self, out: Path, fixed: dict, cases: Sequence[tuple[str, str, Callable]], *, ranks: Ranks, about: str):
         self._start = out.with_name(f"{out.name}.networks-")
         self._own = out.with_name(f"{self._start.name}{ranks.rank}")
-        self._fixed, self._cases, self._ranks = fixed, cases, ranks
+        self._fixed, self._cases, self._ranks, self._about = fixed, cases, ranks, about
         self._digests: dict[tuple[str, int], str] = {}
         self._begun = False
 
     def read(self, count: int) -> dict[tuple[int, int], float]:
         """Accuracies of networks (case, j), j below ``count``, that any of the processes finds."""
         kept: dict[str, float] = {}
-        for part in self._ranks.gather({key: value for path in self._files() for key, value in _lines(path)}):
+        lines = (line for path in self._files() for line in _lines(path))
+        for part in self._ranks.gather({line["key"]: line["accuracy"] for line in lines}):
             kept |= part
         known: dict[tuple[int, int], float] = {}
         for case in range(len(self._cases)) if kept else ():
@@ -323,35 +393,48 @@ class _Finished:
 
     def keep(self, case: int, j: int, accuracy: float) -> None:
         """Note a network's accuracy."""
-        line = json.dumps({"key": self._key(case, j), "accuracy": accuracy}) + "\n"
+        line = json.dumps({"key": self._key(case, j), "accuracy": accuracy, "about": self._about}) + "\n"
         append_line(self._own, line if self._begun else f"\n{line}")  # a kill may have cut the last line short
         self._begun = True
 
     def remove(self) -> None:
-        """The results are written: there is nothing to go on with."""
+        """The results are written: there is nothing to go on with, but for those of other settings."""
         for path in self._files():
-            path.unlink(missing_ok=True)
+            others = [line for line in _lines(path) if line.get("about", self._about) != self._about]
+            if others:
+                write_text(path, "".join(json.dumps(line) + "\n" for line in others))
+            else:
+                path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        folder = self._start.parent
-        return [path for path in folder.iterdir() if path.name.startswith(self._start.name)] if folder.is_dir() else []
+        folder, start = self._start.parent, self._start.name
+        there = folder.iterdir() if folder.is_dir() else ()
+        return [path for path in there if path.name.startswith(start) and path.name.removeprefix(start).isdigit()]
 
     def _key(self, case: int, j: int) -> str:
         network, name, training_set = self._cases[case]
         one = name, 0 if name == "synthetic" else j  # which is the same for every network
         if one not in self._digests:
-            numbers = hashlib.sha256()
-            for tensor in training_set(j):
-                numbers.update(f"{tuple(tensor.shape)}".encode())
-                numbers.update(tensor.cpu().contiguous().numpy())
-            self._digests[one] = numbers.hexdigest()
+            self._digests[one] = _digest_of(training_set(j))
         return digest({**self._fixed, "network": network, "index": j, "set": self._digests[one]}, 64)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, float]]:
-    """Key and accuracy of each whole line of a file of :class:`_Finished`."""
-    for line in path.read_bytes().splitlines():
+def _lines(path: Path) -> Iterator[dict]:
+    """Each whole line of a file of :class:`_Finished`, which another process may have removed."""
+    data = b""
+    with contextlib.suppress(FileNotFoundError):
+        data = path.read_bytes()
+    for line in data.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            if 0 <= entry["accuracy"] <= 1:
-                yield str(entry["key"]), float(entry["accuracy"])
+            if isinstance(entry["key"], str) and 0 <= entry["accuracy"] <= 1:
+                yield entry
+
+
+def _digest_of(tensors: Sequence[Tensor]) -> str:
+    """Hexadecimal SHA-256 of the shapes and numbers of tensors."""
+    numbers = hashlib.sha256()
+    for tensor in tensors:
+        numbers.update(f"{tuple(tensor.shape)}".encode())
+        numbers.update(tensor.cpu().contiguous().numpy().data)
+    return numbers.hexdigest()

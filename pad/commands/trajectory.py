@@ -15,7 +15,7 @@ from pad.commands.distil import Distilling, Task, first_set
 from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.initialisation import refuse_small_classes
+from pad.initialisation import WeakExperts, refuse_small_classes
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
@@ -168,9 +168,12 @@ class DistillSettings(Distilling):
         else:
             labellers = experts_at(store, model, experts, self.Label_Model_Timestamp, bench.device)
         store.refuse_other(bench.describe(self.model, model))
-        images, labels = first_set(
-            self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
-        )
+        try:
+            images, labels = first_set(
+                self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
+            )
+        except WeakExperts as error:
+            raise InputError(f"{error}; train them longer, or use pix_init: real") from None
         batch_syn = min(self.batch_syn or len(images), len(images))
         if (self.batch_syn or 0) > len(images):
             log.info(

@@ -200,7 +200,7 @@ class Grid:
         recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
         name = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
         if kind is CoresetSettings:
-            decided["out"] = str(self.out / "sets" / name)
+            decided |= {"out": str(self.out / "sets" / name), "overwrite": True}
         else:
             decided |= {"log_dir": str(self.out / "sets"), "name": name, "resume": True}
         if "ranking_path" in kind.fields():

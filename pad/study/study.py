@@ -150,7 +150,7 @@ def _run(cell: Cell, bench: Workbench) -> tuple[Path, list[float]]:
         made = select_coreset(cell.distilling, bench=bench)
     else:
         made = distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
-    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made)})
+    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
     return made, evaluate(settings, bench=bench)["results"][0]["accuracies"]
 
 

@@ -13,6 +13,7 @@ import argparse
 import functools
 
 import common  # noqa: F401  finds pad, from any working directory
+
 import torch
 
 from pad.data.augment import DSA, augment

@@ -19,6 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, from any working directory
 
+import pad  # noqa: F401  before torch, which then reads how threads are to wait
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

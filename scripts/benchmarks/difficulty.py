@@ -15,9 +15,10 @@ classes; the whole class is ordered. Expect seconds each.
 
 import argparse
 
+from common import CLASSES, Competitor, arguments, describe_machine, difference, race, standings
+
 import torch
 import torch.nn.functional as F
-from common import CLASSES, Competitor, arguments, describe_machine, difference, race, standings
 from torch import Tensor
 
 from pad.difficulty.evidence import Evidence, collect_evidence

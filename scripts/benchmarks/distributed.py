@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from common import Competitor, Matching, describe_machine, difference, matching_arguments, race
+
+import torch
 
 from pad import distributed
 from pad.matching.loss import matching_loss

@@ -14,9 +14,10 @@ accuracies differ by rounding, which training magnifies. Every competitor runs o
 import argparse
 import dataclasses
 
+from common import CLASSES, Competitor, arguments, describe_machine, plain_convnet, race, standings
+
 import torch
 import torch.nn.functional as F
-from common import CLASSES, Competitor, arguments, describe_machine, plain_convnet, race, standings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

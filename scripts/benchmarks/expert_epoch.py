@@ -13,8 +13,9 @@ third of the time.
 import argparse
 from collections.abc import Callable, Iterable
 
-import torch
 from common import CLASSES, Competitor, arguments, describe_machine, difference, plain_convnet, race, standings
+
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

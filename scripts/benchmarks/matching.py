@@ -13,8 +13,6 @@ Expect the adjoint by the CPU kernels to be two to three times faster than the u
 
 import argparse
 
-import torch
-import torch.nn.functional as F
 from common import (
     CLASSES,
     Competitor,
@@ -27,6 +25,9 @@ from common import (
     race,
     standings,
 )
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pad.data.augment import DSA, augment

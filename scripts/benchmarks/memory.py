@@ -19,6 +19,7 @@ import subprocess
 import sys
 
 from common import Matching, available_memory, describe_machine, forget_peak, matching_arguments, memory_status
+
 from matching import adjoint, unrolled
 
 from pad.allocator import keep_freed_memory

@@ -18,8 +18,9 @@ import dataclasses
 import sys
 import time
 
-import torch
 from common import describe_machine
+
+import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 

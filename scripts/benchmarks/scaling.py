@@ -13,6 +13,7 @@ on the images per class; and both to grow with the width, time faster than memor
 import functools
 
 from common import CLASSES, Competitor, Matching, arguments, describe_machine, race
+
 from matching import adjoint
 from memory import in_child
 

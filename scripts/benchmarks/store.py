@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from common import CLASSES, arguments, describe_machine, forget_peak, memory_status
+
+import torch
 
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build

@@ -1,7 +1,8 @@
 """What version 0.1.0 left, whole or half-finished, is read, gone on with and finished as that version did it.
 
 The files are in tests/data/earlier, where make.py says how they were made. On a machine like that which made them (see
-its function ``machine``) what comes out has the same bytes; on every machine it says the same, up to rounding.
+its function ``machine``) what comes out has the same bytes, but for OF_KERNELS; on every machine it says the same, up
+to rounding.
 """
 
 import importlib.util
@@ -33,6 +34,10 @@ OF_NETWORKS = ("accuracy", "accuracies", "mean", "std", "best", "best_accuracy",
 # Of a number, and of a tensor by its name: parameters go through many steps, an accuracy is of 1,000 images.
 CLOSE = 1e-3
 CLOSE_TENSORS = {"params": 5e-3, "test_accuracy": 0.05}
+# The CPU kernels add up in another order than those of version 0.1.0: what they compute has other last digits.
+OF_KERNELS = re.compile(
+    r".*_(EL2N|GraNd)\.safetensors|.*/(DC|DM)/(checkpoint\.safetensors|metrics\.jsonl|Normal/(images|synthetic)_.*)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def go_on(about: str, folder: Path, same_machine: bool) -> None:
         compare(folder / name, name, KEPT.get(digest))
         if not name.endswith(".yaml"):
             same = make.digest(name, after[name][0]) == digest
-            assert same or not same_machine, f"{name} has other bytes"
+            assert same or not same_machine or OF_KERNELS.fullmatch(name), f"{name} has other bytes"
 
 
 # ---- comparing a file with the earlier version's, up to rounding

@@ -18,7 +18,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <initializer_list>
 #include <type_traits>
 
 namespace {
@@ -35,12 +34,20 @@ struct Block {
     static V load(const T* from) { return *reinterpret_cast<const U*>(from); }
     static void store(T* to, const V& value) { *reinterpret_cast<U*>(to) = value; }
 
+    template <int K>
+    struct Sums {
+        V of[K];
+
+        V& operator[](int k) { return of[k]; }
+        const V& operator[](int k) const { return of[k]; }
+    };
+
     // One unit of work: an image's LANES channels.
     struct Unit {
         const Shape& s;
         int64_t image, channel, n;
-        V *x, *dx;  // copies, pixel after pixel
-        V mean, r;
+        V *x, *dx;  // copies, pixel after pixel; normalise moves x nearer to zero
+        V mean, r;  // the mean of x as it then is
 
         int64_t at(int64_t pixel) const { return (image * n + pixel) * s.channels + channel; }
         int64_t row() const { return image * s.channels + channel; }
@@ -99,57 +106,76 @@ struct Block {
             }
         }
 
-        // Sums are taken of four pixels first: a chain of additions, each waiting for the last, would take most of the time.
+        // x becomes its distance from near the mean, so that the squares of what is left cancel nothing: from the mean
+        // of every eighth pixel. In any plane that is within sqrt(7) standard deviations: of a share p of all it is
+        // within sqrt(1 / p - 1), by Cauchy and Schwarz. What all pixels have in common is taken off before adding up.
         void normalise(T eps) {
-            const V rough = x[n / 2 + s.width / 2];  // near the mean, so that nothing cancels below
-            V off{}, squares{};
-            windows([&](int64_t first, int64_t) {
-                V part{}, part_squares{};
-                for (int64_t pixel : four(first)) {
-                    const V d = x[pixel] - rough;
-                    part += d;
-                    part_squares += d * d;
-                }
-                off += part;
-                squares += part_squares;
+            V near{};
+            for (int64_t i = 0; i < n; i += 8) near += x[i] - x[0];
+            near = x[0] + near / T((n + 7) / 8);
+            const auto totals = plane_sums<2>([&](int64_t pixel, auto& sums) {
+                const V d = x[pixel] -= near;
+                sums[0] += d;
+                sums[1] += d * d;
             });
-            rest([&](int64_t pixel) {
-                const V d = x[pixel] - rough;
-                off += d;
-                squares += d * d;
-            });
-            off /= T(n);
-            mean = rough + off;
-            const V variance = squares / T(n) - off * off;
+            mean = totals[0] / T(n);
+            const V variance = totals[1] / T(n) - mean * mean;
             for (int l = 0; l < LANES; ++l) r[l] = 1 / std::sqrt(variance[l] + eps);
         }
 
-        // Adds up dx, and dx times z.
-        void along(V& total, V& with_z) const {
-            windows([&](int64_t first, int64_t) {
-                V part{}, part_z{};
-                for (int64_t pixel : four(first)) {
-                    part += dx[pixel];
-                    part_z += dx[pixel] * z(pixel);
-                }
-                total += part;
-                with_z += part_z;
+        // The sums of dx, and of dx times z.
+        Sums<2> along() const {
+            return plane_sums<2>([&](int64_t pixel, auto& sums) {
+                sums[0] += dx[pixel];
+                sums[1] += dx[pixel] * z(pixel);
             });
-            rest([&](int64_t pixel) {
-                total += dx[pixel];
-                with_z += dx[pixel] * z(pixel);
+        }
+
+        // K sums over windows: add(first pixel, where its pooled value lies, part) adds up one. Windows have a part
+        // each, as additions that wait for one another would take most of the time. So have rows of windows, since
+        // rounding errors grow with the length of a chain of additions.
+        template <int K, typename F>
+        Sums<K> window_sums(F add) const {
+            Sums<K> total{}, row{};
+            windows(
+                [&](int64_t first, int64_t to) {
+                    Sums<K> window{};
+                    add(first, to, window);
+                    for (int k = 0; k < K; ++k) row[k] += window[k];
+                },
+                [&] {
+                    for (int k = 0; k < K; ++k) total[k] += row[k];
+                    row = {};
+                });
+            return total;
+        }
+
+        // K sums over all pixels, by add(pixel, sums)
+        template <int K, typename F>
+        Sums<K> plane_sums(F add) const {
+            auto total = window_sums<K>([&](int64_t first, int64_t, auto& sums) {
+                for (int64_t pixel : four(first)) add(pixel, sums);
             });
+            rest([&](int64_t pixel) { add(pixel, total); });
+            return total;
         }
 
         std::array<int64_t, 4> four(int64_t first) const { return {first, first + 1, first + s.width, first + s.width + 1}; }
 
-        // f(first pixel of a window of 2 x 2, where its pooled value lies)
-        template <typename F>
-        void windows(F f) const {
-            for (int64_t i = 0; i < s.height / 2; ++i)
+        // f(first pixel of a window of 2 x 2, where its pooled value lies); end_row() after each row of windows
+        template <typename F, typename G>
+        void windows(F f, G end_row) const {
+            for (int64_t i = 0; i < s.height / 2; ++i) {
                 for (int64_t j = 0; j < s.width / 2; ++j)
                     f(2 * (i * s.width + j),
                       ((image * (s.height / 2) + i) * (s.width / 2) + j) * s.channels + channel);
+                end_row();
+            }
+        }
+
+        template <typename F>
+        void windows(F f) const {
+            windows(f, [] {});
         }
 
         // f(pixel) for those in no window
@@ -236,20 +262,15 @@ struct Block {
                          T* grad_bias, Put put, Done done) {
         each(s, eps, fill, [=](const Unit& unit) {
             const V w = load(weight + unit.channel), b = load(bias + unit.channel);
-            V sum_v{}, sum_zv{};
-            unit.windows([&](int64_t first, int64_t to) {
+            const auto sums = unit.template window_sums<2>([&](int64_t first, int64_t to, auto& part) {
                 const V g = load(grad + to);
-                V part{}, part_z{};
                 for (int64_t pixel : unit.four(first)) {
                     const V z = unit.z(pixel), v = w * z + b > 0 ? g : V{};
-                    part += v;
-                    part_z += z * v;
+                    part[0] += v;
+                    part[1] += z * v;
                 }
-                sum_v += part;
-                sum_zv += part_z;
             });
-            sum_v *= T(0.25);
-            sum_zv *= T(0.25);
+            const V sum_v = sums[0] * T(0.25), sum_zv = sums[1] * T(0.25);
             store(grad_weight + unit.row(), sum_zv);
             store(grad_bias + unit.row(), sum_v);
             const V scale = w * unit.r, quarter = scale * T(0.25), shift = scale * sum_v / T(unit.n),
@@ -289,19 +310,18 @@ struct Block {
         each(s, eps, fill, [=](const Unit& unit) {
             const int64_t c = unit.channel;
             const V w = load(weight + c), b = load(bias + c), dw = load(dweight + c), db = load(dbias + c);
-            V total{}, with_z{};
-            unit.along(total, with_z);
-            const V mean = total / T(unit.n), m = with_z / T(unit.n), scale = w * unit.r;
+            const auto along = unit.along();
+            const V mean = along[0] / T(unit.n), m = along[1] / T(unit.n), scale = w * unit.r;
             const V of_z = dw - scale * m, shift = db - scale * mean;
             unit.windows([&](int64_t first, int64_t to) {
-                V value{}, along{};
+                V value{}, dvalue{};
                 for (int64_t pixel : unit.four(first)) {
                     const V z = unit.z(pixel), u = w * z + b;
                     value += u <= 0 ? V{} : u;  // not a number stays so
-                    along += u > 0 ? scale * unit.dx[pixel] + of_z * z + shift : V{};
+                    dvalue += u > 0 ? scale * unit.dx[pixel] + of_z * z + shift : V{};
                 }
                 store(out + to, value * T(0.25));
-                store(dout + to, along * T(0.25));
+                store(dout + to, dvalue * T(0.25));
             });
         });
     }
@@ -320,26 +340,21 @@ struct Block {
             const int64_t c = unit.channel;
             const T n = unit.n;
             const V w = load(weight + c), b = load(bias + c), dw = load(dweight + c), r = unit.r;
-            V sum_x{}, sum_zx{}, sum_v{}, sum_zv{}, sum_d{}, sum_zd{}, sum_xd{};
-            unit.along(sum_x, sum_zx);
-            unit.windows([&](int64_t first, int64_t to) {
+            const auto along = unit.along();
+            auto sums = unit.template window_sums<5>([&](int64_t first, int64_t to, auto& part) {
                 const V g = load(grad + to), dg = load(dgrad + to);
-                V v{}, zv{}, d{}, zd{}, xd{};
                 for (int64_t pixel : unit.four(first)) {
-                    const V z = unit.z(pixel), u = w * z + b, one = u > 0 ? g : V{}, done = u > 0 ? dg : V{};
-                    v += one;
-                    zv += z * one;
-                    d += done;
-                    zd += z * done;
-                    xd += unit.dx[pixel] * done;
+                    const V z = unit.z(pixel), u = w * z + b, v = u > 0 ? g : V{}, dv = u > 0 ? dg : V{};
+                    part[0] += v;
+                    part[1] += z * v;
+                    part[2] += dv;
+                    part[3] += z * dv;
+                    part[4] += unit.dx[pixel] * dv;
                 }
-                sum_v += v;
-                sum_zv += zv;
-                sum_d += d;
-                sum_zd += zd;
-                sum_xd += xd;
             });
-            for (V* sum : {&sum_v, &sum_zv, &sum_d, &sum_zd, &sum_xd}) *sum *= T(0.25);
+            for (V& sum : sums.of) sum *= T(0.25);
+            const V sum_x = along[0], sum_zx = along[1];
+            const V sum_v = sums[0], sum_zv = sums[1], sum_d = sums[2], sum_zd = sums[3], sum_xd = sums[4];
             const V mean_x = sum_x / n, m = sum_zx / n, mean_a = w * sum_d / n, mean_za = w * sum_zd / n;
             const V with_dz = r * (sum_xd - mean_x * sum_d - m * sum_zd);  // <dv, z'>
             store(grad_weight + unit.row(), sum_zv + with_dz);

@@ -192,7 +192,7 @@ GO_ON = {
 def machine() -> dict[str, str]:
     """What the last bits of a result hang on: digests, none of which is made by this toolkit's code.
 
-    Where all of them are the same, so are all bytes.
+    Where all of them are the same, so are all bytes that the toolkit's own CPU kernels have no part in.
     """
     import torch
 
@@ -280,9 +280,13 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def plain(name: str, data: bytes) -> bytes:
-    """A file's bytes without the seconds that a study notes, and without settings that are newer than the files."""
+    """A file's bytes without the seconds that a study notes, and without what later versions say beside."""
     if name.endswith("config.yaml"):
         return data.replace(b"together: null\n", b"")
+    if name.endswith(".evaluation.json"):
+        later = ("synthetic", "settings", "data", "experts")
+        results = {key: value for key, value in json.loads(data).items() if key not in later}
+        return (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
     if name.startswith("study/cells/"):
         record = {key: value for key, value in json.loads(data).items() if key != "seconds"}
         return json.dumps(record, indent=1).encode()
