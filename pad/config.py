@@ -315,7 +315,7 @@ def _coerce(field: dataclasses.Field, hint, value):
     """``value`` as the field's type, within its range; InputError otherwise."""
     name, meta = field.name, field.metadata
     if type(None) in typing.get_args(hint):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "auto", "")):
             return None
         hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pad.data.augment import Augmentation, augment
-from pad.data.placement import Images, to_device
+from pad.data.placement import Images
 from pad.distributed import ALONE, Ranks
 from pad.nn import networks
 from pad.nn.flat import FlatModel, cross_entropy
 from pad.nn.fused import forward_of
+from pad.nn.replay import AT_ONCE, Replay, replay_on
+from pad.nn.steps import Plan, Step, epoch_steps
 from pad.rng import generator
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
@@ -59,6 +61,8 @@ class Protocol:
         sets: Sequence[TrainingSet],
         lr: float,
         rngs: Sequence[torch.Generator],
+        *,
+        replay: Replay = AT_ONCE,
     ) -> None:
         """Train networks of one architecture in place: each on a training set, all of one size, by its own stream.
 
@@ -66,53 +70,74 @@ class Protocol:
             model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
                 BatchNorm's running statistics are no part of these, so networks that have them are trained as
                 modules, one after the other; so are others where nothing is compiled, which is faster then.
+            replay: how steps on flat parameters are done.
         """
         if model.separable and (model.compile != "off" or len(nets) > 1):
-            self._train_flat(model, nets, sets, lr, rngs)
+            self._train_flat(model, nets, sets, lr, rngs, replay=replay)
         else:
             for net, training_set, rng in zip(nets, sets, rngs):
                 self._train_module(net, training_set, lr, rng)
 
-    def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs) -> None:
+    def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs, *, replay: Replay) -> None:
         """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
-        theta = torch.stack([model.flatten(net) for net in nets])
-        velocity: Tensor | None = None
+        theta = replay.hold("theta", torch.stack([model.flatten(net) for net in nets]))
+        velocity = replay.buffer("velocity", theta).zero_()
+        held = [[replay.hold(f"{what} {j}", each) for what, each in zip("xp", sets[j])] for j in range(len(nets))]
+        rows = [replay.row(f"of network {j}") for j in range(len(nets))]
+
         for epoch in range(self.epochs + 1):
-            passes = [self._batches(training_set, rng) for training_set, rng in zip(sets, rngs)]
-            for batches in zip(*passes, strict=True):
-                if len(nets) > 1:
-                    g = model.grads(theta, *(torch.stack(parts) for parts in zip(*batches)))
-                else:
-                    g = model.grad(theta[0], *batches[0])[None]
-                g = g.add(theta, alpha=self.weight_decay)
-                velocity = g if velocity is None else velocity.mul_(self.momentum).add_(g)
-                theta.sub_(velocity, alpha=lr)
+            passes = [self._steps(len(images), rng) for (images, _), rng in zip(sets, rngs)]
+            plans = [Plan(steps, replay, theta.device, f"of network {j}") for j, steps in enumerate(passes)]
+            for row in rows:
+                row.start(0)
+            for i, n in enumerate(len(step.indices) for step in passes[0]):
+                xs = replay.buffer("xs", held[0][0], len(nets), n, *held[0][0].shape[1:])
+                ps = replay.buffer("ps", held[0][1], len(nets), n, held[0][1].shape[1])
+                for j, steps in enumerate(passes):  # by network: each draws its own kind of augmentation
+
+                    def gather(i: int = i, j: int = j, xs: Tensor = xs, ps: Tensor = ps) -> None:
+                        (images, p), step = held[j], plans[j].step(i, rows[j])
+                        xs[j], ps[j] = augment(images[step.indices], step.draw), p[step.indices]
+                        rows[j].move(1)
+
+                    draw = steps[i].draw
+                    (AT_ONCE if draw and draw.on_host else replay).run(("batch", j, steps[i].key), gather)
+
+                def descend(lr: float = lr, xs: Tensor = xs, ps: Tensor = ps) -> None:
+                    g = model.grads(theta, xs, ps) if len(nets) > 1 else model.grad(theta[0], xs[0], ps[0])[None]
+                    velocity.mul_(self.momentum).add_(g.add(theta, alpha=self.weight_decay))
+                    theta.sub_(velocity, alpha=lr)
+
+                replay.run(("descend", len(nets), n, lr), descend)
             if epoch == self.epochs // 2 + 1:
                 lr = 0.1 * lr
-                velocity = None
+                velocity.zero_()
         for net, row in zip(nets, theta):
-            nn.utils.vector_to_parameters(row, net.parameters())
+            nn.utils.vector_to_parameters(row.clone(), net.parameters())
 
     def _train_module(self, net: nn.Module, training_set: TrainingSet, lr: float, rng: torch.Generator) -> None:
         def optimiser(lr: float) -> torch.optim.SGD:
             return torch.optim.SGD(net.parameters(), lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
         net.train()
+        images, p = training_set
         sgd = optimiser(lr)
         for epoch in range(self.epochs + 1):
-            for x, p in self._batches(training_set, rng):
+            steps, row = self._steps(len(images), rng), AT_ONCE.row("")
+            plan = Plan(steps, AT_ONCE, images.device)
+            row.start(0)
+            for i in range(len(steps)):
+                step = plan.step(i, row)
                 sgd.zero_grad()
-                cross_entropy(net(x), p).backward()
+                cross_entropy(net(augment(images[step.indices], step.draw)), p[step.indices]).backward()
                 sgd.step()
+                row.move(1)
             if epoch == self.epochs // 2 + 1:
                 sgd = optimiser(0.1 * lr)
 
-    def _batches(self, training_set: TrainingSet, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch's batches, in a new order, augmented."""
-        images, p = training_set
-        order = to_device(torch.randperm(len(images), generator=rng), images.device)
-        for batch in order.split(self.batch_size):
-            yield augment(images[batch], self.augmentation.draw(len(batch), rng)), p[batch]
+    def _steps(self, count: int, rng: torch.Generator) -> list[Step]:
+        """One epoch's batches of ``count`` images, in a new order."""
+        return epoch_steps(torch.randperm(count, generator=rng), self.batch_size, self.augmentation, rng)
 
 
 @torch.no_grad()
@@ -149,9 +174,12 @@ class Accuracies:
 
 
 @cache
-def _flat_model(network: str, channels: int, num_classes: int, size: tuple[int, int], compile: str) -> FlatModel:
+def _workplace(
+    network: str, channels: int, num_classes: int, *, size: tuple[int, int], compile: str, device: torch.device
+) -> tuple[FlatModel, Replay]:
     """One for each architecture: all its networks, now and later in this process, run the same compiled code."""
-    return FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
+    model = FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
+    return model, replay_on(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +210,12 @@ class Evaluation:
             sets = [training_set(j) for j in group]
             images, p = sets[0]
             height, width = images.shape[2:]
-            shape = images.shape[1], p.shape[1], (height, width)
-            nets = [networks.build(network, *shape, protocol.seed, "evaluation", j).to(images.device) for j in group]
+            shape, size = (images.shape[1], p.shape[1]), (height, width)
+            streams = [(protocol.seed, "evaluation", j) for j in group]
+            nets = [networks.build(network, *shape, size, *stream).to(images.device) for stream in streams]
             rngs = [generator(protocol.seed, "evaluation", network, j) for j in group]
-            protocol.train(_flat_model(network, *shape, protocol.compile), nets, sets, self.lr, rngs)
+            model, replay = _workplace(network, *shape, size=size, compile=protocol.compile, device=images.device)
+            protocol.train(model, nets, sets, self.lr, rngs, replay=replay)
             for net in nets:
                 result.accuracies.append(accuracy(net, self.test_images, self.test_labels))
                 yield result

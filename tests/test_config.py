@@ -587,8 +587,8 @@ def test_devices(tmp_path, text, index, monkeypatch):
 
 def test_an_empty_file_gives_the_defaults(tmp_path):
     found = read(DistillSettings, "--cfg", config(tmp_path, ""))
-    assert dataclasses.replace(found, name="") == DistillSettings()
-    assert read(BufferSettings, "--cfg", config(tmp_path, "# nothing\n")) == BufferSettings()
+    assert dataclasses.replace(found, name="") == DistillSettings.resolve({})
+    assert read(BufferSettings, "--cfg", config(tmp_path, "# nothing\n")) == BufferSettings.resolve({})
 
 
 def test_help_names_every_live_flag_and_no_dead_one(capsys):

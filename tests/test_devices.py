@@ -22,7 +22,7 @@ from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.data.augment import _KINDS, DC, DSA, Draw, NoAugmentation, augment
-from pad.data.placement import HostImages, place, to_device
+from pad.data.placement import HostImages, full_precision, place, to_device
 from pad.data.preprocessing import ZCA, MeanStd
 from pad.difficulty import scores as scores_of
 from pad.difficulty.evidence import collect_evidence
@@ -117,7 +117,7 @@ def test_a_matching_iteration(model, augmentation, ratios):
     theta, target = meta(model.num_parameters), meta(model.num_parameters)
     images, labels, lr = meta(N, 3, *SIZE), meta(N, CLASSES), meta()
     with OneDevice():
-        steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"), images.device)
+        steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"))
         path = unroll(model, theta, images, labels, lr, steps)
         loss, lam = matching_loss(path[-1], theta, target, *ratios)
         gradients = adjoint(model, path, images, labels, lr, steps, lam=lam)
@@ -233,8 +233,39 @@ def precision():
 
 
 @pytest.mark.parametrize("settings", [BufferSettings, DistillSettings, EvaluationSettings])
-def test_tf32_is_off_unless_asked_for_and_is_noted_down(settings):
-    assert settings().as_dict()["tf32"] is False
+def test_tf32_is_on_where_networks_run_on_cuda_and_is_noted_down(settings, monkeypatch):
+    needed = {"synthetic": "set"} if settings is EvaluationSettings else {}
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        for asked, device, expected in (
+            ({}, "auto", cuda),
+            ({"tf32": "auto"}, "cuda", cuda),
+            ({"tf32": "auto"}, "cpu", False),
+            ({"tf32": "off"}, "auto", False),
+            ({"tf32": "on"}, "auto", True),
+            ({"tf32": False}, "auto", False),  # as it was recorded when it was no more than this
+        ):
+            assert settings.resolve({**needed, **asked, "device": device}).as_dict()["tf32"] is expected
+
+
+def test_full_precision_is_for_a_while(precision):
+    for switch in precision:
+        switch.allow_tf32 = True
+    with pytest.raises(ArithmeticError), full_precision():
+        assert not any(switch.allow_tf32 for switch in precision)
+        raise ArithmeticError
+    assert all(switch.allow_tf32 for switch in precision)
+
+
+def test_rankings_do_not_heed_tf32(precision, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(workbench, "obtain_rankings", lambda *_, **__: seen.extend(s.allow_tf32 for s in precision))
+    settings = BufferSettings.resolve({"dataset": "FashionMNISTMini", "model": NETWORK, "ranking_path": str(tmp_path)})
+    bench = workbench.set_up(settings, ALONE)
+    for switch in precision:
+        switch.allow_tf32 = True
+    bench.rankings(settings, ["GraNd"])
+    assert seen == [False, False] and all(switch.allow_tf32 for switch in precision)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

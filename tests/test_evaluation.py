@@ -344,14 +344,14 @@ def test_all_networks_of_one_architecture_and_image_size_share_one_structure(mon
         return made(module)  # nothing compiled
 
     monkeypatch.setattr(evaluation, "FlatModel", recorded)
-    evaluation._flat_model.cache_clear()
+    evaluation._workplace.cache_clear()
     try:
         for _ in range(2):
             scores(), scores(together=2), scores("MLP"), scores(compile="on")
         assert built == [("Sequential", 128, "off"), ("Sequential", 128, "off"), ("Sequential", 128, "on")]
-        assert evaluation._flat_model.cache_info().currsize == 3
+        assert evaluation._workplace.cache_info().currsize == 3
     finally:
-        evaluation._flat_model.cache_clear()
+        evaluation._workplace.cache_clear()
 
 
 @pytest.mark.parametrize(

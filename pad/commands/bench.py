@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pad.commands.common import Common, Evaluating, Scoring
 from pad.data.augment import DC
 from pad.data.images import ImageData
-from pad.data.placement import Images, fits, place
+from pad.data.placement import Images, fits, full_precision, place
 from pad.data.preprocessing import Preprocessing, fit_preprocessing
 from pad.data.sources import data_set, load_data
 from pad.difficulty.methods import METHODS, RankingSource
@@ -104,6 +104,7 @@ class Workbench:
             batch_size=settings.batch_train,
             seed=settings.seed,
             compile=how_to_compile(settings.compile, self.device, num_sets * settings.num_eval * steps),
+            together=settings.together or (settings.num_eval if self.device.type == "cuda" else 1),
         )
 
     def evaluation(self, protocol: Protocol, lr: float) -> Evaluation:
@@ -176,7 +177,10 @@ class Workbench:
         names = [ranking_method(self.data.name, ranking_file(folder, self.data.name, method)) for method in methods]
         kinds = [METHODS[name].kind for name in names if name in METHODS]
         mine = len(self.ranks.deal(range(scoring.repeats if "score" in kinds else 1)))  # an order is of one network
-        with progress_bar(self.ranks, mine * scoring.epochs, "ranking", "epoch", leave=False, delay=1) as bar:
+        with (
+            full_precision(),
+            progress_bar(self.ranks, mine * scoring.epochs, "ranking", "epoch", leave=False, delay=1) as bar,
+        ):
 
             def progress(repeat: int, epoch: int) -> None:
                 """Networks that were trained before the command was interrupted are passed over."""
@@ -215,7 +219,7 @@ def set_up(settings: Common, ranks: Ranks) -> Workbench:
         data = data.first_per_class(settings.train_per_class)
     bench = Workbench(data=data, device=device, zca=settings.zca, images_on=settings.images_on, ranks=ranks)
     bench.refuse_unfit([settings.model])
-    use_tf32(settings.tf32, device)
+    use_tf32(bool(settings.tf32), device)
     return bench
 
 

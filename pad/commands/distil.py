@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from pad.checkpoint import State
-from pad.commands.bench import Workbench, identity_of_set, set_up
+from pad.commands.bench import Workbench, identity_of_set, set_up, use_tf32
 from pad.commands.common import Evaluating
 from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, setting
 from pad.distiller import Distiller, Schedule
@@ -127,6 +127,9 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     goes_on = settings.resume and run_state(folder) != "absent"
     before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
     settings = dataclasses.replace(settings, name=before.get("name", settings.name))  # the folder's, given or not
+    if "tf32" not in settings.given and "tf32" in before:
+        settings = dataclasses.replace(settings, tf32=before["tf32"])
+        use_tf32(bool(settings.tf32), bench.device)
     model = _student(settings, before, bench)
     settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
     place = Place(

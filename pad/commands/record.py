@@ -23,6 +23,7 @@ from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
+from pad.nn.replay import replay_on
 from pad.store.files import refuse_unwritable
 from pad.store.identity import refuse_difference
 from pad.store.locks import each_once, in_turn, remove_leftovers
@@ -125,6 +126,7 @@ def expert_training(settings: BufferSettings, bench: Workbench, model: FlatModel
         augmentation=settings.augmentation(otherwise=DC()),
         batch_size=settings.batch_train,
         epochs=settings.train_epochs,
+        replay=replay_on(bench.device),
     )
 
 

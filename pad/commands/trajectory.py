@@ -18,6 +18,7 @@ from pad.errors import InputError
 from pad.initialisation import WeakExperts, refuse_small_classes
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.nn.flat import FlatModel
+from pad.nn.replay import replay_on
 from pad.store.identity import digest
 from pad.store.trajectories import TrajectoryStore
 
@@ -190,6 +191,7 @@ class DistillSettings(Distilling):
             batch_syn=batch_syn,
             ranks=bench.ranks,
             truncated=self.gradient == "truncated",
+            replay=replay_on(bench.device),
         )
         recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}
         made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers)}

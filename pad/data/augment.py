@@ -32,6 +32,11 @@ class Draw:
     kind: str
     u: Tensor
 
+    @property
+    def on_host(self) -> bool:
+        """Whether its numbers are read on the CPU, so that what applies it cannot be captured."""
+        return self.kind in DC_STRATEGIES
+
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw with its numbers on ``device``, for one that is applied more than once."""
         return Draw(self.kind, to_device(self.u, device))
@@ -247,7 +252,7 @@ def augment(x: Tensor, draw: Draw | None) -> Tensor:
     """Apply a draw to images ``[n, C, H, W]``; differentiable in the images. ``None`` returns them as they are."""
     if draw is None:
         return x
-    u = draw.u if draw.kind in DC_STRATEGIES else to_device(draw.u, x.device)
+    u = draw.u if draw.on_host else to_device(draw.u, x.device)
     return _KINDS[draw.kind](x, u.expand(x.shape[0], -1))
 
 

@@ -62,7 +62,7 @@ class HostImages:
     def __getitem__(self, chosen: Tensor | slice) -> Tensor:
         indices = torch.arange(*chosen.indices(len(self))) if isinstance(chosen, slice) else chosen.cpu()
         out = torch.empty(len(indices), *self.shape[1:], device=self.device)
-        with _full_precision() if self._cuda else contextlib.nullcontext():
+        with full_precision() if self._cuda else contextlib.nullcontext():
             for some, target in zip(indices.split(_PIECE), out.split(_PIECE)):
                 # How a matrix product rounds depends on its shape. So that an image does not depend on those beside it,
                 # there are always _ROWS of them; what happens to lie in the buffer fills up the last.
@@ -115,11 +115,12 @@ def batches(images: Images, order: Tensor, size: int) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _full_precision():
-    """Whitening in float32 also where networks may use TF32: images must not depend on that setting."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+def full_precision():
+    """Float32 also where networks may use TF32: images and rankings must not depend on that setting."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -17,6 +17,7 @@ from pad.matching.loss import matching_loss
 from pad.matching.objective import Gradients, Objective
 from pad.matching.unroll import inner_steps, unrolled_gradients
 from pad.nn.flat import FlatModel
+from pad.nn.replay import AT_ONCE, Replay
 from pad.rng import generator
 from pad.store.trajectories import TrajectoryStore
 
@@ -82,6 +83,7 @@ class TrajectoryObjective(Objective):
         augmentation: of the ``syn_steps`` inner steps, on ``batch_syn`` synthetic images each.
         ranks: share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
         truncated: TESLA's gradients, see :func:`pad.matching.unroll.adjoint`.
+        replay: how inner steps are done; shared ones at once.
     """
 
     model: FlatModel
@@ -95,6 +97,7 @@ class TrajectoryObjective(Objective):
     seed: int
     ranks: Ranks = ALONE
     truncated: bool = False
+    replay: Replay = AT_ONCE
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
         """Matching loss and its gradients in images ``[N, C, H, W]``, label logits ``[N, K]`` and learning rate."""
@@ -107,7 +110,7 @@ class TrajectoryObjective(Objective):
         rows = self.store.rows(segment.expert, [segment.start, segment.end])
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
-        steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng, images.device)
+        steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)
         return unrolled_gradients(
             self.model,
             start,
@@ -118,4 +121,5 @@ class TrajectoryObjective(Objective):
             objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
             ranks=ranks,
             truncated=self.truncated,
+            replay=self.replay if ranks.size == 1 else AT_ONCE,
         )

@@ -17,38 +17,19 @@ needs a network whose images do not depend on each other (``FlatModel.separable`
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pad.data.augment import Augmentation, Draw, augment, augment_and_back
-from pad.data.placement import to_device
+from pad.data.augment import Augmentation, augment, augment_and_back
 from pad.distributed import ALONE, Ranks
 from pad.matching.objective import Gradients
 from pad.nn.flat import FlatModel
+from pad.nn.replay import AT_ONCE, Replay
+from pad.nn.steps import Plan, Step
 
 
-@dataclass(frozen=True)
-class Step:
-    """One inner step: which synthetic images ``indices [B]`` it trains on and how they are augmented."""
-
-    indices: Tensor
-    draw: Draw | None
-
-    def share(self, ranks: Ranks) -> tuple["Step", float]:
-        """What this rank takes of the mini-batch, and how much of it that is, in 0..1 (0 where images are too few)."""
-        n = len(self.indices)
-        part = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
-        indices, draw = self.indices[part], self.draw
-        if draw is not None and len(draw.u) == n:  # otherwise all images share one row
-            draw = Draw(draw.kind, draw.u[part])
-        return Step(indices, draw), len(indices) / n
-
-
-def inner_steps(
-    n: int, batch: int, steps: int, augmentation: Augmentation, rng: torch.Generator, device: torch.device | str = "cpu"
-) -> list[Step]:
+def inner_steps(n: int, batch: int, steps: int, augmentation: Augmentation, rng: torch.Generator) -> list[Step]:
     """The mini-batches of ``steps`` inner steps: chunks of a permutation of ``n``, made afresh whenever it is used up.
 
     Chunks are taken from the end, as the published code does, so a short remainder comes first.
@@ -57,10 +38,9 @@ def inner_steps(
     chunks: list[Tensor] = []
     for _ in range(steps):
         if not chunks:
-            chunks = list(to_device(torch.randperm(n, generator=rng), device).split(batch))
+            chunks = list(torch.randperm(n, generator=rng).split(batch))
         indices = chunks.pop()
-        draw = augmentation.draw(len(indices), rng)
-        plan.append(Step(indices, draw and draw.to(device)))
+        plan.append(Step(indices, augmentation.draw(len(indices), rng)))
     return plan
 
 
@@ -74,20 +54,32 @@ def unroll(
     steps: list[Step],
     *,
     ranks: Ranks = ALONE,
+    replay: Replay = AT_ONCE,
 ) -> Tensor:
-    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, shared by ``ranks``."""
-    path = theta.new_empty(len(steps) + 1, theta.numel())
+    """Parameters ``[N+1, P]`` along N SGD steps from ``theta [P]`` on the synthetic set, shared by ``ranks``.
+
+    ``replay``: how steps are done. One that captures them has the same memory for each path, and ``ranks`` of one.
+    """
+    path = replay.buffer("path", theta, len(steps) + 1, theta.numel())
     path[0] = theta
-    p = labels.softmax(dim=1)
-    for i, step in enumerate(steps):
-        step, share = step.share(ranks)
-        if share:
-            x = augment(images[step.indices], step.draw)
-            g = model.grad(path[i], x, p[step.indices] * share)
-        else:
-            g = torch.zeros_like(theta)
-        ranks.all_reduce_(g)
-        torch.sub(path[i], lr * g, out=path[i + 1])
+    p = replay.buffer("p", labels).copy_(labels.softmax(dim=1))
+    plan, at = Plan(steps, replay, images.device), replay.row("forwards")
+    at.start(0)
+    for i, each in enumerate(steps):
+
+        def work(i: int = i) -> None:
+            step, share = plan.step(i, at).share(ranks)
+            theta = at.of(path)
+            if share:
+                x = augment(images[step.indices], step.draw)
+                g = model.grad(theta, x, p[step.indices] * share)
+            else:
+                g = torch.zeros_like(theta)
+            ranks.all_reduce_(g)
+            at.put(path, theta - lr * g, ahead=1)
+            at.move(1)
+
+        replay.run(("forwards", len(steps), each.key), work, reads=(images, lr))
     return path
 
 
@@ -103,32 +95,43 @@ def adjoint(
     lam: Tensor,
     ranks: Ranks = ALONE,
     truncated: bool = False,
+    replay: Replay = AT_ONCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pull ``lam = dL/dtheta_N [P]`` back through the steps of :func:`unroll`: (dL/dimages, dL/dlabels, dL/dlr).
 
     ``truncated``: TESLA's gradient (arXiv 2211.10586), which holds every theta_i constant, so that lam does not
     change on the way back: each step counts by itself, and not by what it makes of the steps after it. Exact for one
-    step; an approximation for more, of the same cost here.
+    step; an approximation for more, of the same cost here. ``replay``: as in :func:`unroll`.
     """
-    p = labels.softmax(dim=1)
-    d_images, d_p, d_lr = torch.zeros_like(images), torch.zeros_like(p), torch.zeros_like(lr)
+    p = replay.buffer("p", labels).copy_(labels.softmax(dim=1))
+    along = replay.buffer("lam", lam).copy_(lam)
+    d_images, d_p, d_lr = (
+        replay.buffer(f"d_{name}", like).zero_() for name, like in (("x", images), ("p", p), ("lr", lr))
+    )
+    plan, at = Plan(steps, replay, images.device), replay.row("backwards")
+    at.start(len(steps) - 1)
     for i in reversed(range(len(steps))):
-        step, share = steps[i].share(ranks)
-        if share:
-            x, back = augment_and_back(images[step.indices], step.draw)
-            slope, h_theta, h_x, h_p = model.hvp(path[i], x, p[step.indices] * share, lam)
-            d_images.index_add_(0, step.indices, back(h_x), alpha=-1)
-            d_p.index_add_(0, step.indices, h_p, alpha=-share)
-        else:
-            slope, h_theta = torch.zeros_like(lr), torch.zeros_like(lam)
-        ranks.all_reduce_(slope, h_theta)
-        d_lr -= slope
-        if not truncated:
-            lam = lam - lr * h_theta
+
+        def work(i: int = i) -> None:
+            step, share = plan.step(i, at).share(ranks)
+            if share:
+                x, back = augment_and_back(images[step.indices], step.draw)
+                slope, h_theta, h_x, h_p = model.hvp(at.of(path), x, p[step.indices] * share, along)
+                d_images.index_add_(0, step.indices, back(h_x), alpha=-1)
+                d_p.index_add_(0, step.indices, h_p, alpha=-share)
+            else:
+                slope, h_theta = torch.zeros_like(lr), torch.zeros_like(along)
+            ranks.all_reduce_(slope, h_theta)
+            d_lr.sub_(slope)
+            if not truncated:
+                along.sub_(lr * h_theta)
+            at.move(-1)
+
+        replay.run(("backwards", len(steps), truncated, steps[i].key), work, reads=(path, images, lr))
     ranks.all_reduce_(d_images, d_p)
     # d_images and d_p were collected without their common factor lr; through the softmax: dY = p * (dp - <dp, p>).
     d_labels = p * (d_p - (d_p * p).sum(dim=1, keepdim=True))
-    return d_images * lr, d_labels * lr, d_lr
+    return d_images * lr, d_labels * lr, d_lr.clone()
 
 
 def unrolled_gradients(
@@ -142,12 +145,13 @@ def unrolled_gradients(
     objective: Callable[[Tensor], tuple[Tensor, Tensor]],
     ranks: Ranks = ALONE,
     truncated: bool = False,
+    replay: Replay = AT_ONCE,
 ) -> Gradients:
     """Loss and gradients of ``objective(theta_N) -> (loss, dloss/dtheta_N)`` after steps from ``theta [P]``.
 
     Exact unless ``truncated``, see :func:`adjoint`. All ``ranks`` have the same arguments and get the same result.
     """
-    path = unroll(model, theta, images, labels, lr, steps, ranks=ranks)
+    path = unroll(model, theta, images, labels, lr, steps, ranks=ranks, replay=replay)
     loss, lam = objective(path[-1])
-    found = adjoint(model, path, images, labels, lr, steps, lam=lam, ranks=ranks, truncated=truncated)
+    found = adjoint(model, path, images, labels, lr, steps, lam=lam, ranks=ranks, truncated=truncated, replay=replay)
     return Gradients(loss, *found)

@@ -170,10 +170,10 @@ class Compiled:
         self._sizes: set[int] = set()  # of the batches that have graphs
 
     def grad(self, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        return self._grad(theta, *self._filled(x, p))
+        return self._grad(_owned(theta), *self._filled(x, p))
 
     def hvp(self, theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> Hvp:
-        slope, h_theta, h_x, h_p = self._hvp(theta, *self._filled(x, p), lam)
+        slope, h_theta, h_x, h_p = self._hvp(_owned(theta), *self._filled(x, p), _owned(lam))
         return slope, h_theta, h_x[: len(x)], h_p[: len(x)]
 
     def _filled(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +281,11 @@ def compiler_available() -> bool:
 def contains(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a layer of ``module`` is of one of these kinds."""
     return any(isinstance(child, kinds) for child in module.modules())
+
+
+def _owned(theta: Tensor) -> Tensor:
+    """``theta`` in memory of its own: a row of a path begins anywhere, and each alignment would be another graph."""
+    return theta.clone() if theta._is_view() else theta
 
 
 def _loss(f, theta: Tensor, x: Tensor, p: Tensor) -> Tensor:
