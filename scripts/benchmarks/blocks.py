@@ -41,11 +41,12 @@ def passes(shape: Sequence[int], layout: torch.memory_format, device: str) -> di
     def dual(x: Tensor, weight: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(plain, (x, weight, bias), (dx, dweight, dbias))
 
+    norm = weight, bias, dweight, dbias
     values = [
         lambda: [plain(*variables[:3])],
         lambda: [Block.apply(EPS, *variables[:3])],
         lambda: list(dual(*variables)),
-        lambda: list(DualBlock.apply(EPS, x, dx, weight, bias, dweight, dbias)),
+        lambda: list(DualBlock.apply(EPS, x, dx, *norm)),
     ]
 
     def differentiated(value: Call, of: list[Tensor]) -> Call:

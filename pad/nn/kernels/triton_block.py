@@ -82,7 +82,8 @@ def _planned(shape: tuple[int, ...], eps: float, last: bool, itemsize: int) -> t
     most = _TILE // (4 * itemsize * tile_channels)
     tile_windows = windows if windows <= most else most // 4  # nothing is kept: small tiles need few registers
     warps = min(16, max(1, 4 * tile_channels * tile_windows // _PER_WARP))
-    return _Plan(channels, height, width, eps, last, tile_channels, tile_windows), warps
+    tile = {"tile_channels": tile_channels, "tile_windows": tile_windows}
+    return _Plan(channels, height, width, eps, last, **tile), warps
 
 
 # These are parts of a parameter vector and may begin anywhere: not a reason to compile anew.
@@ -113,14 +114,16 @@ def _put(rows, value, P: tl.constexpr):
 
 
 @triton.jit
-def _pointers(of_map, channels, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
-    """To pixels of this program's image in a map ``[N, C, HEIGHT, WIDTH]``."""
-    image = of_map + tl.program_id(0).to(tl.int64) * (P.channels * HEIGHT * WIDTH)
-    pixel = row * WIDTH + column
+def _pointers(of_map, channels, row, column, SHARE: tl.constexpr, P: tl.constexpr):
+    """To pixels of this program's image in a map ``[N, C, H // SHARE, W // SHARE]``."""
+    height: tl.constexpr = P.height // SHARE
+    width: tl.constexpr = P.width // SHARE
+    image = of_map + tl.program_id(0).to(tl.int64) * (P.channels * height * width)
+    pixel = row * width + column
     if P.last:
         return image + (pixel * P.channels + channels)
     else:
-        return image + (channels * (HEIGHT * WIDTH) + pixel)
+        return image + (channels * (height * width) + pixel)
 
 
 @triton.jit
@@ -133,7 +136,7 @@ def _pixels(of_map, start, P: tl.constexpr):
     row = windows // across * 2 + corners // 2
     column = windows % across * 2 + corners % 2
     there = (channels < P.channels) & (row < P.height) & (column < P.width)
-    return _pointers(of_map, channels, row, column, P.height, P.width, P), there
+    return _pointers(of_map, channels, row, column, 1, P), there
 
 
 @triton.jit
@@ -145,7 +148,7 @@ def _pooled(of_map, start, P: tl.constexpr):
     row = windows // across
     column = windows % across
     there = (channels < P.channels) & (row < P.height // 2) & (column < P.width // 2)
-    return _pointers(of_map, channels, row, column, P.height // 2, P.width // 2, P), there
+    return _pointers(of_map, channels, row, column, 2, P), there
 
 
 @triton.jit
