@@ -25,13 +25,14 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_code() -> None:
-    """Let torch.compile keep what it compiles in :func:`compiled_folder`, for the next run.
+    """Let torch.compile and Triton keep what they compile in :func:`compiled_folder`, for the next run.
 
-    Its own place for it is the folder of temporary files, which machines empty. Does nothing when
-    ``TORCHINDUCTOR_CACHE_DIR`` is set already; makes no folder itself.
+    The former's own place for it is the folder of temporary files, which machines empty. ``TORCHINDUCTOR_CACHE_DIR``
+    and ``TRITON_CACHE_DIR``, where they are set already, stay; makes no folder itself.
     """
     if folder := compiled_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def let_waiting_threads_sleep() -> None:

@@ -43,6 +43,7 @@ def relative(ours, theirs):
     "name, options, rows",
     [
         ("adjoint", [], ["MLP"]),
+        ("blocks", [], ["NCHW    dual and gradients", "NHWC    value "]),
         ("matching", [], ["unrolled, C library's", "unrolled, our memory", "adjoint", "TESLA's", "floor: "]),
         ("matching", ["--cosine"], ["cosine, images", "    1 ", "    3 "]),
         ("expert_epoch", [], ["plain loop", "ours"]),

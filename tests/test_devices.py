@@ -298,8 +298,9 @@ def test_every_stage_sets_it_up(monkeypatch):
 def cache(monkeypatch, tmp_path):
     """$PAD_CACHE is a folder that does not exist yet, and nothing says where compiled code goes."""
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "some" / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return tmp_path / "some" / "cache"
 
 
@@ -307,6 +308,7 @@ def test_a_front_door_keeps_compiled_code_beside_other_fitted_things(cache):
     assert cli.buffer(["--nonsense"]) == 2
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.parent == cache and folder.name.startswith("compiled-")
+    assert Path(os.environ["TRITON_CACHE_DIR"]).parent == folder
     assert not cache.exists()  # until something is compiled
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)

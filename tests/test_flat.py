@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pad.errors import InputError
+from pad.nn import derivatives
 from pad.nn.derivatives import (
     COMPILE_CALLS,
     Compiled,
@@ -338,10 +339,28 @@ def test_without_a_compiler_one_line_is_said_and_nothing_is_compiled(monkeypatch
         ("fused", "cpu", 10**9, "fused"),
         ("off", "cuda", 10**9, "off"),
         ("auto", "cuda", 1, "on"),
-        ("fused", "cuda", 1, "on"),  # the kernels are for CPUs
+        ("fused", "cuda", 1, "auto"),  # on where there are no kernels for the network
         ("auto", "cpu", COMPILE_CALLS - 1, "fused"),
         ("auto", "cpu", COMPILE_CALLS, "auto"),
     ],
 )
-def test_when_to_compile(mode, device, calls, expected):
+def test_when_to_compile(monkeypatch, mode, device, calls, expected):
+    monkeypatch.setattr(derivatives, "kernels_of", lambda device: device)
     assert how_to_compile(mode, torch.device(device), calls) == expected
+
+
+@pytest.mark.parametrize(
+    "mode, device, there, expected",
+    [
+        ("fused", "cuda", False, "on"),
+        ("fused", "cpu", False, "fused"),  # of which choose makes off, and auto on
+        ("auto", "cpu", False, "fused"),
+        ("fused", "cpu", True, "off"),  # beside a CUDA device, which has kernels
+        ("auto", "cpu", True, "off"),
+        ("on", "cpu", True, "on"),
+    ],
+)
+def test_when_to_compile_without_kernels(monkeypatch, mode, device, there, expected):
+    monkeypatch.setattr(derivatives, "kernels_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert how_to_compile(mode, torch.device(device), 1) == expected

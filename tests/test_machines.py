@@ -21,8 +21,9 @@ from pad.nn import kernels
 def cache(monkeypatch, tmp_path):
     """$PAD_CACHE is a folder that does not exist yet, and nothing says where compiled code goes."""
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "some" / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 # ---- a place for what takes long to make

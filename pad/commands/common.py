@@ -88,7 +88,7 @@ class Training(Common):
     batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1, memory=True)
     compile: str = setting(
         "auto",
-        "on: torch.compile; fused: CPU kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in long runs",
+        "on: torch.compile; fused: own kernels for ConvNets; auto: on for CUDA; on a CPU fused, or on in long runs",
         PACE,
         choices=("auto", "on", "off", "fused"),
     )

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pad.nn import kernels
 from pad.nn.fused import FusedConvNet
+from pad.nn.kernels.devices import kernels_of
 
 log = logging.getLogger("pad")
 
@@ -210,12 +210,12 @@ class Eager(Functional):
 
 
 class Fused(Eager):
-    """By the CPU kernels of :mod:`pad.nn.fused`, with the slope computed forwards and differentiated backwards once.
+    """By the kernels of :mod:`pad.nn.fused`, with the slope computed forwards and differentiated backwards once.
 
     Eight passes of each convolution, as :class:`ForwardFirst`, and each block's norm, ReLU and pooling in one pass over
     memory. The fastest on a CPU: half the time of :class:`Eager`, four fifths of that of :class:`Compiled`. Memory: as
-    :class:`ForwardFirst`. The kernels are built in two seconds, once on a machine. For ConvNets that :meth:`fits`
-    accepts, on a CPU. Not for CUDA, nor for several networks at once: ``grads`` is that of :class:`Functional`.
+    :class:`ForwardFirst`. The kernels are built in seconds, once on a machine; with Triton they are for CUDA, too. For
+    ConvNets that :meth:`fits` accepts. Not for several networks at once: ``grads`` is that of :class:`Functional`.
     """
 
     word = "fused"
@@ -223,7 +223,8 @@ class Fused(Eager):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether the network is made of blocks that have kernels, and the kernels can be had here."""
-        return FusedConvNet.fits(module) and kernels.library() is not None
+        devices = map(torch.device, ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",))
+        return FusedConvNet.fits(module) and any(kernels_of(device) is not None for device in devices)
 
     def __init__(self, f: FlatFunction):
         super().__init__(f)
@@ -255,12 +256,19 @@ def choose(word: str, f: FlatFunction) -> Derivatives:
 
 
 def how_to_compile(mode: str, device: torch.device, calls: int) -> str:
-    """The word for :func:`choose`, of a setting: on CUDA on or off; on a CPU auto is fused where ``calls`` are few."""
+    """The word for :func:`choose`, of a setting; ``calls``: of the derivatives, in the run.
+
+    On CUDA auto is on, and fused is on for networks without kernels; on a CPU auto is fused where calls are few.
+    """
     if device.type == "cuda":
+        if mode == "fused" and kernels_of(device) is not None:
+            return "auto"
         return "off" if mode == "off" else "on"
-    if mode != "auto":
-        return mode
-    return "auto" if calls >= COMPILE_CALLS else "fused"
+    if mode == "auto":
+        mode = "auto" if calls >= COMPILE_CALLS else "fused"
+    # Beside a CUDA device, choose would take that one's kernels for the CPU's.
+    without = mode in ("auto", "fused") and torch.cuda.is_available() and kernels_of(device) is None
+    return "off" if without else mode
 
 
 def compiler_available() -> bool:

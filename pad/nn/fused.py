@@ -1,4 +1,4 @@
-"""ConvNets on a CPU with each block's normalisation, ReLU and pooling in one kernel (:mod:`pad.nn.kernels`).
+"""ConvNets with each block's normalisation, ReLU and pooling in one kernel (:mod:`pad.nn.kernels`).
 
 Run one after the other these three read and write every feature map a dozen times; a training step of a narrow ConvNet
 spends more time on that than on its convolutions. The kernels have first derivatives only, so the derivative along a
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pad.nn import kernels
+from pad.nn.kernels.devices import Kernels, kernels_of
 from pad.nn.networks import InstanceNorm, Network
 
 _LANES = 8  # the kernels work on as many channels at a time
@@ -34,7 +34,7 @@ class Block(torch.autograd.Function):
     def forward(ctx, eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         inputs = [_dense(x), weight.contiguous(), bias.contiguous()]
         out = _pooled(x, x.shape)
-        kernels.call("forward", x.shape, eps, inputs, [out])
+        _kernels(x).call("forward", x.shape, eps, inputs, [out])
         ctx.save_for_backward(*inputs)
         ctx.eps = eps
         return out
@@ -44,7 +44,8 @@ class Block(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = x.new_empty(2, *x.shape[:2])
-        kernels.call("backward", x.shape, ctx.eps, [_dense(grad), x, weight, bias], [grad_x, grad_weight, grad_bias])
+        inputs = [_dense(grad, x), x, weight, bias]
+        _kernels(x).call("backward", x.shape, ctx.eps, inputs, [grad_x, grad_weight, grad_bias])
         return None, grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
@@ -62,7 +63,7 @@ class FirstBlock(torch.autograd.Function):
         ctx.shape = _convolved(*inputs[:2])
         ctx.eps = layer.eps
         out = _pooled(images, ctx.shape)
-        kernels.call(f"first{images.shape[1]}_forward", ctx.shape, ctx.eps, inputs, [out])
+        _kernels(images).call(f"first{images.shape[1]}_forward", ctx.shape, ctx.eps, inputs, [out])
         ctx.save_for_backward(*inputs)
         return out
 
@@ -74,7 +75,7 @@ class FirstBlock(torch.autograd.Function):
         grad_weight, grad_bias = weight.new_empty(2, n, len(weight))
         inputs = [_dense(grad), images, kernel, weight, bias]
         outputs = [grad_kernel, grad_weight, grad_bias]
-        kernels.call(f"first{images.shape[1]}_backward", ctx.shape, ctx.eps, inputs, outputs)
+        _kernels(images).call(f"first{images.shape[1]}_backward", ctx.shape, ctx.eps, inputs, outputs)
         grad_kernel = grad_kernel.sum(0).permute(3, 2, 0, 1)
         return None, None, grad_kernel, torch.zeros_like(bias), grad_weight.sum(0), grad_bias.sum(0)
 
@@ -88,9 +89,9 @@ class DualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, eps: float, x: Tensor, dx: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias, dweight, dbias = (v.contiguous() for v in norm)
-        x, dx = _dense(x), _dense(dx)
+        x, dx = _dense(x), _dense(dx, x)
         out, dout = _pooled(x, x.shape), _pooled(x, x.shape)
-        kernels.call("dual_forward", x.shape, eps, [x, dx, weight, dweight, bias, dbias], [out, dout])
+        _kernels(x).call("dual_forward", x.shape, eps, [x, dx, weight, dweight, bias, dbias], [out, dout])
         ctx.save_for_backward(x, dx, weight, dweight, bias)
         ctx.eps = eps
         return out, dout
@@ -100,8 +101,8 @@ class DualBlock(torch.autograd.Function):
         x, *others = ctx.saved_tensors
         grad_x, grad_dx = torch.empty_like(x), torch.empty_like(x)
         grad_weight, grad_bias = x.new_empty(2, *x.shape[:2])
-        inputs = [_dense(grad), _dense(dgrad), x, *others]
-        kernels.call("dual_backward", x.shape, ctx.eps, inputs, [grad_x, grad_dx, grad_weight, grad_bias])
+        inputs = [_dense(grad, x), _dense(dgrad, x), x, *others]
+        _kernels(x).call("dual_backward", x.shape, ctx.eps, inputs, [grad_x, grad_dx, grad_weight, grad_bias])
         return None, grad_x, grad_dx, grad_weight.sum(0), grad_bias.sum(0), None, None
 
 
@@ -120,7 +121,7 @@ class FirstDualBlock(torch.autograd.Function):
         ctx.layer = layer
         outs = _pooled(images, ctx.shape), _pooled(images, ctx.shape)
         inputs = [images, kernel, dkernel, weight, dweight, bias, dbias]
-        kernels.call(f"first{images.shape[1]}_dual_forward", ctx.shape, layer.eps, inputs, list(outs))
+        _kernels(images).call(f"first{images.shape[1]}_dual_forward", ctx.shape, layer.eps, inputs, list(outs))
         ctx.save_for_backward(*inputs[:-1])
         return outs
 
@@ -134,6 +135,7 @@ class FirstDualBlock(torch.autograd.Function):
         grad_kernel = kernel.new_empty(n, *kernel.shape)
         grad_weight, grad_bias = images.new_empty(2, n, c)
         outputs = [grads, grad_kernel, grad_weight, grad_bias]
+        kernels = _kernels(images)
         kernels.call(f"first{images.shape[1]}_dual_backward", ctx.shape, eps, inputs, outputs)
         patches = grads @ torch.cat([kernel, dkernel], dim=3).view(-1, 2 * c).t()
         grad_images = torch.zeros_like(images)
@@ -164,27 +166,30 @@ class FusedConvNet:
     def blocks(self, parameters: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         """The outputs of all blocks, shallow to deep."""
         outputs = []
+        kernels = _kernels(x)
         for i, layer in enumerate(self._layers):
             convolution, norm = _pair(parameters, f"body.{i}.0"), _pair(parameters, f"body.{i}.1")
-            if i == 0 and _few_channels(x) and not x.requires_grad:
+            if i == 0 and kernels.convolves(x.shape[1]) and not x.requires_grad:
                 x = FirstBlock.apply(layer, x, *convolution, *norm)
             else:
-                x = Block.apply(layer.eps, F.conv2d(_dense(x), *convolution, padding=layer.padding), *norm)
+                x = _dense(x)
+                x = Block.apply(layer.eps, kernels.convolve(x, *convolution, layer.padding), *norm)
             outputs.append(x)
         return outputs
 
     def dual(self, parameters: dict[str, Tensor], along: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[N, K]`` and their derivative along ``along``, differentiable in the parameters and in x."""
         dx: Tensor | None = None  # the images do not move
+        kernels = _kernels(x)
         for i, layer in enumerate(self._layers):
             (kernel, shift), (dkernel, dshift) = _pair(parameters, f"body.{i}.0"), _pair(along, f"body.{i}.0")
             norm, dnorm = _pair(parameters, f"body.{i}.1"), _pair(along, f"body.{i}.1")
-            if i == 0 and _few_channels(x):
+            if i == 0 and kernels.convolves(x.shape[1]):
                 x, dx = FirstDualBlock.apply(layer, x, kernel, *norm, dkernel, *dnorm)
                 continue
             x = _dense(x)
-            y = F.conv2d(x, kernel, shift, padding=layer.padding)
-            dy = F.conv2d(x, dkernel, dshift, padding=layer.padding)
+            y = kernels.convolve(x, kernel, shift, layer.padding)
+            dy = kernels.convolve(x, dkernel, dshift, layer.padding)
             if dx is not None:
                 dy = dy + F.conv2d(dx, kernel, padding=layer.padding)
             x, dx = DualBlock.apply(layer.eps, y, dy, *norm, *dnorm)
@@ -208,7 +213,8 @@ def blocks_of(module: Network) -> Callable[[Tensor], list[Tensor]]:
 
 def _fused(module: nn.Module) -> FusedConvNet | None:
     on_cpu = all(parameter.is_cpu for parameter in module.parameters())
-    return FusedConvNet(module) if on_cpu and FusedConvNet.fits(module) and kernels.library() is not None else None
+    fits = on_cpu and FusedConvNet.fits(module) and kernels_of(torch.device("cpu")) is not None
+    return FusedConvNet(module) if fits else None
 
 
 def _layers(module: nn.Module) -> list[Layer] | None:
@@ -245,20 +251,31 @@ def _pair(parameters: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return parameters[f"{name}.weight"], parameters[f"{name}.bias"]
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x [N, C, H, W]`` dense and channels-last in its strides too, also where one channel leaves them ambiguous."""
+def _kernels(x: Tensor) -> Kernels:
+    kernels = kernels_of(x.device)
+    if kernels is None:
+        raise ValueError(f"there are no kernels for {x.device.type}: only for the CPU and CUDA, with what they need")
+    return kernels
+
+
+def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """``x [N, C, H, W]`` dense, laid out as the kernels want it for a block of ``like``, or of x itself.
+
+    Channels-last in its strides too, also where one channel leaves them ambiguous.
+    """
+    like = x if like is None else like
+    if _kernels(like).layout(like) is torch.contiguous_format:
+        return x.contiguous()
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).contiguous().view(-1).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _pooled(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor for what is pooled of a map of ``shape (N, C, H, W)``, laid out as for a block of ``like``."""
     n, c, h, w = shape
+    if _kernels(like).layout(like) is torch.contiguous_format:
+        return like.new_empty(n, c, h // 2, w // 2)
     return like.new_empty(n, h // 2, w // 2, c).permute(0, 3, 1, 2)
-
-
-def _few_channels(images: Tensor) -> bool:
-    """Whether there are kernels for a first convolution of these."""
-    return images.shape[1] in (1, 3)
 
 
 def _padded(images: Tensor, padding: int) -> Tensor:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pad.allocator import compiled_folder
@@ -68,6 +69,21 @@ def _build(compiler: str, folder: Path) -> Path:
     subprocess.run([compiler, *_FLAGS, "-c", _SOURCE, "-o", parts[0]], capture_output=True, check=True)
     subprocess.run([compiler, "-shared", parts[0], "-o", parts[1]], capture_output=True, check=True)
     return parts[1]
+
+
+def convolves(channels: int) -> bool:
+    """Whether there are kernels for a first block, with its convolution, of images of so many channels."""
+    return channels in (1, 3)
+
+
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """The convolution."""
+    return F.conv2d(x, kernel, bias, padding=padding)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """How maps that belong to ``x [N, C, H, W]`` lie in memory: channels-last, all of them."""
+    return torch.channels_last
 
 
 def call(name: str, shape: tuple[int, ...], eps: float, inputs: list[Tensor], outputs: list[Tensor]) -> None:
