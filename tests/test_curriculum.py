@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pad.commands.record import BufferSettings, refuse_other_recipe
+from pad.commands.record import BufferSettings, recipe_of, refuse_other_recipe
 from pad.config import RECIPE
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
@@ -237,7 +237,7 @@ def refusal_to_join(made_with: dict, **wanted) -> str:
     header = {"settings": made_with, "seed": 0}
     store = SimpleNamespace(folder=Path("buffer"), experts=[0], header=lambda expert: header)
     try:
-        refuse_other_recipe(store, BufferSettings(**wanted).of(RECIPE))
+        refuse_other_recipe(store, recipe_of(BufferSettings(**wanted)))
     except InputError as error:
         return str(error)
     return ""
@@ -261,3 +261,9 @@ def test_experts_of_another_schedule_do_not_join(key, value):
     assert refusal_to_join(settings | {key: value}, **{key: value}) == ""
     assert f"{key}: {value} in the buffer" in refusal_to_join(settings | {key: value})
     assert f"{key}: {settings[key]} in the buffer, {value} in" in refusal_to_join(settings, **{key: value})
+
+
+def test_a_buffer_of_an_earlier_augmentation_is_not_mixed():
+    assert "augmentation: an approximation of DC's in the buffer" in refusal_to_join({"dsa": False}, dsa=False)
+    assert refusal_to_join(recipe_of(BufferSettings(dsa=False)), dsa=False) == ""
+    assert refusal_to_join({"dsa": True}) == ""

@@ -141,9 +141,15 @@ def _refuse_too_few_images(settings: BufferSettings, bench: Workbench) -> None:
         raise InputError("the curriculum leaves an epoch without images: the classes are too small for its ratios")
 
 
+def recipe_of(settings: BufferSettings) -> dict:
+    """What makes an expert what it is, but for its number and its ranking."""
+    return settings.of(RECIPE) | {"seed": settings.seed} | ({} if settings.dsa else {"augmentation": "DC's"})
+
+
 def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
     """Raise InputError, naming the first difference, where an expert in ``store`` was made with another recipe."""
-    defaults = BufferSettings().as_dict()  # a buffer that is older than a setting was made as its default has it
+    # A buffer that is older than a setting was made as its default has it, and without DSA not with DC's augmentation.
+    defaults = BufferSettings().as_dict() | {"augmentation": "an approximation of DC's"}
     for expert in store.experts:
         header = store.header(expert)
         if "imported" in header["settings"]:
@@ -182,7 +188,7 @@ class _Buffer:
         steps = settings.train_epochs * math.ceil(len(bench.data.train_labels) / settings.batch_train)
         compile = how_to_compile(settings.compile, bench.device, 2 * steps)
         self.model = bench.flat_model(settings.model, compile, settings.micro_batch)
-        self.recipe = settings.of(RECIPE) | {"seed": settings.seed}
+        self.recipe = recipe_of(settings)
 
     def refuse_other_experts(self, *, seen: bool = True) -> None:
         """Raise InputError, naming the first difference, where an expert in the folder was made with another recipe.

@@ -10,9 +10,10 @@ have to read and write at least, by the time they took; compare with the memory'
 
 from collections.abc import Callable, Sequence
 
+from common import Competitor, arguments, describe_machine, difference, race
+
 import torch
 import torch.nn.functional as F
-from common import Competitor, arguments, describe_machine, difference, race
 from torch import Tensor
 
 from pad.nn.fused import Block, DualBlock
