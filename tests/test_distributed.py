@@ -4,6 +4,7 @@ Ranks are forked from the test process, which stands in for torchrun: it keeps t
 """
 
 import dataclasses
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -51,6 +52,7 @@ def launch(size, work, *, timeout=60, attempts=3):
                 TORCHELASTIC_USE_AGENT_STORE="True",
             )
             Path(folder, f"{number} began").touch()
+            faulthandler.dump_traceback_later(timeout - 5, file=sys.__stderr__)  # where it hangs
             ranks = join()
             Path(folder, str(number)).write_bytes(pickle.dumps(work(ranks)))
             ranks.leave(0)

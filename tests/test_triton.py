@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pad.nn import derivatives, fused
 from pad.nn.flat import FlatModel
@@ -137,6 +138,24 @@ def test_any_strides_will_do(device):
     ):
         out = Block.apply(EPS, laid_out, weight.to(device)[::2], bias.to(device))
         torch.testing.assert_close(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("channels, size, last", [(1, (9, 7), True), (3, (32, 32), True), (3, (40, 36), False)])
+def test_images_are_convolved_as_patches(device, channels, size, last):
+    """The first convolution, its gradients, and how what comes out lies in memory."""
+    x, kernel = randn(2, channels, *size).to(device), randn(8, channels, 3, 3).to(device)
+    variables, g = [x.requires_grad_(), kernel.requires_grad_()], randn(2, 8, *size, seed=2).to(device)
+    ours, theirs = triton_block.convolve(*variables, g[0, :, 0, 0], 1), F.conv2d(*variables, padding=1)
+    assert ours.is_contiguous(memory_format=LAYOUTS[last])
+    for out in (ours, theirs):
+        assert out.shape == g.shape
+    for a, b in zip(*([out, *torch.autograd.grad(out, variables, g)] for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_maps_are_convolved_without_their_bias(device):
+    x, kernel = randn(2, 8, 9, 7).to(device), randn(4, 8, 3, 3).to(device)
+    assert torch.equal(triton_block.convolve(x, kernel, kernel[:, 0, 0, 0], 1), F.conv2d(x, kernel, padding=1))
 
 
 def test_not_a_number_stays_so(device):

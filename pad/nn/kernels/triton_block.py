@@ -25,6 +25,8 @@ _TILE = 2**16  # bytes of a tile at most: a quarter of a multiprocessor's regist
 _LEAST = 2**10  # numbers of a tile at least, where there are channels enough
 _RUN = 32  # bytes of neighbouring channels at least, channels-last: as many as memory is read by
 _PER_WARP = 2**9  # numbers
+_FEW = 4  # channels at most of what is convolved as a product of patches
+_PLANE = 32 * 32  # pixels at most of maps that lie channels-last
 
 
 class _Plan(NamedTuple):
@@ -40,16 +42,24 @@ class _Plan(NamedTuple):
 
 
 def convolves(channels: int) -> bool:
-    """No: the first convolution is left to cuDNN."""
+    """No: the first convolution is a product of matrices, see :func:`convolve`."""
     return False
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, padding: int) -> Tensor:
     """The convolution up to a constant of each plane, which the norm takes away: without its bias.
 
-    Adding a bias is a pass over memory of its own on CUDA, and its gradient, which is zero, another.
+    Adding a bias is a pass over memory of its own on CUDA, and its gradient, which is zero, another. That of images, of
+    a few channels, is a product of their patches with the kernel: cuDNN has no tensor cores for its weight gradient.
+    What comes out lies channels-last, as tensor cores take it, where the block's kernels hold such a plane in a tile.
     """
-    return F.conv2d(x, kernel, padding=padding)
+    if x.shape[1] > _FEW:
+        return F.conv2d(x, kernel, padding=padding)
+    patches, weight = F.unfold(x, kernel.shape[2:], padding=padding), kernel.flatten(1)
+    height, width = (side + 2 * padding - of + 1 for side, of in zip(x.shape[2:], kernel.shape[2:]))
+    if height * width > _PLANE:
+        return (weight @ patches).unflatten(2, (height, width))
+    return (patches.transpose(1, 2) @ weight.t()).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def layout(x: Tensor) -> torch.memory_format:
