@@ -127,6 +127,29 @@ def test_many_processes_never_hold_one_lock_together(tmp_path):
     assert number.read_text() == "200" and not list(tmp_path.glob("folder/*"))
 
 
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_another_process_removes_in_between_leaves_no_lock_out(tmp_path, monkeypatch, error):
+    """mkdir finds the folder there, and then it is gone: what follows must still be guarded."""
+    path, mkdir, calls = tmp_path / "folder" / ".lock", os.mkdir, []
+
+    def racing(folder, *arguments, **more):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise error(17, "File exists", str(folder))
+        mkdir(folder, *arguments, **more)
+
+    monkeypatch.setattr(os, "mkdir", racing)
+    with in_turn(path, "counting"), claim(path) as second:
+        assert not second, "nobody held it"
+    assert len(calls) > 1 and not path.parent.exists()
+
+
+def test_a_file_in_place_of_the_folder_is_not_waited_for(tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(FileExistsError), claim(tmp_path / "folder" / ".lock"):
+        pass
+
+
 def test_what_nobody_has_begun_comes_first_then_what_others_had(tmp_path):
     def lock_of(item):
         return tmp_path / f".{item}.lock"

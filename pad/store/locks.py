@@ -41,7 +41,7 @@ def claim(path: Path | str, *, wait: bool = False) -> Iterator[bool]:
     """
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     descriptor = None
     try:
         descriptor = _take(path, wait)
@@ -132,13 +132,23 @@ def lock_descriptor(descriptor: int, *, wait: bool = False) -> bool:
     return True
 
 
+def _make(folder: Path) -> None:
+    """Make a folder that other processes make and remove at the same time: it may come and go in the midst of this."""
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(folder):
+            break
+    folder.mkdir(parents=True, exist_ok=True)  # says what is wrong
+
+
 def _take(path: Path, wait: bool) -> int | None:
     """The open lock file, locked; None where another process holds it and one is not to wait."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the folder, made by this process and another, was removed by that one
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             continue
         with contextlib.ExitStack() as closing:
             closing.callback(os.close, descriptor)
