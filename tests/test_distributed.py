@@ -38,21 +38,22 @@ FORK = multiprocessing.get_context("fork")
 
 def launch(size, work, *, timeout=60, attempts=3):
     """``work(ranks)`` on ``size`` ranks: what each returned, and the exit codes of the processes."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     with tempfile.TemporaryDirectory() as folder:
+        port = Path(folder, "port")
 
         def rank(number):
+            Path(folder, f"{number} began").touch()
+            faulthandler.dump_traceback_later(timeout - 5, file=sys.__stderr__)  # where it hangs
+            wait_for(port.exists, timeout)
             os.environ.update(
                 RANK=str(number),
                 LOCAL_RANK=str(number),
                 WORLD_SIZE=str(size),
                 LOCAL_WORLD_SIZE=str(size),
                 MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(store.port),
+                MASTER_PORT=port.read_text(),
                 TORCHELASTIC_USE_AGENT_STORE="True",
             )
-            Path(folder, f"{number} began").touch()
-            faulthandler.dump_traceback_later(timeout - 5, file=sys.__stderr__)  # where it hangs
             ranks = join()
             Path(folder, str(number)).write_bytes(pickle.dumps(work(ranks)))
             ranks.leave(0)
@@ -68,11 +69,16 @@ def launch(size, work, *, timeout=60, attempts=3):
         wait_for(lambda: len(list(Path(folder).glob("* began"))) == size, 10)
         began = len(list(Path(folder).glob("* began"))) == size
         if began:
+            # After the forks: it has threads, and a fork can inherit a lock of theirs that nobody will release.
+            seconds = timedelta(seconds=timeout)
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=seconds)
+            Path(folder, "port of the store").write_text(str(store.port))
+            os.replace(Path(folder, "port of the store"), port)  # whole
             wait_for(lambda: all(process.exitcode is not None for process in processes), timeout)
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-        if not began and attempts > 1:  # a fork of a process with threads can inherit a lock that nobody will release
+        if not began and attempts > 1:  # forked while a thread of this process held a lock: such a child hangs for good
             return launch(size, work, timeout=timeout, attempts=attempts - 1)
         files = [Path(folder, str(number)) for number in range(size)]
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files], codes
