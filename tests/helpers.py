@@ -164,23 +164,28 @@ def two_ranks(
 
     They are forked from this one, which stands in for torchrun by keeping their store.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     files = [[folder / f"{name} of rank {number}" for name in ("stdout", "stderr", "start")] for number in range(2)]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    port = folder / "port of the store"
 
     def rank(number: int) -> int:
-        os.environ.update(common, RANK=str(number), LOCAL_RANK=str(number), TORCHELASTIC_USE_AGENT_STORE="True")
         files[number][2].touch()
+        holds_within(timeout, lambda: port.exists() and port.read_text().endswith("\n"))
+        os.environ.update(common, MASTER_PORT=port.read_text().strip(), RANK=str(number), LOCAL_RANK=str(number))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         return front_door(argv)
 
-    for path in sum(files, []):
+    for path in [port, *sum(files, [])]:
         path.unlink(missing_ok=True)
     processes = [forked(lambda number=number: rank(number), *files[number][:2]) for number in range(2)]
     began = holds_within(10, lambda: all(started.exists() for _, _, started in files))
-    if not began and attempts > 1:  # a fork of a process with threads can inherit a lock that nobody will release
+    if not began and attempts > 1:  # forked while a thread of this process held a lock: such a child hangs for good
         for process in processes:
             process.kill()
         return two_ranks(folder, front_door, argv, meanwhile, timeout=timeout, attempts=attempts - 1)
+    # After the forks: it has threads of its own.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    port.write_text(f"{store.port}\n")
     meanwhile(processes)
     deadline = time.monotonic() + timeout
     for process in processes:
@@ -188,8 +193,8 @@ def two_ranks(
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    for *_, started in files:
-        started.unlink(missing_ok=True)
+    for path in (port, *(started for *_, started in files)):
+        path.unlink(missing_ok=True)
     out, err = ([pair[i].read_text() for pair in files] for i in range(2))
     assert "Traceback" not in "".join(err), err
     return codes, out, err
