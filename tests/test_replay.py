@@ -331,14 +331,15 @@ def test_experts(device, augmentation, momentum, host):
         assert replay._graphs.replays > replay._graphs.captures > 0
 
 
-def trained(replay, device, together, augmentation, *, batch=4, sets=None):
+def trained(replay, device, together, augmentation, *, count=6, batch=4):
     protocol = Protocol(augmentation, epochs=6, batch_size=batch, compile="off")
     model, _ = model_of()
     model.compile = "on"  # by flat parameters
     nets = [build("ConvNetD2W8", 3, K, SIZE, j).to(device) for j in range(together)]
-    sets = [(randn(s, 6, 3, *SIZE, device=device), randn(s + 9, 6, K, device=device).softmax(dim=1)) for s in range(9)]
+    images = [randn(s, count, 3, *SIZE, device=device) for s in range(together)]
+    sets = [(each, randn(s + 9, count, K, device=device).softmax(dim=1)) for s, each in enumerate(images)]
     rngs = [generator(0, "net", j) for j in range(together)]
-    protocol.train(model, nets, sets[:together], 0.05, rngs, replay=replay)
+    protocol.train(model, nets, sets, 0.05, rngs, replay=replay)
     return [torch.nn.utils.parameters_to_vector(net.parameters()).detach() for net in nets]
 
 
@@ -353,6 +354,17 @@ def test_evaluation_networks(device, together, augmentation):
             same(device, ours, theirs)
     if device == "cpu":
         assert replay._graphs.replays > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("then", [(1, 8, 4), (2, 12, 4), (2, 12, 8)], ids=["fewer networks", "more images", "batches"])
+def test_evaluation_networks_of_other_sizes_in_turn(device, then):
+    """Some batches have the size of those before, in memory that has not."""
+    replay = captured(device)
+    for together, count, batch in ((2, 8, 4), then, (2, 8, 4)):
+        how = {"together": together, "augmentation": DSA(), "count": count, "batch": batch}
+        for ours, theirs in zip(trained(replay, device, **how), trained(AT_ONCE, device, **how), strict=True):
+            same(device, ours, theirs)
 
 
 @pytest.mark.cuda
