@@ -97,8 +97,11 @@ def test_a_set_without_a_learning_rate(images, made, tmp_path, refused):
     without = argv[:at] + argv[at + 2 :]
     refused(cli.evaluate, without, "learning rate is missing; give its file, or the number itself")
     refused(cli.evaluate, [*without, "--lr_net", "0.1"], "--lr_dir")
-    for number, said in (("0", "not a positive number"), ("nan", "not finite"), ("O.1", "O.1 does not exist")):
+    for number, said in (("0", "not a positive number"), ("nan", "not a finite number"), ("O.1", "O.1 does not exist")):
         refused(cli.evaluate, [*without, "--lr_dir", number], said)
+    config = tmp_path / "settings.yaml"  # where other paths begin at a folder
+    config.write_text("lr_dir: 0.1\n")
+    assert cli.evaluate([*without, "--cfg", str(config)]) == 0
     torch.save(0.1, tmp_path / "0.3")  # a file that is there is a file
     assert cli.evaluate([*without, "--lr_dir", str(tmp_path / "0.3")]) == 0
     assert results_in(tmp_path / "others.json")["lr"] == pytest.approx(0.1)
