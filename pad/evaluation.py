@@ -84,7 +84,6 @@ class Protocol:
         velocity = replay.buffer("velocity", theta).zero_()
         held = [[replay.hold(f"{what} {j}", each) for what, each in zip("xp", sets[j])] for j in range(len(nets))]
         rows = [replay.row(f"of network {j}") for j in range(len(nets))]
-        kept = len(nets), len(sets[0][0]), self.batch_size  # memory of other sizes is other memory
 
         for epoch in range(self.epochs + 1):
             passes = [self._steps(len(images), rng) for (images, _), rng in zip(sets, rngs)]
@@ -102,7 +101,8 @@ class Protocol:
                         rows[j].move(1)
 
                     draw = steps[i].draw
-                    (AT_ONCE if draw and draw.on_host else replay).run(("batch", j, *kept, steps[i].key), gather)
+                    way = AT_ONCE if draw and draw.on_host else replay
+                    way.run(("batch", j, len(nets), len(sets[j][0]), plans[j].key(i)), gather)
 
                 def descend(lr: float = lr, xs: Tensor = xs, ps: Tensor = ps) -> None:
                     g = model.grads(theta, xs, ps) if len(nets) > 1 else model.grad(theta[0], xs[0], ps[0])[None]

@@ -297,7 +297,7 @@ def test_two_sets_in_turn(device):
             same(device, ours, theirs)
 
 
-def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5):
+def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5, sizes=(9, 10, 11, 12)):
     model, theta = model_of()
     preprocessing = MeanStd.of((0.5,) * 3, (0.3,) * 3, device)
     pixels = torch.randint(0, 256, (13, 3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -307,7 +307,7 @@ def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5
         images=images if host else images[:],
         labels=(torch.arange(13) % K).to(device),
         num_classes=K,
-        epoch_indices=lambda epoch: torch.arange(9 + epoch),  # a curriculum that grows
+        epoch_indices=lambda epoch: torch.arange(sizes[epoch]),  # a curriculum that grows
         optimiser=GSAM(lr=0.05, momentum=momentum, l2=1e-3, rho=0.1, alpha=0.3),
         augmentation=augmentation,
         batch_size=batch,
@@ -329,6 +329,15 @@ def test_experts(device, augmentation, momentum, host):
         same(device, ours, theirs)
     if device == "cpu":
         assert replay._graphs.replays > replay._graphs.captures > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_epochs_of_fewer_images_than_a_batch(device):
+    """They have other memory than the rest of an epoch that is as large."""
+    how = {"augmentation": DSA("color"), "sizes": (3, 3, 8, 8)}
+    plain = epochs_of(AT_ONCE, device, **how)
+    for ours, theirs in zip(epochs_of(captured(device), device, **how), plain, strict=True):
+        same(device, ours, theirs)
 
 
 def trained(replay, device, together, augmentation, *, count=6, batch=4):
