@@ -199,8 +199,7 @@ def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
     of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
-    plain = dataclasses.asdict(dataclasses.replace(protocol, own={}))
-    del plain["own"]
+    plain = {name: value for name, value in vars(protocol).items() if name != "own"}
     return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
