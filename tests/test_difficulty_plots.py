@@ -171,6 +171,7 @@ def test_scores_over_many_decades_are_on_a_logarithmic_scale():
 def test_scores_that_are_all_equal(value, classes, tmp_path):
     made = ranking([3] * classes, kind=lambda n, **how: torch.full((n,), value, dtype=torch.float64))
     draw_figure(tmp_path / "s.png", plots.plot_scores, made, names(classes), "EL2N")
+    assert (tmp_path / "s.png").exists()
 
 
 def test_many_classes_are_bands_of_quantiles_in_the_order_of_their_medians():
