@@ -207,7 +207,7 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     parser = _Parser(program, description=said, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of settings; flags override it")
     for name, asked in fields.items():
-        optional: dict = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
+        optional: dict = {"nargs": "?", "const": "True"} if _kind(hints[name], None) is bool else {}
         notes = [] if asked.default in (None, "") else [f"default: {asked.default}"]
         notes += [f"of {', '.join(asked.metadata['choices'])}"] if asked.metadata["choices"] else []
         text = (asked.metadata["help"] + f" ({'; '.join(notes)})" * bool(notes)).replace("%", "%%")
