@@ -127,12 +127,12 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     if not settings.overwrite:
         ranks.on_main(lambda: _refuse_other_results(out, about))
     sets = _drawable(sets, ranks)
+    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
 
-    @functools.lru_cache(maxsize=1)  # the last one is wanted twice: for its digest, and to train on
+    @functools.lru_cache(maxsize=protocol.together)  # these are wanted twice: for their digests, and to train on
     def draw(name: str, j: int) -> TrainingSet:
         return sets[name](j)
 
-    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
     cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
     lr = synthetic.lr.item()
     fixed = {

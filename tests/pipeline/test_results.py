@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import EXPERTS, assert_refused, command_line, contents, slow
 
 from pad import cli
+from pad.commands import evaluate as stage_3
 from pad.evaluation import Evaluation
 from pad.synthetic import SyntheticSet
 
@@ -208,6 +209,14 @@ def test_networks_of_a_stopped_evaluation_outlive_one_by_other_settings(images, 
     assert cli.evaluate(argv) == 0
     assert len(trained) == 2, "two of four were there"
     assert not list(out.parent.glob("*.networks-*"))
+
+
+def test_sets_of_real_images_are_drawn_once_however_many_networks_train_at_once(images, made, monkeypatch):
+    drawn = []
+    draw = stage_3.class_order
+    monkeypatch.setattr(stage_3, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
+    assert cli.evaluate(evaluation_args(images, made, baselines="hard", num_eval=3, together=3)) == 0
+    assert drawn == [0, 0, 1, 2]  # the first one also to see whether there are images enough
 
 
 # ---- experts
