@@ -6,6 +6,7 @@ What settings a command has stands in its file, in :mod:`pad.commands`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import logging
@@ -175,7 +176,10 @@ class Settings:
     def with_paths(cls, values: Mapping, base: Path) -> dict:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
         hints = typing.get_type_hints(cls)
-        return {key: _resolve_path(value, base) if _is_path(hints.get(key)) else value for key, value in values.items()}
+        return {
+            key: _resolve_path(value, base) if _kind(hints.get(key), value) is FilePath else value
+            for key, value in values.items()
+        }
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
@@ -203,7 +207,7 @@ def parse(cls: type[Some], argv: list[str], program: str) -> Some:
     parser = _Parser(program, description=said, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of settings; flags override it")
     for name, asked in fields.items():
-        optional: dict = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
+        optional: dict = {"nargs": "?", "const": "True"} if _kind(hints[name], None) is bool else {}
         notes = [] if asked.default in (None, "") else [f"default: {asked.default}"]
         notes += [f"of {', '.join(asked.metadata['choices'])}"] if asked.metadata["choices"] else []
         text = (asked.metadata["help"] + f" ({'; '.join(notes)})" * bool(notes)).replace("%", "%%")
@@ -287,8 +291,14 @@ def checkout() -> Path:
     return root if (root / "distill" / "PAD.py").is_file() else Path()
 
 
-def _is_path(hint) -> bool:
-    return hint is FilePath or FilePath in typing.get_args(hint)
+def _kind(hint, value):
+    """What a setting's value is to be by its type: of a path or a number a number, where it is one."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    if float in others:
+        with contextlib.suppress(TypeError, ValueError):
+            float(value)
+            return float
+    return kind
 
 
 def _resolve_path(value, base: Path):
@@ -317,12 +327,11 @@ def _coerce(field: dataclasses.Field, hint, value):
     if type(None) in typing.get_args(hint):
         if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "auto", "")):
             return None
-        hint = typing.get_args(hint)[0]
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
     kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
     try:
-        value = kinds[hint](value)
+        value = kinds[_kind(hint, value)](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
     for kind, (words, holds) in _BOUNDS.items():

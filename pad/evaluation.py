@@ -101,7 +101,8 @@ class Protocol:
                         rows[j].move(1)
 
                     draw = steps[i].draw
-                    (AT_ONCE if draw and draw.on_host else replay).run(("batch", j, steps[i].key), gather)
+                    way = AT_ONCE if draw and draw.on_host else replay
+                    way.run(("batch", j, len(nets), len(sets[j][0]), plans[j].key(i)), gather)
 
                 def descend(lr: float = lr, xs: Tensor = xs, ps: Tensor = ps) -> None:
                     g = model.grads(theta, xs, ps) if len(nets) > 1 else model.grad(theta[0], xs[0], ps[0])[None]

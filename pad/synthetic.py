@@ -233,7 +233,7 @@ def _logits(labels: Tensor, where: Path | str) -> Tensor:
     integers, labels = not labels.is_floating_point(), labels.float()
     if labels.ndim and labels.numel() == len(labels) > 0 and labels.equal(labels.round()):
         classes = labels.flatten().long()
-        if classes.min() < 0 or classes.max() >= len(classes):
+        if classes.min() < 0 or classes.max() >= len(classes.unique()):
             raise InputError(
                 f"{where}: {len(classes)} labels are not numbers of classes, 0, 1, ..., all of which occur"
             )

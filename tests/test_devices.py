@@ -21,6 +21,7 @@ from pad.commands.bench import use_tf32
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
+from pad.config import parse
 from pad.data.augment import _KINDS, DC, DSA, Draw, NoAugmentation, augment
 from pad.data.placement import HostImages, full_precision, place, to_device
 from pad.data.preprocessing import ZCA, MeanStd
@@ -246,6 +247,11 @@ def test_tf32_is_on_where_networks_run_on_cuda_and_is_noted_down(settings, monke
             ({"tf32": False}, "auto", False),  # as it was recorded when it was no more than this
         ):
             assert settings.resolve({**needed, **asked, "device": device}).as_dict()["tf32"] is expected
+
+
+@pytest.mark.parametrize("words, wanted", [(["--tf32"], True), (["--tf32", "off"], False), (["--tf32=on"], True)])
+def test_tf32_is_a_flag_that_needs_no_word(words, wanted):
+    assert parse(DistillSettings, [*words, "--zca"], "PAD.py").tf32 is wanted
 
 
 def test_full_precision_is_for_a_while(precision):

@@ -10,7 +10,7 @@ from pad.difficulty.ranking import Ranking
 from pad.errors import InputError
 from pad.experts.curriculum import Curriculum
 from pad.show import difficulty as plots
-from pad.show.figures import save_figure
+from pad.show.figures import draw_figure
 
 
 def ranking(sizes, seed=0, scores=True, kind=torch.rand) -> Ranking:
@@ -170,7 +170,8 @@ def test_scores_over_many_decades_are_on_a_logarithmic_scale():
 @pytest.mark.parametrize("classes", [2, 30])
 def test_scores_that_are_all_equal(value, classes, tmp_path):
     made = ranking([3] * classes, kind=lambda n, **how: torch.full((n,), value, dtype=torch.float64))
-    save_figure(tmp_path / "s.png", plots.plot_scores(made, names(classes), "EL2N"))
+    draw_figure(tmp_path / "s.png", plots.plot_scores, made, names(classes), "EL2N")
+    assert (tmp_path / "s.png").exists()
 
 
 def test_many_classes_are_bands_of_quantiles_in_the_order_of_their_medians():

@@ -135,14 +135,14 @@ def test_grids_of_any_name(name):
 
 def test_pictures_do_not_hang_on_the_users_matplotlibrc(tmp_path, monkeypatch):
     made = rankings(NAMES[:5], ["GraNd"])["GraNd"]
-    figures.save_figure(tmp_path / "1.png", plots.plot_scores(made, NAMES[:5], "GraNd"))
+    figures.draw_figure(tmp_path / "1.png", plots.plot_scores, made, NAMES[:5], "GraNd")
     with matplotlib.rc_context({"font.family": "DejaVu Sans Mono", "text.usetex": True, "savefig.dpi": 10}):
-        figures.save_figure(tmp_path / "2.png", plots.plot_scores(made, NAMES[:5], "GraNd"))
+        figures.draw_figure(tmp_path / "2.png", plots.plot_scores, made, NAMES[:5], "GraNd")
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
 
 
 def test_the_font_is_the_one_that_figures_are_drawn_in():
-    with figures.own_style():
+    with matplotlib.style.context("default"):
         assert font_manager.findfont(font_manager.FontProperties()) == font_file()
 
 

@@ -297,7 +297,7 @@ def test_two_sets_in_turn(device):
             same(device, ours, theirs)
 
 
-def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5):
+def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5, sizes=(9, 10, 11, 12)):
     model, theta = model_of()
     preprocessing = MeanStd.of((0.5,) * 3, (0.3,) * 3, device)
     pixels = torch.randint(0, 256, (13, 3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -307,7 +307,7 @@ def epochs_of(replay, device, *, augmentation, host=False, momentum=0.9, batch=5
         images=images if host else images[:],
         labels=(torch.arange(13) % K).to(device),
         num_classes=K,
-        epoch_indices=lambda epoch: torch.arange(9 + epoch),  # a curriculum that grows
+        epoch_indices=lambda epoch: torch.arange(sizes[epoch]),  # a curriculum that grows
         optimiser=GSAM(lr=0.05, momentum=momentum, l2=1e-3, rho=0.1, alpha=0.3),
         augmentation=augmentation,
         batch_size=batch,
@@ -331,14 +331,24 @@ def test_experts(device, augmentation, momentum, host):
         assert replay._graphs.replays > replay._graphs.captures > 0
 
 
-def trained(replay, device, together, augmentation, *, batch=4, sets=None):
+@pytest.mark.parametrize("device", DEVICES)
+def test_epochs_of_fewer_images_than_a_batch(device):
+    """They have other memory than the rest of an epoch that is as large."""
+    how = {"augmentation": DSA("color"), "sizes": (3, 3, 8, 8)}
+    plain = epochs_of(AT_ONCE, device, **how)
+    for ours, theirs in zip(epochs_of(captured(device), device, **how), plain, strict=True):
+        same(device, ours, theirs)
+
+
+def trained(replay, device, together, augmentation, *, count=6, batch=4):
     protocol = Protocol(augmentation, epochs=6, batch_size=batch, compile="off")
     model, _ = model_of()
     model.compile = "on"  # by flat parameters
     nets = [build("ConvNetD2W8", 3, K, SIZE, j).to(device) for j in range(together)]
-    sets = [(randn(s, 6, 3, *SIZE, device=device), randn(s + 9, 6, K, device=device).softmax(dim=1)) for s in range(9)]
+    images = [randn(s, count, 3, *SIZE, device=device) for s in range(together)]
+    sets = [(each, randn(s + 9, count, K, device=device).softmax(dim=1)) for s, each in enumerate(images)]
     rngs = [generator(0, "net", j) for j in range(together)]
-    protocol.train(model, nets, sets[:together], 0.05, rngs, replay=replay)
+    protocol.train(model, nets, sets, 0.05, rngs, replay=replay)
     return [torch.nn.utils.parameters_to_vector(net.parameters()).detach() for net in nets]
 
 
@@ -353,6 +363,17 @@ def test_evaluation_networks(device, together, augmentation):
             same(device, ours, theirs)
     if device == "cpu":
         assert replay._graphs.replays > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("then", [(1, 8, 4), (2, 12, 4), (2, 12, 8)], ids=["fewer networks", "more images", "batches"])
+def test_evaluation_networks_of_other_sizes_in_turn(device, then):
+    """Some batches have the size of those before, in memory that has not."""
+    replay = captured(device)
+    for together, count, batch in ((2, 8, 4), then, (2, 8, 4)):
+        how = {"together": together, "augmentation": DSA(), "count": count, "batch": batch}
+        for ours, theirs in zip(trained(replay, device, **how), trained(AT_ONCE, device, **how), strict=True):
+            same(device, ours, theirs)
 
 
 @pytest.mark.cuda

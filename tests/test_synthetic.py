@@ -301,6 +301,7 @@ class Malicious:
         ({"images": torch.randn(6, *SHAPE).to_sparse()}, "images", "torch.sparse_coo"),
         ({"labels": torch.tensor([0, 0, 1, 1, 2, -1])}, "labels", "6 labels are not numbers of classes"),
         ({"labels": torch.tensor([0, 0, 1, 1, 2, 6])}, "labels", "6 labels are not numbers of classes"),
+        ({"labels": torch.tensor([0, 0, 0, 0, 2, 2])}, "labels", "6 labels are not numbers of classes"),
         ({"labels": torch.tensor([0, 0, 1, 1, 2])}, "labels", "5 labels for 6 images"),
         ({"labels": torch.full((6, K), 2)}, "labels", "whole numbers, neither class numbers nor one-hot"),
         ({"labels": torch.randn(6)}, "labels", r"labels are a tensor of shape \[6\]"),

@@ -692,3 +692,8 @@ def test_scripts_run_from_any_folder_and_report_in_one_line(tmp_path, script, ar
 def test_the_importer_names_the_data_set_that_was_meant(capsys):
     assert cli.import_buffer(["--dataset", "tiny-imagenet-200"]) == 2
     assert "no data set 'tiny-imagenet-200'; did you mean Tiny?" in capsys.readouterr().err
+
+
+def test_the_importer_takes_an_imagenet_subset_at_the_size_that_others_take(capsys):
+    assert cli.import_buffer(["--dataset", "ImageNet", "--buffer_path", "nowhere"]) == 2
+    assert "no replay_buffer_<number>.pt in nowhere/ImageNet/imagenette/128/ConvNet" in capsys.readouterr().err

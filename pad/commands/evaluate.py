@@ -46,7 +46,7 @@ class EvaluationSettings(Evaluating, Ranked):
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
     data_dir: FilePath | None = setting(None, "images_*.pt of a published set", RECIPE, by_study=True)
     label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
-    lr_dir: FilePath | None = setting(
+    lr_dir: FilePath | float | None = setting(
         None, "lr_*.pt of a published set; of one that has none, the learning rate as a number", RECIPE, by_study=True
     )
     synthetic: FilePath | None = setting(
@@ -77,11 +77,11 @@ class EvaluationSettings(Evaluating, Ranked):
     def check(self) -> None:
         super().check()
         trio = {name: getattr(self, name) for name in self.trio}
-        if self.synthetic and any(trio.values()):
+        if self.synthetic and {*trio.values()} != {None}:
             raise InputError(
                 "synthetic and data_dir, label_dir, lr_dir exclude each other: give the one file or the three"
             )
-        missing = [key for key, value in trio.items() if not value]
+        missing = [key for key, value in trio.items() if value is None]
         if not self.synthetic and missing:
             if missing == ["lr_dir"]:
                 raise InputError("lr_dir: the set's learning rate is missing; give its file, or the number itself")
@@ -127,12 +127,12 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     if not settings.overwrite:
         ranks.on_main(lambda: _refuse_other_results(out, about))
     sets = _drawable(sets, ranks)
+    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
 
-    @functools.lru_cache(maxsize=1)  # the last one is wanted twice: for its digest, and to train on
+    @functools.lru_cache(maxsize=protocol.together)  # these are wanted twice: for their digests, and to train on
     def draw(name: str, j: int) -> TrainingSet:
         return sets[name](j)
 
-    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
     cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
     lr = synthetic.lr.item()
     fixed = {
@@ -199,16 +199,14 @@ def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
     of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
-    plain = dataclasses.asdict(dataclasses.replace(protocol, own={}))
-    del plain["own"]
+    plain = {name: value for name, value in vars(protocol).items() if name != "own"}
     return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
     """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
     if not settings.synthetic:
-        images, labels, lr = (str(getattr(settings, name)) for name in settings.trio)
-        return settings, SyntheticSet.from_published(images, labels, _number_or_path(lr))
+        return settings, SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
     path = Path(settings.synthetic)
     if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
         last = path / "synthetic_last.safetensors"
@@ -222,12 +220,6 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
     wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in own]
     return settings.adopting({name: made_with[name] for name in wanted if name in made_with}), synthetic
-
-
-def _number_or_path(text: str) -> float | str:
-    with contextlib.suppress(ValueError):
-        return text if Path(text).exists() else float(text)
-    return text
 
 
 def _refuse_other_data(synthetic: SyntheticSet, bench: Workbench) -> None:

@@ -22,9 +22,8 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 class DCSettings(RealMatching):
     """``distill/DC.py``: match gradients of real and synthetic images (DC, 2006.05929; with dsa DSA, 2102.08259)."""
 
-    batch_train: int = setting(
-        256, "batch size for training networks", RECIPE, low=1, memory=True
-    )  # matching trains them, too
+    # A part of the recipe: matching trains networks, too.
+    batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1, memory=True)
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
     lr_img: float = setting(0.1, "learning rate of the images", RECIPE, low=0)
     pix_init: str = setting("noise", "initial images", RECIPE, choices=("real", "noise"))

@@ -50,10 +50,9 @@ class ExportSettings(Settings):
 
 def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
     """Import published trajectories; returns the folder of the experts."""
-    subset = settings.subset if data_set(settings.dataset).subsets else None
-    folder = buffer_folder(
-        settings.buffer_path, settings.dataset, settings.model, settings.zca, subset=subset, res=settings.res
-    )
+    row = data_set(settings.dataset)
+    subset, res = settings.subset if row.subsets else None, settings.res or row.default_size
+    folder = buffer_folder(settings.buffer_path, settings.dataset, settings.model, settings.zca, subset, res)
     source = settings.source or folder
     importable_files(source, folder)  # before the data set is read and whitened, which can take minutes
     bench = set_up(settings, ranks)

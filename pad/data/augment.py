@@ -37,10 +37,6 @@ class Draw:
         """Whether its numbers are read on the CPU, so that what applies it cannot be captured."""
         return self.kind in DC_STRATEGIES
 
-    def to(self, device: torch.device | str) -> "Draw":
-        """The same draw with its numbers on ``device``, for one that is applied more than once."""
-        return Draw(self.kind, to_device(self.u, device))
-
 
 class Augmentation(Protocol):
     """How a batch's augmentation is drawn; :func:`augment` applies it."""

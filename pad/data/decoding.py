@@ -79,9 +79,8 @@ def _read(files: list[Path], size: tuple[int, int], channels: int, *, resize: bo
             pixels[index] = _read_image(files[index], size, channels, resize=resize, as_seen=as_seen)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(read, range(0, len(files), _CHUNK))
-        )  # raises what the first bad chunk raised, and ends the others
+        # raises what the first bad chunk raised, and ends the others
+        list(pool.map(read, range(0, len(files), _CHUNK)))
     return images
 
 

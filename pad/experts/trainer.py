@@ -78,5 +78,5 @@ class ExpertTraining:
                         velocity.copy_(momentum)
                     at.move(1)
 
-                replay.run(("expert", each.key), work, reads=[images] if isinstance(images, Tensor) else [])
+                replay.run(("expert", plan.key(i)), work, reads=[images] if isinstance(images, Tensor) else [])
             yield w.clone()

@@ -90,7 +90,7 @@ class GradientObjective(Objective):
         for step in range(self.outer):
             if running:
                 self._feed(running, theta, it, step)
-                models = running.fixed(), running.fixed()
+                models = (running.fixed(),) * 2
             loss, d_images = self._match(models, theta, images, p, it, step)
             yield Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
             if step + 1 < self.outer:

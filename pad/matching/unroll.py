@@ -65,7 +65,7 @@ def unroll(
     p = replay.buffer("p", labels).copy_(labels.softmax(dim=1))
     plan, at = Plan(steps, replay, images.device), replay.row("forwards")
     at.start(0)
-    for i, each in enumerate(steps):
+    for i in range(len(steps)):
 
         def work(i: int = i) -> None:
             step, share = plan.step(i, at).share(ranks)
@@ -79,7 +79,7 @@ def unroll(
             at.put(path, theta - lr * g, ahead=1)
             at.move(1)
 
-        replay.run(("forwards", len(steps), each.key), work, reads=(images, lr))
+        replay.run(("forwards", plan.key(i)), work, reads=(images, lr))
     return path
 
 
@@ -127,7 +127,7 @@ def adjoint(
                 along.sub_(lr * h_theta)
             at.move(-1)
 
-        replay.run(("backwards", len(steps), truncated, steps[i].key), work, reads=(path, images, lr))
+        replay.run(("backwards", truncated, plan.key(i)), work, reads=(path, images, lr))
     ranks.all_reduce_(d_images, d_p)
     # d_images and d_p were collected without their common factor lr; through the softmax: dY = p * (dp - <dp, p>).
     d_labels = p * (d_p - (d_p * p).sum(dim=1, keepdim=True))

@@ -141,9 +141,8 @@ class Captured(Replay):
         self._graphs = graphs or Graphs(device)
         self._buffers: dict[tuple, Tensor] = {}
         self._rows: dict[str, Row] = {}
-        self._captured: dict[
-            tuple, tuple[tuple, Work | None]
-        ] = {}  # by key: what was read; none before the second time
+        # By key: where lay what was read, and what replays, from the second time on.
+        self._captured: dict[tuple, tuple[tuple, Work | None]] = {}
         self._possible = True
 
     def row(self, name: str) -> Row:

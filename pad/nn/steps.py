@@ -18,11 +18,6 @@ class Step:
     indices: Tensor
     draw: Draw | None
 
-    @property
-    def key(self) -> tuple:
-        """What the step's kernels depend on."""
-        return len(self.indices), self.draw and (self.draw.kind, len(self.draw.u))
-
     def share(self, ranks: Ranks) -> tuple["Step", float]:
         """What this rank takes of the mini-batch, and how much of it that is, in 0..1 (0 where images are too few)."""
         n = len(self.indices)
@@ -64,6 +59,11 @@ class Plan:
                     buffer = replay.buffer(f"{what} {name}", rows.new_empty(0, device=device), *size)
                     buffer[: len(rows)] = to_device(rows, device)
                     self._rows.append(buffer)
+
+    def key(self, i: int) -> tuple:
+        """What the kernels of step ``i`` depend on: its sizes and kind, and the sizes of the memory it is read from."""
+        indices, draw = self._steps[i].indices, self._steps[i].draw
+        return len(indices), draw and (draw.kind, len(draw.u)), *(rows.shape for rows in self._rows)
 
     def step(self, i: int, at: Row) -> Step:
         """Step ``i``, at whose row ``at`` is, on the device."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pad.difficulty.ranking import Ranking
 from pad.experts.curriculum import Curriculum
-from pad.show.figures import BLUE, GREY, ORANGE, draw_figure, new_figure, own_style
+from pad.show.figures import BLUE, GREY, ORANGE, draw_figure, new_figure
 from pad.show.names import short, widest
 from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import save_picture
@@ -55,7 +55,6 @@ def plot_all(
     draw_figure(folder / "curriculum.png", plot_curriculum, curriculum, epochs, largest)
 
 
-@own_style()
 def plot_scores(ranking: Ranking, class_names: Sequence[str], method: str) -> Figure:
     """How a ranking's scores are distributed in each class: up to 20 classes as histograms, more by their quantiles.
 
@@ -186,7 +185,6 @@ def rank_correlation(rankings: dict[str, Ranking]) -> Tensor:
     return total / classes
 
 
-@own_style()
 def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     """A matrix of rank correlations (:func:`rank_correlation`) ``[m, m]`` with the numbers in its cells."""
     names = [short(name, METHOD) for name in names]
@@ -208,7 +206,6 @@ def plot_correlation(correlation: Tensor, names: Sequence[str]) -> Figure:
     return figure
 
 
-@own_style()
 def plot_curriculum(curriculum: Curriculum, epochs: int, n: int) -> Figure:
     """Which part of a class of ``n`` images, by difficulty, each of ``epochs`` epochs uses, and how many images."""
     windows = np.array([curriculum.window(epoch, n) for epoch in range(epochs)])  # [epochs, 2]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +18,17 @@ ORANGE = "#D55E00"
 GREY = "#8C8C8C"
 
 
-@contextlib.contextmanager
-def own_style() -> Iterator[None]:
-    """Figures are drawn in the style of matplotlib's own, whatever the user's matplotlibrc says of fonts and LaTeX.
-
-    The names in them are checked for that font, and so are the sizes of what stands around them.
-    """
-    from matplotlib import style
-
-    with style.context("default"):
-        yield
-
-
-@own_style()
-def save_figure(path: Path | str, figure: Figure) -> None:
-    """Write a figure as a PNG file, atomically; equal figures give equal bytes."""
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
-
-
 def draw_figure(path: Path, draw: Callable[..., Figure], *arguments: Any) -> None:
-    """Write the figure ``draw(*arguments)`` as a PNG file; of one that fails a warning is logged."""
+    """Write the figure ``draw(*arguments)`` as a PNG file, atomically; equal figures give equal bytes.
+
+    The style is matplotlib's own, whatever the user's matplotlibrc says of fonts and LaTeX: the names in a figure are
+    checked for that font, and so are the sizes of what stands around them. Of a figure that fails a warning is logged.
+    """
     with unless_it_fails(path):
-        save_figure(path, draw(*arguments))
+        from matplotlib import style
+
+        with style.context("default"), atomic_file(path) as file:
+            draw(*arguments).savefig(file, format="png", dpi=100, metadata={"Software": None})
 
 
 def new_figure(width: float, height: float) -> Figure:

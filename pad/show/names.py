@@ -8,8 +8,6 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-RIGHT_TO_LEFT = ("R", "AL")  # as unicodedata.bidirectional says
-
 
 def drawable(name: object) -> str:
     """``name`` in characters that pictures can show; others by their numbers, as ``<U+65E5 672C>``.
@@ -47,7 +45,7 @@ def font_file() -> str:
 def _can_be_drawn(character: str) -> bool:
     if character.isascii() or not character.isprintable():
         return character.isprintable()
-    return unicodedata.bidirectional(character) not in RIGHT_TO_LEFT and ord(character) in _glyphs()
+    return unicodedata.bidirectional(character) not in ("R", "AL") and ord(character) in _glyphs()
 
 
 @functools.cache

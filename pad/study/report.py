@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from pad.show.figures import BLUE, GREY, draw_figure, new_figure, own_style
+from pad.show.figures import BLUE, GREY, draw_figure, new_figure
 from pad.show.names import short, widest
 from pad.store.files import write_text
 
@@ -154,7 +154,6 @@ def _text(value: float, form: str, unknown: str = "") -> str:
     return unknown if math.isnan(value) else format(value, form)
 
 
-@own_style()
 def plot(rows: Sequence[Row]):
     """Mean and standard error of each method, a panel for each size; small dots are seeds."""
     sizes = list(dict.fromkeys(row.ipc for row in rows))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import EXPERTS, assert_refused, command_line, contents, slow
 
 from pad import cli
+from pad.commands import evaluate as stage_3
 from pad.evaluation import Evaluation
 from pad.synthetic import SyntheticSet
 
@@ -97,8 +98,11 @@ def test_a_set_without_a_learning_rate(images, made, tmp_path, refused):
     without = argv[:at] + argv[at + 2 :]
     refused(cli.evaluate, without, "learning rate is missing; give its file, or the number itself")
     refused(cli.evaluate, [*without, "--lr_net", "0.1"], "--lr_dir")
-    for number, said in (("0", "not a positive number"), ("nan", "not finite"), ("O.1", "O.1 does not exist")):
+    for number, said in (("0", "not a positive number"), ("nan", "not a finite number"), ("O.1", "O.1 does not exist")):
         refused(cli.evaluate, [*without, "--lr_dir", number], said)
+    config = tmp_path / "settings.yaml"  # where other paths begin at a folder
+    config.write_text("lr_dir: 0.1\n")
+    assert cli.evaluate([*without, "--cfg", str(config)]) == 0
     torch.save(0.1, tmp_path / "0.3")  # a file that is there is a file
     assert cli.evaluate([*without, "--lr_dir", str(tmp_path / "0.3")]) == 0
     assert results_in(tmp_path / "others.json")["lr"] == pytest.approx(0.1)
@@ -205,6 +209,14 @@ def test_networks_of_a_stopped_evaluation_outlive_one_by_other_settings(images, 
     assert cli.evaluate(argv) == 0
     assert len(trained) == 2, "two of four were there"
     assert not list(out.parent.glob("*.networks-*"))
+
+
+def test_sets_of_real_images_are_drawn_once_however_many_networks_train_at_once(images, made, monkeypatch):
+    drawn = []
+    draw = stage_3.class_order
+    monkeypatch.setattr(stage_3, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
+    assert cli.evaluate(evaluation_args(images, made, baselines="hard", num_eval=3, together=3)) == 0
+    assert drawn == [0, 0, 1, 2]  # the first one also to see whether there are images enough
 
 
 # ---- experts
