@@ -109,7 +109,7 @@ class Protocol:
                     velocity.mul_(self.momentum).add_(g.add(theta, alpha=self.weight_decay))
                     theta.sub_(velocity, alpha=lr)
 
-                replay.run(("descend", len(nets), n, lr), descend)
+                replay.run(("descend", len(nets), n), descend, given=lr)
             if epoch == self.epochs // 2 + 1:
                 lr = 0.1 * lr
                 velocity.zero_()

@@ -16,5 +16,5 @@ echo "== stage 1 of 3: rank the real images, record expert trajectories"
 echo "== stage 2 of 3: distil ($((SECONDS - started)) s so far)"
 "$python" "$root/distill/PAD.py" --cfg "$settings/distill.yaml" --resume "$@"
 echo "== stage 3 of 3: evaluate ($((SECONDS - started)) s so far)"
-"$python" "$root/distill/evaluation.py" --cfg "$settings/evaluation.yaml" "$@"
+"$python" "$root/distill/evaluation.py" --cfg "$settings/evaluation.yaml" --overwrite "$@"  # what is there is of an earlier set of this run
 echo "== done in $((SECONDS - started)) s"

@@ -178,6 +178,15 @@ def test_what_has_moved_is_seen():
     assert graphs.captures == 2
 
 
+def test_of_numbers_that_are_given_the_last_are_kept():
+    graphs = Emulated()
+    replay, out = EmulatedReplay(graphs), torch.zeros(())
+    for value in (1, 1, 1, 5, 5, 5):
+        replay.run(("set",), lambda value=value: out.fill_(value), given=value)
+        assert out == value
+    assert graphs.captures == 2 and len(replay._captured) == 1
+
+
 def test_other_work_has_another_graph():
     graphs = Emulated()
     replay, out = EmulatedReplay(graphs), torch.zeros(5)

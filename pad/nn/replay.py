@@ -84,11 +84,12 @@ class Replay:
         """``value`` where captured work finds it, whatever tensor it comes in."""
         return value
 
-    def run(self, key: tuple[Hashable, ...], work: Work, reads: Sequence[Tensor] = ()) -> None:
+    def run(self, key: tuple[Hashable, ...], work: Work, reads: Sequence[Tensor] = (), given: Hashable = None) -> None:
         """Do ``work``.
 
         key: which work it is: all that its kernels depend on and that is not in tensors, as kinds and sizes. reads:
-        tensors it looks at that are neither buffers nor its own; they may have moved since.
+        tensors it looks at that are neither buffers nor its own; they may have moved since. given: numbers of the host
+        that it depends on, too; of several only the last are kept.
         """
         work()
 
@@ -130,8 +131,8 @@ class Graphs:
 class Captured(Replay):
     """Does work as it comes the first time, captures it the second, and replays it from then on.
 
-    Work that reads what has moved since is captured anew. Work that cannot be captured is done as it comes, after a
-    line that says why.
+    Work that reads what has moved since, or is given other numbers, is captured anew. Work that cannot be captured is
+    done as it comes, after a line that says why.
     """
 
     captures = True
@@ -141,7 +142,7 @@ class Captured(Replay):
         self._graphs = graphs or Graphs(device)
         self._buffers: dict[tuple, Tensor] = {}
         self._rows: dict[str, Row] = {}
-        # By key: where lay what was read, and what replays, from the second time on.
+        # By key: what was given, where lay what was read, and what replays, from the second time on.
         self._captured: dict[tuple, tuple[tuple, Work | None]] = {}
         self._possible = True
 
@@ -158,13 +159,13 @@ class Captured(Replay):
     def hold(self, name: str, value: Tensor) -> Tensor:
         return self.buffer(name, value).copy_(value)
 
-    def run(self, key: tuple[Hashable, ...], work: Work, reads: Sequence[Tensor] = ()) -> None:
+    def run(self, key: tuple[Hashable, ...], work: Work, reads: Sequence[Tensor] = (), given: Hashable = None) -> None:
         if not self._possible:
             return work()
-        places = tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in reads)
+        now = given, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in reads)
         before, replay = self._captured.get(key, (None, None))
-        if before != places:
-            self._captured[key] = places, None
+        if before != now:
+            self._captured[key] = now, None
             with self._graphs.warming():
                 return work()
         if replay is None:
@@ -173,9 +174,10 @@ class Captured(Replay):
             except Exception as error:  # whatever it is: nothing was done yet, and what is wrong with the work shows
                 self._possible = False
                 self._captured.clear()
-                log.warning("steps are launched kernel by kernel: %s", str(error).splitlines()[0])
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                log.warning("steps are launched kernel by kernel: %s", why)
                 return work()
-            self._captured[key] = places, replay
+            self._captured[key] = now, replay
         replay()
 
 
