@@ -28,7 +28,8 @@ from pad.rng import generator
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
 NAMES = ("common", "distributed", "evaluation", "expert_epoch", "matching", "memory", "scaling", "store")
 common, distributed, evaluation, expert_epoch, matching, memory, scaling, store = map(importlib.import_module, NAMES)
-contention, difficulty, ranking_quality = map(importlib.import_module, ("contention", "difficulty", "ranking_quality"))
+NAMES = ("contention", "difficulty", "gpu", "ranking_quality")
+contention, difficulty, gpu, ranking_quality = map(importlib.import_module, NAMES)
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 
 
@@ -53,6 +54,8 @@ def relative(ours, theirs):
         pytest.param("scaling", [], ["syn_steps", "ipc", "width"], marks=linux),
         ("distributed", [], ["float32: gradients off by", "    1 ", "    2 "]),
         ("contention", ["--spins", "7"], ["1 busy process  ours ", "1 busy process  7 looks"]),
+        ("gpu", [], ["plain loop", "fused", "flip there and back", "one of 2 networks at once"]),
+        ("gpu", ["--cells"], ["CIFAR-10, IPC1000, tiny ", "TinyImageNet, IPC50, tiny "]),
         ("difficulty", [], ["autograd per batch, scores alone", "closed form, scores alone", "Herding", "Craig"]),
         slow("curriculum_effect", ["--out", "runs"], ["experts  ", "synthetic  ", "random real, hard labels  "]),
         ("ranking_quality", [], ["agreement of GraNd", "2 networks", "10 wrongly labelled", "Forgetting"]),
@@ -69,6 +72,7 @@ def test_the_script_prints_its_table(name, options, rows, monkeypatch, tmp_path,
 
     for module, function in ((memory, in_child), (scaling, in_child), (distributed, run)):
         monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(gpu, "in_child", lambda word, tiny, folder: 1.0)
     monkeypatch.setattr(contention, "in_child", lambda case, waiting: contention.work(case))
     monkeypatch.chdir(tmp_path)
     importlib.import_module(name).main(["--tiny", *options])

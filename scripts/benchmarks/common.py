@@ -237,16 +237,17 @@ class Matching:
         count: int,
         side: int = 32,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
         rng = generator(0, "benchmark")
         network = build(f"ConvNetD{depth}W{width}", 3, CLASSES, (side, side), 0)
         self.model, self.network = FlatModel(network), network
-        self.plain = plain_convnet(depth, width, 3, side, network).to(dtype)
-        self.start = self.model.flatten(network).to(dtype)
-        self.target = self.start + 0.005 * torch.randn(len(self.start), generator=rng).to(dtype)
-        self.images = torch.randn(n, 3, side, side, generator=rng).to(dtype)
-        self.labels = torch.randn(n, CLASSES, generator=rng).to(dtype)
-        self.lr = torch.tensor(0.01, dtype=dtype)
+        self.plain = plain_convnet(depth, width, 3, side, network).to(device, dtype)
+        self.start = self.model.flatten(network).to(device, dtype)
+        self.target = self.start + 0.005 * torch.randn(len(self.start), generator=rng).to(device, dtype)
+        self.images = torch.randn(n, 3, side, side, generator=rng).to(device, dtype)
+        self.labels = torch.randn(n, CLASSES, generator=rng).to(device, dtype)
+        self.lr = torch.tensor(0.01, dtype=dtype, device=device)
         self.data = self.images, self.labels, self.lr
         self.steps: list[Step] = inner_steps(n, batch, count, DSA(), rng)
 

@@ -24,6 +24,7 @@ from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
+from pad.nn.replay import AT_ONCE, Replay
 from pad.rng import generator
 
 LR, RHO, ALPHA = 0.01, 0.01, 0.3  # the published CIFAR-10 setting; adaptive, without momentum and weight decay
@@ -80,7 +81,8 @@ class ListGSAM(torch.optim.Optimizer):
 
 
 def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int, rng: torch.Generator) -> Tensor:
-    """Train ``net`` for one epoch; its parameters as one vector."""
+    """Train ``net`` for one epoch, where it is; its parameters as one vector."""
+    device = next(net.parameters()).device
     order = torch.randperm(len(images), generator=rng).tolist()
     loader = DataLoader(OneByOne(images, labels), batch_size, sampler=order, num_workers=0)
     criterion, augmentation = nn.CrossEntropyLoss(), DSA()
@@ -88,6 +90,7 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
     net.train()
     loss_sum = right = seen = 0
     for x, y in loader:
+        x, y = x.to(device), y.to(device)
         x = augment(x, augmentation.draw(len(x), rng))
         outputs = []
 
@@ -105,19 +108,29 @@ def plain_epoch(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def our_epoch(model: FlatModel, start: Tensor, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-    """Parameters after one epoch from ``start``."""
+def our_epoch(
+    model: FlatModel,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    *,
+    replay: Replay = AT_ONCE,
+    count: int | None = None,
+) -> Tensor:
+    """Parameters after one epoch from ``start``, on the first ``count`` images or all."""
     task = ExpertTraining(
         model=model,
         images=images,
         labels=labels,
         num_classes=CLASSES,
-        epoch_indices=lambda epoch: torch.arange(len(images)),
+        epoch_indices=lambda epoch: torch.arange(count or len(images)),
         optimiser=GSAM(LR, rho=RHO, alpha=ALPHA),
         augmentation=DSA(),
         batch_size=batch_size,
         epochs=1,
         seed=0,
+        replay=replay,
     )
     return list(task.train(0, start))[-1]
 

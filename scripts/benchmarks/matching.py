@@ -39,6 +39,7 @@ from pad.matching.loss import matching_loss
 from pad.matching.unroll import Step, inner_steps, unroll, unrolled_gradients
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
+from pad.nn.replay import AT_ONCE, Replay
 from pad.rng import generator
 from pad.show.tables import result_table
 
@@ -84,11 +85,24 @@ def truncated(net: nn.Module, model: FlatModel, start: Tensor, target: Tensor, d
 
 
 def adjoint(
-    model: FlatModel, start: Tensor, target: Tensor, data: Synthetic, steps: list[Step], truncated: bool = False
+    model: FlatModel,
+    start: Tensor,
+    target: Tensor,
+    data: Synthetic,
+    steps: list[Step],
+    *,
+    truncated: bool = False,
+    replay: Replay = AT_ONCE,
 ):
     """Loss and gradients (images, labels, lr), ours: exact, or TESLA's."""
     result = unrolled_gradients(
-        model, start, *data, steps, objective=lambda end: matching_loss(end, start, target), truncated=truncated
+        model,
+        start,
+        *data,
+        steps,
+        objective=lambda end: matching_loss(end, start, target),
+        truncated=truncated,
+        replay=replay,
     )
     return result.loss, result.images, result.labels, result.lr
 
