@@ -145,7 +145,20 @@ class Sizes:
         )
 
 
-TINY = Sizes(1, 8, 8, 6, 8, 2, 40, 16, 9, (2, 4), 2, 3)
+TINY = Sizes(
+    depth=1,
+    width=8,
+    side=8,
+    images=6,
+    more=8,
+    steps=2,
+    real=40,
+    batch=16,
+    epochs=9,
+    timed_epochs=(2, 4),
+    networks=2,
+    calls=3,
+)
 
 
 # ---- how it is measured
@@ -357,7 +370,8 @@ def evaluation_work(sizes: Sizes, count: int, word: str | None, replay: Replay, 
     shape = sizes.images, 3, sizes.side, sizes.side
     images, p = torch.randn(shape, device=device), torch.randn(sizes.images, CLASSES, device=device).softmax(dim=1)
     name = f"ConvNetD{sizes.depth}W{sizes.width}"
-    nets = [build(name, 3, CLASSES, shape[2:], 0, "evaluation", j).to(device) for j in range(count)]
+    streams = [(0, "evaluation", j) for j in range(count)]
+    nets = [build(name, 3, CLASSES, shape[2:], *stream).to(device) for stream in streams]
     plain = plain_convnet(sizes.depth, sizes.width, 3, sizes.side, nets[0]).to(device)
 
     def run(epochs: int) -> None:
