@@ -14,8 +14,8 @@ from helpers import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pad import cli, evaluation
-from pad.allocator import HOW_THREADS_WAIT, keep_compiled_code
+from pad import evaluation
+from pad.allocator import HOW_THREADS_WAIT
 from pad.commands import bench as workbench
 from pad.commands.bench import use_tf32
 from pad.commands.evaluate import EvaluationSettings
@@ -298,48 +298,6 @@ def test_every_stage_sets_it_up(monkeypatch):
     settings = DistillSettings(dataset="FashionMNISTMini", model=NETWORK, device="cpu", tf32=True, images_on="host")
     assert workbench.set_up(settings, ALONE).images_on == "host"
     assert asked == [(True, torch.device("cpu"))]
-
-
-@pytest.fixture()
-def cache(monkeypatch, tmp_path):
-    """$PAD_CACHE is a folder that does not exist yet, and nothing says where compiled code goes."""
-    monkeypatch.setenv("PAD_CACHE", str(tmp_path / "some" / "cache"))
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    return tmp_path / "some" / "cache"
-
-
-def test_a_front_door_keeps_compiled_code_beside_other_fitted_things(cache):
-    assert cli.buffer(["--nonsense"]) == 2
-    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert folder.parent == cache and folder.name.startswith("compiled-")
-    assert Path(os.environ["TRITON_CACHE_DIR"]).parent == folder
-    assert not cache.exists()  # until something is compiled
-    keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
-
-
-def test_where_the_user_says_compiled_code_goes_it_goes(cache, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
-
-
-def test_without_a_folder_to_keep_it_in_torch_puts_compiled_code_where_it_likes(cache):
-    cache.parent.write_text("a file")
-    keep_compiled_code()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-
-
-def test_another_kind_of_cpu_has_its_own_compiled_code(cache, monkeypatch):
-    folders = set()
-    for flags in ("flags : avx2", "flags : avx2 avx512f", "flags : avx2"):
-        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"processor : 0\n{flags}\n")
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        keep_compiled_code()
-        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert len(folders) == 2
 
 
 # ------------------------------------------------------------------------------------------ waiting threads

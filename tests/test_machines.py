@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pwd
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from pad.data.preprocessing import fit_preprocessing
 from pad.errors import InputError
 from pad.nn import kernels
 
+# ---- a place for what takes long to make
+
 
 @pytest.fixture()
 def cache(monkeypatch, tmp_path):
@@ -24,9 +27,39 @@ def cache(monkeypatch, tmp_path):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    return tmp_path / "some" / "cache"
 
 
-# ---- a place for what takes long to make
+def test_a_front_door_keeps_compiled_code_beside_other_fitted_things(cache):
+    assert cli.buffer(["--nonsense"]) == 2
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == cache and folder.name.startswith("compiled-")
+    assert Path(os.environ["TRITON_CACHE_DIR"]).parent == folder
+    assert not cache.exists()  # until something is compiled
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+
+
+def test_where_the_user_says_compiled_code_goes_it_goes(cache, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_without_a_folder_to_keep_it_in_torch_puts_compiled_code_where_it_likes(cache):
+    cache.parent.write_text("a file")
+    keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_another_kind_of_cpu_has_its_own_compiled_code(cache, monkeypatch):
+    folders = set()
+    for flags in ("flags : avx2", "flags : avx2 avx512f", "flags : avx2"):
+        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"processor : 0\n{flags}\n")
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        keep_compiled_code()
+        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 2
 
 
 def no_home(monkeypatch, tmp_path):
