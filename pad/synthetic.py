@@ -73,6 +73,12 @@ class SyntheticSet:
         """The soft labels [N, K]: rows in [0, 1] that sum to 1."""
         return self.labels.softmax(dim=1)
 
+    @property
+    def is_hard(self) -> bool:
+        """Whether each image is of one class for sure, that which it stands for."""
+        p = self.probabilities().cpu()
+        return bool(p.gather(1, self.classes[:, None].cpu()).min() >= 1 - 1e-6)
+
     def pixels(self) -> Tensor:
         """The images as a person sees them [N, C, H, W], inverse-preprocessed and clamped to [0, 1].
 
