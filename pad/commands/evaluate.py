@@ -26,7 +26,7 @@ from pad.data.augment import DC
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Accuracies, Protocol, TrainingSet, TrainingSets
+from pad.evaluation import Accuracies, Case, Protocol, Score, TrainingSet, TrainingSets
 from pad.initialisation import Experts, WeakExperts, class_order, initial_set, refuse_small_classes
 from pad.nn import networks
 from pad.show.tables import result_table
@@ -155,8 +155,8 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
             bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
             bar.update()
 
-        draws = [(network, training_set) for network, _, training_set in cases]
-        found = bench.evaluation(protocol, lr).run(draws, settings.num_eval, progress=progress, known=known)
+        draws = [Case(network=network, training_set=training_set, lr=lr) for network, _, training_set in cases]
+        found = bench.evaluation(protocol).run(draws, settings.num_eval, progress=progress, known=known)
     results: dict = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
@@ -367,16 +367,16 @@ class _Finished:
         self._digests: dict[tuple[str, int], str] = {}
         self._begun = False
 
-    def read(self, count: int) -> dict[tuple[int, int], float]:
-        """Accuracies of networks (case, j), j below ``count``, that any of the processes finds."""
+    def read(self, count: int) -> dict[tuple[int, int], Score]:
+        """Scores of networks (case, j), j below ``count``, that any of the processes finds."""
         kept: dict[str, float] = {}
         lines = (line for path in self._files() for line in _lines(path))
         for part in self._ranks.gather({line["key"]: line["accuracy"] for line in lines}):
             kept |= part
-        known: dict[tuple[int, int], float] = {}
+        known: dict[tuple[int, int], Score] = {}
         for case in range(len(self._cases)) if kept else ():
             keys = {j: self._key(case, j) for j in range(count)}
-            known |= {(case, j): kept[key] for j, key in keys.items() if key in kept}
+            known |= {(case, j): Score(kept[key], kept[key], None) for j, key in keys.items() if key in kept}
         # Soft labels, which each process computes, may differ in their last bits between machines, and so the keys.
         known = {case: accuracy for part in self._ranks.gather(known) for case, accuracy in part.items()}
         if known:

@@ -81,7 +81,7 @@ def test_probabilities_are_the_targets_that_networks_are_trained_on(images, made
     run = Evaluation.run
 
     def watched(self, cases, *args, **more):
-        seen.extend(training_set(0)[1] for _, training_set in cases)
+        seen.extend(case.training_set(0)[1] for case in cases)
         return run(self, cases, *args, **more)
 
     monkeypatch.setattr(Evaluation, "run", watched)

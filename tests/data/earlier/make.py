@@ -286,6 +286,8 @@ def plain(name: str, data: bytes) -> bytes:
     if name.endswith(".evaluation.json"):
         later = ("synthetic", "settings", "data", "experts")
         results = {key: value for key, value in json.loads(data).items() if key not in later}
+        rows = ("set", "network", "mean", "std", "n", "accuracies")
+        results["results"] = [{key: row[key] for key in rows} for row in results["results"]]
         return (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
     if name.startswith("study/cells/"):
         record = {key: value for key, value in json.loads(data).items() if key != "seconds"}
