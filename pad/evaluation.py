@@ -1,14 +1,16 @@
 """Evaluating a training set: train fresh networks on it by the published protocol, test them on real images."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pad.data.augment import Augmentation, augment
+from pad.data.augment import Augmentation, NoAugmentation, augment
 from pad.data.placement import Images
 from pad.distributed import ALONE, Ranks
 from pad.nn import networks
@@ -18,7 +20,7 @@ from pad.nn.replay import AT_ONCE, Replay, replay_on
 from pad.nn.steps import Plan, Step, epoch_steps
 from pad.rng import generator
 
-TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
+TrainingSet = tuple[Images, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
 TrainingSets = Callable[[int], TrainingSet]  # that of network j: the same for all, or another random one for each
 
 
@@ -149,16 +151,56 @@ def accuracy(network: nn.Module, images: Images, labels: Tensor, batch: int = 51
     return right.item() / len(images)
 
 
-@dataclass
-class Accuracies:
-    """Of networks of one architecture trained on one kind of training set, each in 0..1."""
+@dataclass(frozen=True)
+class Score:
+    """Of one network; accuracies are in 0..1.
+
+    accuracy: the one that counts, on the test images: after the last epoch, or the best check's where the protocol says
+    so. last: that after the last epoch. train: after it, on its own training set without augmentation, in eval mode;
+    right is the most probable class. None where it is not known.
+    """
+
+    accuracy: float
+    last: float
+    train: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Networks to train: of which architecture, on what, how.
+
+    lr: learning rate. augmented: whether the protocol's augmentation is done. epochs: other than the protocol's.
+    checkpoint: the file that the state of network j, while it is trained, is kept in, so that a long training goes on
+    after a stop; whoever keeps the result removes it.
+    """
 
     network: str
-    accuracies: list[float] = field(default_factory=list)
+    training_set: TrainingSets
+    lr: float
+    augmented: bool = True
+    epochs: int | None = None
+    checkpoint: Callable[[int], Path] | None = None
+
+
+@dataclass
+class Accuracies:
+    """Of networks of one architecture trained on one kind of training set.
+
+    best: whether the best check counts.
+    """
+
+    network: str
+    scores: list[Score] = field(default_factory=list)
+    best: bool = False
+
+    @property
+    def accuracies(self) -> list[float]:
+        """What counts of each network, in 0..1."""
+        return [score.accuracy for score in self.scores]
 
     @property
     def n(self) -> int:
-        return len(self.accuracies)
+        return len(self.scores)
 
     @property
     def mean(self) -> float:
@@ -169,9 +211,34 @@ class Accuracies:
         """Population standard deviation, as the published tables give it."""
         return float(np.std(self.accuracies))
 
+    @property
+    def se(self) -> float:
+        """Standard error of the mean, from the sample standard deviation; NaN for one network."""
+        return float(np.std(self.accuracies, ddof=1) / math.sqrt(self.n)) if self.n > 1 else math.nan
+
+    @property
+    def last(self) -> "Accuracies":
+        """Those after the last epoch."""
+        return Accuracies(self.network, [replace(score, accuracy=score.last) for score in self.scores])
+
+    @property
+    def train(self) -> float | None:
+        """Mean accuracy on the networks' own training sets; None where it is not known of all of them."""
+        known = [score.train for score in self.scores if score.train is not None]
+        return float(np.mean(known)) if len(known) == self.n else None
+
     def as_dict(self) -> dict:
         """For JSON."""
-        return {"network": self.network, "mean": self.mean, "std": self.std, "n": self.n, "accuracies": self.accuracies}
+        return {
+            "network": self.network,
+            **self._moments(),
+            "n": self.n,
+            "accuracies": self.accuracies,
+            "train": self.train,
+        } | ({"last": self.last._moments()} if self.best else {})
+
+    def _moments(self) -> dict:
+        return {"mean": self.mean, "std": self.std, "se": self.se if self.n > 1 else None}
 
 
 @cache
@@ -188,27 +255,29 @@ class Evaluation:
     """Trains networks by a protocol, and tests them.
 
     Args:
-        lr: learning rate.
         test_images, test_labels: real ones, ``[N, C, H, W]`` preprocessed and ``[N]``.
         ranks: share the networks.
     """
 
     protocol: Protocol
-    lr: float
     test_images: Images
     test_labels: Tensor
     ranks: Ranks = ALONE
 
-    def train(self, network: str, indices: Sequence[int], training_set: TrainingSets) -> Iterator[Accuracies]:
-        """Train networks ``indices`` of one architecture in this process; yields what is known after each.
+    def train(self, case: Case, indices: Sequence[int]) -> Iterator[Accuracies]:
+        """Train networks ``indices`` of a case in this process; yields what is known after each.
 
         Their training sets are of one size.
         """
-        protocol = self.protocol.of(network)
-        result = Accuracies(network)
+        protocol = self.protocol.of(case.network)
+        if case.epochs is not None:
+            protocol = replace(protocol, epochs=case.epochs)
+        if not case.augmented:
+            protocol = replace(protocol, augmentation=NoAugmentation())
+        network, result = case.network, Accuracies(case.network)
         for first in range(0, len(indices), protocol.together):
             group = indices[first : first + protocol.together]
-            sets = [training_set(j) for j in group]
+            sets = [case.training_set(j) for j in group]
             images, p = sets[0]
             height, width = images.shape[2:]
             shape, size = (images.shape[1], p.shape[1]), (height, width)
@@ -216,37 +285,36 @@ class Evaluation:
             nets = [networks.build(network, *shape, size, *stream).to(images.device) for stream in streams]
             rngs = [generator(protocol.seed, "evaluation", network, j) for j in group]
             model, replay = _workplace(network, *shape, size=size, compile=protocol.compile, device=images.device)
-            protocol.train(model, nets, sets, self.lr, rngs, replay=replay)
-            for net in nets:
-                result.accuracies.append(accuracy(net, self.test_images, self.test_labels))
+            protocol.train(model, nets, sets, case.lr, rngs, replay=replay)
+            for net, (images, p) in zip(nets, sets):
+                last = accuracy(net, self.test_images, self.test_labels)
+                result.scores.append(Score(last, last, accuracy(net, images, p.argmax(dim=1))))
                 yield result
 
     def run(
         self,
-        cases: Sequence[tuple[str, TrainingSets]],
+        cases: Sequence[Case],
         num_eval: int,
         *,
         progress: Callable[[int, int, Accuracies], None] = lambda case, j, so_far: None,
-        known: Mapping[tuple[int, int], float] = {},
+        known: Mapping[tuple[int, int], Score] = {},
     ) -> list[Accuracies]:
-        """The accuracies of ``num_eval`` networks for each case, an architecture and its training sets, in order.
+        """The accuracies of ``num_eval`` networks for each case, in order.
 
         The networks are dealt to the ranks; those that are trained together stay so, whatever the number of ranks, so
         that all of them get what one would. ``progress(case, j, what is known)`` is called after each network of this
-        rank. ``known``: accuracies of networks (case, j), the same on all ranks, that need not be trained.
+        rank. ``known``: scores of networks (case, j), the same on all ranks, that need not be trained.
         """
         size = self.protocol.together
         together = [range(num_eval)[first : first + size] for first in range(0, num_eval, size)]
         groups = [(case, group) for case in range(len(cases)) for group in together]
         mine = self.ranks.deal([(case, group) for case, group in groups if any((case, j) not in known for j in group)])
-        found: dict[tuple[int, int], float] = {}
-        for case, (network, training_set) in enumerate(cases):
-            indices = [j for c, group in mine if c == case for j in group]
-            for so_far in self.train(network, indices, training_set):
+        found: dict[tuple[int, int], Score] = {}
+        for at, case in enumerate(cases):
+            indices = [j for c, group in mine if c == at for j in group]
+            for so_far in self.train(case, indices):
                 j = indices[so_far.n - 1]
-                found[case, j] = so_far.accuracies[-1]
-                progress(case, j, so_far)
-        every = dict(known) | {key: value for part in self.ranks.gather(found) for key, value in part.items()}
-        return [
-            Accuracies(network, [every[case, j] for j in range(num_eval)]) for case, (network, _) in enumerate(cases)
-        ]
+                found[at, j] = so_far.scores[-1]
+                progress(at, j, so_far)
+        every = dict(known) | {key: score for part in self.ranks.gather(found) for key, score in part.items()}
+        return [Accuracies(case.network, [every[at, j] for j in range(num_eval)]) for at, case in enumerate(cases)]

@@ -100,6 +100,15 @@ class SyntheticSet:
         """Pairs (preprocessed image [C, H, W], logits [K]) for a training loop; the target is softmax(logits)."""
         return TensorDataset(self.images, self.labels)
 
+    def for_dd_ranking(self) -> dict:
+        """The keywords of DD-Ranking's ``compute_metrics`` (v0.2): ``score.compute_metrics(**made.for_dd_ranking())``.
+
+        Images in the networks' space, soft labels as logits, or hard ones as class numbers, the learning rate. Its
+        object has to preprocess real images as this set's were.
+        """
+        labels = {"hard_labels": self.classes} if self.is_hard else {"soft_labels": self.labels}
+        return {"image_tensor": self.images, **labels, "syn_lr": self.lr.item()}
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")

@@ -12,7 +12,7 @@ from pad.commands import evaluate as evaluating
 from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, DSA_STRATEGY, NoAugmentation, augment
-from pad.evaluation import Accuracies, Evaluation, Protocol, accuracy
+from pad.evaluation import Accuracies, Case, Evaluation, Protocol, Score, accuracy
 from pad.nn.derivatives import COMPILE_CALLS, Compiled, compiler_available
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
@@ -208,35 +208,55 @@ def test_accuracy_is_the_share_of_right_answers_and_uses_running_statistics():
     assert (net(test_images).argmax(dim=1) != alone).any(), "the test cannot tell batch from running statistics"
 
 
-def test_mean_and_population_deviation():
-    result = Accuracies("ConvNet", [0.5, 0.6, 0.9])
+def accuracies(*numbers, **more):
+    return Accuracies("ConvNet", [Score(each, each - 0.1, each / 2) for each in numbers], **more)
+
+
+def test_means_and_deviations():
+    result = accuracies(0.5, 0.6, 0.9)
     mean = 2.0 / 3
-    std = math.sqrt(((0.5 - mean) ** 2 + (0.6 - mean) ** 2 + (0.9 - mean) ** 2) / 3)
-    assert result.n == 3 and result.mean == pytest.approx(mean) and result.std == pytest.approx(std)
-    assert result.as_dict() == {
+    squares = (0.5 - mean) ** 2 + (0.6 - mean) ** 2 + (0.9 - mean) ** 2
+    assert result.n == 3 and result.mean == pytest.approx(mean) and result.std == pytest.approx(math.sqrt(squares / 3))
+    assert result.se == pytest.approx(math.sqrt(squares / 2) / math.sqrt(3))
+    said = {
         "network": "ConvNet",
         "mean": result.mean,
         "std": result.std,
+        "se": result.se,
         "n": 3,
         "accuracies": [0.5, 0.6, 0.9],
+        "train": pytest.approx(mean / 2),
     }
-    assert Accuracies("ConvNet", [0.4]).std == 0
+    assert result.as_dict() == said
+    last = {"mean": pytest.approx(mean - 0.1), "std": pytest.approx(result.std), "se": pytest.approx(result.se)}
+    assert accuracies(0.5, 0.6, 0.9, best=True).as_dict() == said | {"last": last}
+
+
+def test_of_one_network_nothing_is_known_of_the_error():
+    result = accuracies(0.4)
+    assert result.std == 0 and math.isnan(result.se) and result.as_dict()["se"] is None
+    result.scores.append(Score(0.4, 0.4, None))
+    assert result.se == 0 and result.train is None and result.as_dict()["train"] is None
 
 
 TEST_IMAGES = randn(20, (400, *SHAPE)).float()
 TEST_LABELS = torch.randint(K, (400,), generator=torch.Generator().manual_seed(0))
 
 
-def evaluation_by(protocol, lr):
-    return Evaluation(protocol=protocol, lr=lr, test_images=TEST_IMAGES, test_labels=TEST_LABELS)
+def evaluation_by(protocol):
+    return Evaluation(protocol=protocol, test_images=TEST_IMAGES, test_labels=TEST_LABELS)
+
+
+def case_of(name, sets, lr=0.1, **how):
+    return Case(network=name, training_set=sets, lr=lr, **how)
 
 
 def scores(name="ConvNetD1W8", indices=range(3), seed=0, sets=None, **how):
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=seed, **how)
     images, p = training_set()
     sets = sets or (lambda j: (images.float(), p.float()))
-    *_, last = evaluation_by(protocol, 0.1).train(name, indices, sets)
-    return last.accuracies
+    *_, last = evaluation_by(protocol).train(case_of(name, sets), indices)
+    return last.scores
 
 
 @pytest.mark.parametrize("name, together", [("ConvNetD1W8BN", 1), ("ConvNetD1W8", 1), ("ConvNetD1W8", 2)])
@@ -250,21 +270,22 @@ def test_an_accuracy_is_yielded_after_each_network_and_trains_fresh_ones_on_the_
 
     protocol = Protocol(DSA(), epochs=3, batch_size=4, seed=5, together=together)
     progress = [
-        (s.network, s.n, list(s.accuracies), list(asked))
-        for s in evaluation_by(protocol, 0.1).train(name, indices, sets)
+        (s.network, s.n, list(s.scores), list(asked))
+        for s in evaluation_by(protocol).train(case_of(name, sets), indices)
     ]
     expected = []
     for at, j in enumerate(indices):
         net = build(name, SHAPE[0], K, SHAPE[1:], 5, "evaluation", j)
         images, p = (tensor.float() for tensor in training_set(seed=10 * j))
         plain_training(net, images, p, 0.1, 3, 4, DSA(), generator(5, "evaluation", name, j))
-        right = 0
-        for image, label in zip(TEST_IMAGES, TEST_LABELS):
-            right += int(net.eval()(image[None]).argmax() == label)
-        expected.append(right / 400)
+        tested, own = (
+            sum(int(net.eval()(image[None]).argmax() == label) for image, label in zip(*of)) / len(of[1])
+            for of in ((TEST_IMAGES, TEST_LABELS), (images, p.argmax(dim=1)))
+        )
+        expected.append(Score(pytest.approx(tested), pytest.approx(tested), pytest.approx(own)))
         begun = math.ceil((at + 1) / together) * together
-        assert progress[at] == (name, at + 1, pytest.approx(expected), indices[:begun])
-    assert len(progress) == 3 and len(set(expected)) > 1
+        assert progress[at] == (name, at + 1, expected, indices[:begun])
+    assert len(progress) == 3 and len({score.train for score in progress[-1][2]}) > 1
 
 
 def test_a_network_depends_on_seed_name_and_number_only():
@@ -285,10 +306,15 @@ def test_a_network_with_an_augmentation_of_its_own_is_trained_with_it():
     general, own = Recorded(), Recorded()
     protocol = Protocol(general, own={"ConvNetD1W8BN": own}, epochs=1, batch_size=4)
     images, p = (tensor.float() for tensor in training_set(6))
-    evaluation_by(protocol, 0.1).run([("ConvNetD1W8", lambda j: (images, p))], 1)
+    evaluation_by(protocol).run([case_of("ConvNetD1W8", lambda j: (images, p))], 1)
     assert general.sizes == [4, 2] * 2 and own.sizes == []
-    evaluation_by(protocol, 0.1).run([("ConvNetD1W8BN", lambda j: (images, p))], 1)
+    evaluation_by(protocol).run([case_of("ConvNetD1W8BN", lambda j: (images, p))], 1)
     assert general.sizes == own.sizes == [4, 2] * 2
+    plain = [case_of(name, lambda j: (images, p), augmented=False) for name in ("ConvNetD1W8", "ConvNetD1W8BN")]
+    evaluation_by(protocol).run(plain, 1)
+    assert general.sizes == own.sizes == [4, 2] * 2
+    evaluation_by(protocol).run([case_of("ConvNetD1W8", lambda j: (images, p), epochs=2)], 1)
+    assert general.sizes == [4, 2] * 5
 
 
 @pytest.mark.parametrize(
@@ -331,7 +357,7 @@ def test_two_training_sets_are_compared_on_the_same_networks():
     accuracies = []
     for images, p in (a, b):
         sets = images.float(), p.float()
-        *_, last = evaluation_by(protocol, 0.0).train("ConvNetD1W8", range(3), lambda j: sets)
+        *_, last = evaluation_by(protocol).train(case_of("ConvNetD1W8", lambda j: sets, 0.0), range(3))
         accuracies.append(last.accuracies)
     assert accuracies[0] == accuracies[1] and len(set(accuracies[0])) > 1
 

@@ -26,7 +26,7 @@ def test_scores_by_hand():
 
 
 def test_ends_of_the_scale():
-    """From the worst that can be to the best; a set that is worth what random images are, and loses nothing, has .269."""
+    """From the worst to the best; a set that is worth what random images are, and loses nothing, has .269."""
     best = scores(of(full=0, syn_hard=1, syn=1, random=0, syn_plain=1, random_plain=0))
     worst = scores(of(full=1, syn_hard=0, syn=0, random=1, syn_plain=0, random_plain=1))
     equal = scores(of(full=0.7, syn_hard=0.7, syn=0.4, random=0.4))

@@ -107,10 +107,10 @@ class Workbench:
             together=settings.together or (settings.num_eval if self.device.type == "cuda" else 1),
         )
 
-    def evaluation(self, protocol: Protocol, lr: float) -> Evaluation:
-        """Trains networks by ``protocol`` at learning rate ``lr``, and tests them on the test images."""
+    def evaluation(self, protocol: Protocol) -> Evaluation:
+        """Trains networks by ``protocol``, and tests them on the test images."""
         return Evaluation(
-            protocol=protocol, lr=lr, test_images=self.test_images, test_labels=self.test_labels, ranks=self.ranks
+            protocol=protocol, test_images=self.test_images, test_labels=self.test_labels, ranks=self.ranks
         )
 
     # experts

@@ -24,6 +24,7 @@ from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, setting
 from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
+from pad.evaluation import Case
 from pad.initialisation import Experts, initial_set
 from pad.matching.objective import Objective
 from pad.nn import networks
@@ -173,10 +174,9 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         return SyntheticSet(images, labels, lr, classes, metadata, preprocessing=bench.preprocessing)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
-        training_set = current.images, current.probabilities()
-        found = bench.evaluation(protocol, current.lr.item()).run(
-            [(network, lambda j: training_set) for network in pool], settings.num_eval
-        )
+        training_set, lr = (current.images, current.probabilities()), current.lr.item()
+        cases = [Case(network=network, training_set=lambda j: training_set, lr=lr) for network in pool]
+        found = bench.evaluation(protocol).run(cases, settings.num_eval)
         return {each.network: (each.mean, each.std, each.n) for each in found}
 
     recorded = settings.as_dict() | task.recorded

@@ -32,6 +32,7 @@ from pad.errors import InputError
 from pad.evaluation import Accuracies, Case, Protocol
 from pad.initialisation import Experts, WeakExperts, refuse_small_classes
 from pad.metrics import NEEDS
+from pad.nn.networks import evaluation_pool
 from pad.store.files import refuse_unwritable, write_text
 from pad.store.identity import digest, refuse_difference
 from pad.store.locks import in_turn, only_writer
@@ -71,10 +72,13 @@ class EvaluationSettings(Evaluating, Ranked):
         later=True,
     )
     metrics: str = setting(
-        "", f"of {', '.join(NEEDS)}, scores that there must be rows for; default: those that there are", REPORT, later=True
+        "",
+        f"of {', '.join(NEEDS)}, scores that there must be rows for; default: those that there are",
+        REPORT,
+        later=True,
     )
     tune_lr: bool = setting(
-        False, "also train each row at a learning rate of its own, chosen on held-out training images", REPORT, later=True
+        False, "also train at a learning rate for each row, chosen on held-out training images", REPORT, later=True
     )
     lr_grid: str = setting("0.001,0.005,0.01,0.05,0.1", "learning rates to choose from", REPORT, later=True)
     held_out: float = setting(
@@ -84,7 +88,7 @@ class EvaluationSettings(Evaluating, Ranked):
     full_lr: float = setting(0.01, "learning rate on the whole training set", REPORT, above=0, later=True)
     full_path: FilePath | None = setting(
         None,
-        "folder that keeps what networks score that the whole training set has trained; default: runs/whole in the checkout",
+        "folder that keeps the scores of networks that the whole set has trained; default: runs/whole in the checkout",
         PLACE,
         by_study=True,
     )
@@ -182,7 +186,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     if missing := missing_for(words(settings.metrics), names, hard):
         raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     _refuse_other_data(synthetic, bench)
-    bench.refuse_unfit(settings.pool)
+    bench.refuse_unfit(evaluation_pool(settings.eval_mode, settings.model))
     real = [name for name in names if not name.startswith("syn")]
     if set(real) - {"full"}:
         refuse_small_classes(bench.labels, bench.data.num_classes, synthetic.ipc)
@@ -347,8 +351,9 @@ class _Training:
 
     def __init__(self, settings: EvaluationSettings, bench: Workbench, synthetic: SyntheticSet, rows: int, kept: Kept):
         self._settings, self._bench, self._kept = settings, bench, kept
+        self._pool = evaluation_pool(settings.eval_mode, settings.model)
         self._protocol = bench.protocol(settings, len(synthetic.images), rows)
-        self._lr = synthetic.lr.item() if self._protocol.lr is None else self._protocol.lr
+        self._lr = synthetic.lr.item()
         self._draw = functools.lru_cache(maxsize=self._protocol.together)(lambda row, j: row.sets(j))
         self._digests: dict[tuple[Row, int], str] = {}
         self._whole = Path(settings.full_path or checkout() / "runs" / "whole")
@@ -356,7 +361,12 @@ class _Training:
     def tune(self, rows: Sequence[Row], tried: Tensor) -> dict[tuple[str, str], float]:
         """The learning rate, by network and row, with which a network gets most of the images ``tried`` right."""
         settings, bench = self._settings, self._bench
-        jobs = [_Job(network, row, lr) for network in settings.pool for row in rows for lr in settings.grid]
+        jobs = [
+            _Job(network, row, lr)
+            for network in evaluation_pool(settings.eval_mode, settings.model)
+            for row in rows
+            for lr in settings.grid
+        ]
         tested = bench.images[tried.to(bench.device)], bench.labels[tried.to(bench.device)]
         found = self._run(jobs, 1, tested, {"tested": digest(tried.tolist())}, "tuning")
         best: dict[tuple[str, str], tuple[float, float]] = {}
@@ -372,7 +382,7 @@ class _Training:
         own = {row: self._settings.full_lr if row.whole else self._lr for row in rows}
         entries = [
             (_Job(network, row, lr), chosen)
-            for network in self._settings.pool
+            for network in self._pool
             for row in rows
             for lr, chosen in ((own[row], False), (tuned.get((network, row.name)), True))
             if lr is not None
@@ -393,10 +403,10 @@ class _Training:
         ]
 
     def _run(self, jobs: Sequence[_Job], count: int, tested: tuple, about: dict, doing: str) -> list[Accuracies]:
-        """``count`` networks for each job. Those on the whole training set first, which no other process then trains."""
+        """``count`` networks for each job. Those on the whole set first; no other process trains them meanwhile."""
         ranks = self._bench.ranks
         lasting = [job for job in jobs if job.row.whole]
-        found = {}
+        found: dict[_Job, Accuracies] = {}
         if lasting:
             ranks.on_main(lambda: refuse_unwritable(self._whole))
             lock = in_turn(self._whole / ".lock", "networks on the whole training set")
@@ -430,9 +440,7 @@ class _Training:
             for case, job in enumerate(jobs)
         ]
         known = kept.read(list(itertools.product(range(len(jobs)), range(count))), key)
-        evaluation = dataclasses.replace(
-            bench.evaluation(self._protocol), test_images=tested[0], test_labels=tested[1]
-        )
+        evaluation = dataclasses.replace(bench.evaluation(self._protocol), test_images=tested[0], test_labels=tested[1])
         total = math.ceil((len(jobs) * count - len(known)) / ranks.size)
         with progress_bar(ranks, total, doing, "network") as bar:
 
@@ -449,7 +457,7 @@ class _Training:
     def _key(self, job: _Job, j: int, about: dict) -> str:
         """Of all that the score of network j hangs on."""
         settings, bench, row = self._settings, self._bench, job.row
-        protocol = _plain(self._protocol, settings, settings.pool)
+        protocol = _plain(self._protocol, settings, self._pool)
         more = dict(about)
         if row.whole:  # which settings of the set's evaluation do not change
             protocol |= {"epochs": settings.full_epochs, "compile": "", "together": 0}

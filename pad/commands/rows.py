@@ -175,9 +175,7 @@ def held_out(classes: Sequence[Tensor], share: float, seed: int, ipc: int) -> tu
         if not count:
             raise InputError(f"held_out: {share:g} of the {len(members)} images of class {c} are none")
         if len(members) - count < ipc:
-            raise InputError(
-                f"held_out: {share:g} leaves {len(members) - count} images of class {c}, and ipc is {ipc}"
-            )
+            raise InputError(f"held_out: {share:g} leaves {len(members) - count} images of class {c}, and ipc is {ipc}")
         order = members[torch.randperm(len(members), generator=generator(seed, "held out", c))]
         parts.append((order[:count], order[count:]))
     held, left = zip(*parts)

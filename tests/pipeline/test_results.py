@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import EXPERTS, assert_refused, command_line, contents, slow
 
 from pad import cli
-from pad.commands import evaluate as stage_3
+from pad.commands import rows
 from pad.evaluation import Evaluation
 from pad.synthetic import SyntheticSet
 
@@ -81,7 +81,7 @@ def test_probabilities_are_the_targets_that_networks_are_trained_on(images, made
     run = Evaluation.run
 
     def watched(self, cases, *args, **more):
-        seen.extend(training_set(0)[1] for _, training_set in cases)
+        seen.extend(case.training_set(0)[1] for case in cases)
         return run(self, cases, *args, **more)
 
     monkeypatch.setattr(Evaluation, "run", watched)
@@ -213,8 +213,8 @@ def test_networks_of_a_stopped_evaluation_outlive_one_by_other_settings(images, 
 
 def test_sets_of_real_images_are_drawn_once_however_many_networks_train_at_once(images, made, monkeypatch):
     drawn = []
-    draw = stage_3.class_order
-    monkeypatch.setattr(stage_3, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
+    draw = rows.class_order
+    monkeypatch.setattr(rows, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
     assert cli.evaluate(evaluation_args(images, made, baselines="hard", num_eval=3, together=3)) == 0
     assert drawn == [0, 0, 1, 2]  # the first one also to see whether there are images enough
 
