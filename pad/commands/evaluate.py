@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pad.commands.bench import Workbench, progress_bar, set_up
-from pad.commands.common import Evaluating, Ranked, words
+from pad.commands.common import ByProtocol, Ranked, words
 from pad.config import DATA, DETAIL, MODEL, PLACE, RECIPE, REPORT, SEED, FilePath, setting
 from pad.data.augment import DC
 from pad.difficulty.ranking import first_of_each_class
@@ -40,7 +40,7 @@ log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Evaluating, Ranked):
+class EvaluationSettings(ByProtocol, Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
 
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
@@ -134,7 +134,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         return sets[name](j)
 
     cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
-    lr = synthetic.lr.item()
+    lr = synthetic.lr.item() if protocol.lr is None else protocol.lr
     fixed = {
         "protocol": _plain(protocol, settings, pool),
         "lr": lr,
@@ -199,8 +199,7 @@ def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
     of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
-    plain = {name: value for name, value in vars(protocol).items() if name != "own"}
-    return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
+    return protocol.plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
@@ -249,12 +248,12 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
 def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
     elsewhere = ("synthetic", *EvaluationSettings.trio)
-    names = [name for name in settings.names(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT) if name not in elsewhere]
+    told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     iteration = synthetic.metadata.get("iteration")
     tensors = synthetic.images, synthetic.labels, synthetic.lr
     return {
         "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
-        "settings": {name: getattr(settings, name) for name in names},
+        "settings": {name: value for name, value in told.items() if name not in elsewhere},
         "data": dict(bench.data.identity),
         "experts": experts.digest if experts else None,
     }
@@ -273,6 +272,9 @@ def _refuse_other_results(out: Path, about: dict) -> None:
         raise InputError(f"{out} is there and does not say what set and settings it is of; {remedy}")
     here = json.loads(json.dumps(about))
     there = {key: there[key] for key in here}
+    for told in (there, here):
+        if isinstance(told["settings"], dict):
+            told["settings"] = EvaluationSettings.untold() | told["settings"]
     refuse_difference(out, there, here, there_is="these results", here_is="this command", remedy=remedy, every=True)
 
 
