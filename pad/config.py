@@ -142,6 +142,11 @@ class Settings:
             if not (fields[name].metadata["later"] and value == fields[name].default)
         }
 
+    @classmethod
+    def untold(cls) -> dict:
+        """What :meth:`telling` leaves out is at these values."""
+        return {name: field.default for name, field in cls.fields().items() if field.metadata["later"]}
+
     def as_dict(self) -> dict:
         """All settings as plain values, in the order of declaration."""
         return self.of(*Role)
@@ -193,7 +198,7 @@ class Settings:
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
-        settings = dataclasses.replace(self, **self._coerced(values))
+        settings = dataclasses.replace(self, **self._coerced(values)).resolved()
         settings.check()
         return settings
 

@@ -9,6 +9,8 @@ import hashlib
 
 import torch
 
+_CPU = torch.device("cpu")
+
 
 def derive_seed(seed: int, stream: str, *index: int | str) -> int:
     """A 63-bit seed that depends on every argument and on nothing else (torch's CPU generator uses its low 32 bits)."""
@@ -22,11 +24,15 @@ def generator(seed: int, stream: str, *index: int | str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, stream: str, *index: int | str):
-    """Run code that can only draw from torch's global CPU generator (weight initialisers) on its own stream."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(seed, stream, *index))  # torch.manual_seed would reseed CUDA's too
-    try:
+def seeded(seed: int, stream: str, *index: int | str, device: torch.device = _CPU):
+    """Run code that can only draw from torch's global generators on its own stream.
+
+    Weight initialisers draw from the CPU's; layers such as dropout from that of their ``device``, which is seeded, too.
+    """
+    own, cuda = derive_seed(seed, stream, *index), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(own)  # torch.manual_seed would reseed every CUDA device
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(own)
         yield
-    finally:
-        torch.set_rng_state(state)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Evaluation, Protocol
+from pad.evaluation import Evaluation
 from pad.initialisation import Experts
 from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
+from pad.protocols import Protocol, Schedule
 from pad.store.identity import digest
 from pad.store.trajectories import TrajectoryStore, buffer_folder, describe
 
@@ -96,15 +97,17 @@ class Workbench:
 
         Without DSA they are augmented as in DC's code: those for MNIST and ConvNetBN only.
         """
-        steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
+        published = settings.published
+        said = {each.name: getattr(published, each.name) for each in fields(Schedule)}
+        said |= {"epochs": settings.epoch_eval_train, "batch_size": settings.batch_train}
+        steps = (settings.epoch_eval_train + published.extra) * math.ceil(num_images / settings.batch_train)
         return Protocol(
             augmentation=settings.augmentation(otherwise=DC() if settings.dataset == "MNIST" else None),
             own={} if settings.dsa else {"ConvNetBN": DC("crop_noise")},
-            epochs=settings.epoch_eval_train,
-            batch_size=settings.batch_train,
             seed=settings.seed,
             compile=how_to_compile(settings.compile, self.device, num_sets * settings.num_eval * steps),
             together=settings.together or (settings.num_eval if self.device.type == "cuda" else 1),
+            **said,
         )
 
     def evaluation(self, protocol: Protocol) -> Evaluation:

@@ -29,6 +29,7 @@ from pad.data.augment import DSA, DSA_STRATEGY, Augmentation, NoAugmentation, re
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
+from pad.protocols import PROTOCOLS, Published
 
 log = logging.getLogger("pad")
 
@@ -215,12 +216,40 @@ class Evaluating(Training):
         None, "evaluation networks to train at once; default: on CUDA all, on a CPU one", PLACE, low=1, memory=True
     )
 
+    @property
+    def published(self) -> Published:
+        """The evaluation that networks are trained by, but for what is set otherwise."""
+        return PROTOCOLS["mtt"]
+
     def check(self) -> None:
         super().check()
         if self.eval_mode not in POOLS:
             log.warning(
                 "eval_mode: %s is none of %s, so the model itself is evaluated", self.eval_mode, ", ".join(POOLS)
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByProtocol(Evaluating):
+    """Whose evaluation it is. What that says holds where nobody gives another value."""
+
+    protocol: str = setting(
+        "mtt", "evaluation of MTT, DATM and PAD, or another published one", REPORT, choices=tuple(PROTOCOLS), later=True
+    )
+
+    @property
+    def published(self) -> Published:
+        return PROTOCOLS[self.protocol]
+
+    def resolved(self) -> Self:
+        if self.protocol == "mtt":  # whose values are the defaults
+            return super().resolved()
+        said = self.published
+        values: dict = {"epoch_eval_train": said.epochs, "batch_train": said.batch_size}
+        if said.dsa_strategy is not None:
+            values |= {"dsa": True, "dsa_strategy": said.dsa_strategy}
+        others = {name: value for name, value in values.items() if name not in self.given}
+        return dataclasses.replace(super().resolved(), **others)
 
 
 def words(text: str) -> list[str]:

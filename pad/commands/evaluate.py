@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pad.commands.bench import Workbench, progress_bar, set_up
-from pad.commands.common import Evaluating, Ranked, words
+from pad.commands.common import ByProtocol, Ranked, words
 from pad.commands.kept import Kept
 from pad.commands.results import as_text, scores_of
 from pad.commands.rows import TITLES, Row, Rows, held_out, missing_for, row_names
@@ -42,7 +42,7 @@ log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Evaluating, Ranked):
+class EvaluationSettings(ByProtocol, Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
 
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
@@ -219,6 +219,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
         "lr": synthetic.lr.item(),
+        "protocol": settings.protocol,
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
@@ -243,8 +244,7 @@ def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
     of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
-    plain = {name: value for name, value in vars(protocol).items() if name != "own"}
-    return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
+    return protocol.plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
@@ -317,6 +317,9 @@ def _refuse_other_results(out: Path, about: dict) -> None:
         raise InputError(f"{out} is there and does not say what set and settings it is of; {remedy}")
     here = json.loads(json.dumps(about))
     there = {key: there[key] for key in here}
+    for told in (there, here):
+        if isinstance(told["settings"], dict):
+            told["settings"] = EvaluationSettings.untold() | told["settings"]
     refuse_difference(out, there, here, there_is="these results", here_is="this command", remedy=remedy, every=True)
 
 
@@ -353,7 +356,7 @@ class _Training:
         self._settings, self._bench, self._kept = settings, bench, kept
         self._pool = evaluation_pool(settings.eval_mode, settings.model)
         self._protocol = bench.protocol(settings, len(synthetic.images), rows)
-        self._lr = synthetic.lr.item()
+        self._lr = synthetic.lr.item() if self._protocol.lr is None else self._protocol.lr
         self._draw = functools.lru_cache(maxsize=self._protocol.together)(lambda row, j: row.sets(j))
         self._digests: dict[tuple[Row, int], str] = {}
         self._whole = Path(settings.full_path or checkout() / "runs" / "whole")
@@ -379,7 +382,10 @@ class _Training:
     def score(self, rows: Sequence[Row], tuned: Mapping[tuple[str, str], float]) -> list[dict]:
         """The table's entries, for JSON: each network on each row, at the learning rate it has and at a tuned one."""
         bench = self._bench
-        own = {row: self._settings.full_lr if row.whole else self._lr for row in rows}
+        whole = self._settings.full_lr
+        if "full_lr" not in self._settings.given and self._protocol.lr is not None:
+            whole = self._protocol.lr
+        own = {row: whole if row.whole else self._lr for row in rows}
         entries = [
             (_Job(network, row, lr), chosen)
             for network in self._pool

@@ -143,7 +143,7 @@ def test_results_say_what_they_are_of_and_the_same_command_gives_them_again(imag
 OTHERS = ("epoch_eval_train=1", "seed=1", "batch_train=2", "dsa=False", "baselines=hard")
 
 
-@pytest.mark.parametrize("other", ["eval_mode=W", "num_eval=1", *map(slow, OTHERS)])
+@pytest.mark.parametrize("other", ["eval_mode=W", "num_eval=1", "protocol=dm", *map(slow, OTHERS)])
 def test_results_by_other_settings_are_replaced_only_when_told(images, made, tmp_path, refused, other):
     assert cli.evaluate(evaluation_args(images, made)) == 0
     out = made.with_suffix(".evaluation.json")
@@ -155,6 +155,23 @@ def test_results_by_other_settings_are_replaced_only_when_told(images, made, tmp
     assert out.read_bytes() == first
     assert cli.evaluate([*argv, "--overwrite"]) == 0
     assert out.read_bytes() == (tmp_path / "other.json").read_bytes() != first
+
+
+def test_results_by_a_published_protocol_say_so(images, made, refused):
+    argv = evaluation_args(images, made, protocol="ncfm")
+    assert cli.evaluate(argv) == 0
+    results = results_in(made.with_suffix(".evaluation.json"))
+    said = results["settings"]
+    assert (said["protocol"], said["epoch_eval_train"], said["dsa_strategy"]) == (
+        "ncfm",
+        2,
+        "color_crop_flip_scale_rotate",
+    )
+    assert results["results"][0]["last"].keys() == {"mean", "std", "se"}
+    refused(cli.evaluate, evaluation_args(images, made), "settings dsa_strategy", "--overwrite")
+    dm = made.with_name("dm.json")
+    assert cli.evaluate(evaluation_args(images, made, protocol="dm", out=dm)) == 0
+    refused(cli.evaluate, evaluation_args(images, made, out=dm), "settings protocol: dm in these results, mtt in")
 
 
 @pytest.mark.parametrize("changed", ["images", "labels", "lr", "iteration"])
