@@ -26,11 +26,13 @@ from typing_extensions import Self
 
 from pad.errors import InputError
 from pad.store.identity import nearest
+from pad.store.naming import network_name
 
 log = logging.getLogger("pad")
 
 Device = typing.NewType("Device", str)  # "auto", "cpu", "cuda", "cuda:1", or the published list, as [0, 1]
 FilePath = typing.NewType("FilePath", str)  # relative ones in a YAML file: see path_base
+NetworkName = typing.NewType("NetworkName", str)  # or several, as a,b; files in them are named as paths are
 Some = typing.TypeVar("Some", bound="Settings")
 Made = typing.TypeVar("Made")  # a dataclass
 
@@ -187,7 +189,7 @@ class Settings:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
         hints = typing.get_type_hints(cls)
         return {
-            key: _resolve_path(value, base) if _kind(hints.get(key), value) is FilePath else value
+            key: _RELATIVE.get(_kind(hints.get(key), value), lambda value, base: value)(value, base)
             for key, value in values.items()
         }
 
@@ -317,6 +319,16 @@ def _resolve_path(value, base: Path):
     return os.path.normpath(base / value)
 
 
+def _resolve_networks(value, base: Path):
+    if not isinstance(value, str):
+        return value
+    words = (word.strip() for word in value.split(","))
+    return ",".join(_resolve_path(word, base) if ".py:" in word else word for word in words)
+
+
+_RELATIVE: dict[typing.Any, Callable] = {FilePath: _resolve_path, NetworkName: _resolve_networks}
+
+
 def _unknown(what: str, name, known: list[str]) -> str:
     shown = _shorten(name)
     most_like = nearest(shown.strip("'"), known, alike=0.5)
@@ -340,10 +352,13 @@ def _coerce(field: dataclasses.Field, hint, value):
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
     kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
+    kinds[NetworkName] = _networks
     try:
         value = kinds[_kind(hint, value)](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     for kind, (words, holds) in _BOUNDS.items():
         if meta[kind] is not None and not holds(value, meta[kind]):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
@@ -408,6 +423,10 @@ def _path(value) -> FilePath:
     if text.startswith("~"):
         raise ValueError("a path: there is no such user (for a file of that name, write ./ before it)")
     return FilePath(text)
+
+
+def _networks(value) -> NetworkName:
+    return NetworkName(",".join(network_name(word.strip()) for word in _str(value).split(",")))
 
 
 _CUDA = re.compile(r"cuda:\d{1,3}|\d{1,3}|\[\d{1,3}(,\d{1,3})*\]", re.ASCII)

@@ -13,10 +13,11 @@ from pad.data.placement import Images
 from pad.distributed import ALONE, Ranks
 from pad.nn import networks
 from pad.nn.flat import FlatModel, cross_entropy
+from pad.nn.foreign import flat_problem
 from pad.nn.fused import forward_of
 from pad.nn.replay import AT_ONCE, Replay, replay_on
 from pad.nn.steps import Plan, Step, epoch_steps
-from pad.rng import generator
+from pad.rng import generator, seeded
 
 TrainingSet = tuple[Tensor, Tensor]  # images [N, C, H, W], target probabilities [N, K] (one-hot for hard labels)
 TrainingSets = Callable[[int], TrainingSet]  # that of network j: the same for all, or another random one for each
@@ -56,7 +57,7 @@ class Protocol:
 
     def train(
         self,
-        model: FlatModel,
+        model: FlatModel | None,
         nets: Sequence[nn.Module],
         sets: Sequence[TrainingSet],
         lr: float,
@@ -69,14 +70,16 @@ class Protocol:
         Args:
             model: their structure, which decides how. Compiled code and the CPU kernels work on flat parameters.
                 BatchNorm's running statistics are no part of these, so networks that have them are trained as
-                modules, one after the other; so are others where nothing is compiled, which is faster then.
+                modules, one after the other; so are others where nothing is compiled, which is faster then. None:
+                of a network that is none of flat parameters, as one with dropout.
             replay: how steps on flat parameters are done.
         """
-        if model.separable and (model.compile != "off" or len(nets) > 1):
+        if model is not None and model.separable and (model.compile != "off" or len(nets) > 1):
             self._train_flat(model, nets, sets, lr, rngs, replay=replay)
         else:
             for net, training_set, rng in zip(nets, sets, rngs):
-                self._train_module(net, training_set, lr, rng)
+                with seeded(rng.initial_seed(), "dropout", device=training_set[0].device):
+                    self._train_module(net, training_set, lr, rng)
 
     def _train_flat(self, model: FlatModel, nets, sets, lr: float, rngs, *, replay: Replay) -> None:
         """SGD as torch computes it, on the networks' flat parameters ``[J, P]``."""
@@ -177,10 +180,10 @@ class Accuracies:
 @cache
 def _workplace(
     network: str, channels: int, num_classes: int, *, size: tuple[int, int], compile: str, device: torch.device
-) -> tuple[FlatModel, Replay]:
+) -> tuple[FlatModel | None, Replay]:
     """One for each architecture: all its networks, now and later in this process, run the same compiled code."""
-    model = FlatModel(networks.build(network, channels, num_classes, size, 0), compile)
-    return model, replay_on(device)
+    net = networks.build(network, channels, num_classes, size, 0).to(device)
+    return None if flat_problem(net) else FlatModel(net, compile), replay_on(device)
 
 
 @dataclass(frozen=True, kw_only=True)

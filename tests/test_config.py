@@ -1104,5 +1104,5 @@ def test_an_eval_mode_that_names_no_pool_is_said_to_mean_the_model_itself(caplog
         for mode in ("S", "BN", "m"):
             parse(DistillSettings, ["--eval_mode", mode], "PAD.py")
     assert [record.getMessage() for record in caplog.records] == [
-        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, so the model itself is evaluated"
+        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, X, so the model itself is evaluated"
     ]

@@ -28,7 +28,6 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Accuracies, Protocol, TrainingSet, TrainingSets
 from pad.initialisation import Experts, WeakExperts, class_order, initial_set, refuse_small_classes
-from pad.nn import networks
 from pad.show.tables import result_table
 from pad.store.files import refuse_unwritable, write_text
 from pad.store.identity import digest, refuse_difference
@@ -113,7 +112,7 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbenc
 def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, bench: Workbench) -> dict:
     ranks = bench.ranks
     _refuse_other_data(synthetic, bench)
-    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
+    pool = settings.pool
     bench.refuse_unfit(pool)
     sets: dict[str, TrainingSets] = {
         "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
