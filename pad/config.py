@@ -188,10 +188,7 @@ class Settings:
     def with_paths(cls, values: Mapping, base: Path) -> dict:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
         hints = typing.get_type_hints(cls)
-        return {
-            key: _RELATIVE.get(_kind(hints.get(key), value), lambda value, base: value)(value, base)
-            for key, value in values.items()
-        }
+        return {key: _relative_to(base, _kind(hints.get(key), value), value) for key, value in values.items()}
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
@@ -319,14 +316,12 @@ def _resolve_path(value, base: Path):
     return os.path.normpath(base / value)
 
 
-def _resolve_networks(value, base: Path):
-    if not isinstance(value, str):
-        return value
-    words = (word.strip() for word in value.split(","))
-    return ",".join(_resolve_path(word, base) if ".py:" in word else word for word in words)
-
-
-_RELATIVE: dict[typing.Any, Callable] = {FilePath: _resolve_path, NetworkName: _resolve_networks}
+def _relative_to(base: Path, kind, value):
+    """``value`` with the relative paths in it, if it is of a kind that has some, taken as relative to ``base``."""
+    if kind is NetworkName and isinstance(value, str):
+        words = (word.strip() for word in value.split(","))
+        return ",".join(_resolve_path(word, base) if ".py:" in word else word for word in words)
+    return _resolve_path(value, base) if kind is FilePath else value
 
 
 def _unknown(what: str, name, known: list[str]) -> str:
@@ -351,8 +346,8 @@ def _coerce(field: dataclasses.Field, hint, value):
             return None
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
-    kinds[NetworkName] = _networks
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str}
+    kinds |= {FilePath: _path, Device: _device, NetworkName: _networks}
     try:
         value = kinds[_kind(hint, value)](value)
     except ValueError as error:

@@ -9,6 +9,7 @@ from helpers import slow
 from torch import nn
 
 from pad.data.augment import NoAugmentation
+from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.evaluation import Evaluation, Protocol
 from pad.nn import derivatives
@@ -398,6 +399,16 @@ def test_training_with_dropout_is_a_function_of_the_seed(file):
         return net.net.head.weight.detach()
 
     assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))
+
+
+def test_scoring_with_dropout_is_a_function_of_the_seed(file):
+    settings = ScoringSettings(network_name(f"{file}:Dropout"), epochs=2)
+    found = []
+    for drawn in range(2):
+        torch.rand(drawn + 1)
+        training = ScoringTraining(images(6), torch.arange(6) % 5, 5, settings, 0)
+        found.append(training.train(0).classifier.weight)
+    assert torch.equal(*found)
 
 
 def test_code_that_torch_cannot_compile_runs_as_it_is(caplog):
