@@ -26,11 +26,13 @@ from typing_extensions import Self
 
 from pad.errors import InputError
 from pad.store.identity import nearest
+from pad.store.naming import network_name
 
 log = logging.getLogger("pad")
 
 Device = typing.NewType("Device", str)  # "auto", "cpu", "cuda", "cuda:1", or the published list, as [0, 1]
 FilePath = typing.NewType("FilePath", str)  # relative ones in a YAML file: see path_base
+NetworkName = typing.NewType("NetworkName", str)  # or several, as a,b; files in them are named as paths are
 Some = typing.TypeVar("Some", bound="Settings")
 Made = typing.TypeVar("Made")  # a dataclass
 
@@ -191,10 +193,7 @@ class Settings:
     def with_paths(cls, values: Mapping, base: Path) -> dict:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
         hints = typing.get_type_hints(cls)
-        return {
-            key: _resolve_path(value, base) if _kind(hints.get(key), value) is FilePath else value
-            for key, value in values.items()
-        }
+        return {key: _relative_to(base, _kind(hints.get(key), value), value) for key, value in values.items()}
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
@@ -322,6 +321,14 @@ def _resolve_path(value, base: Path):
     return os.path.normpath(base / value)
 
 
+def _relative_to(base: Path, kind, value):
+    """``value`` with the relative paths in it, if it is of a kind that has some, taken as relative to ``base``."""
+    if kind is NetworkName and isinstance(value, str):
+        words = (word.strip() for word in value.split(","))
+        return ",".join(_resolve_path(word, base) if ".py:" in word else word for word in words)
+    return _resolve_path(value, base) if kind is FilePath else value
+
+
 def _unknown(what: str, name, known: list[str]) -> str:
     shown = _shorten(name)
     most_like = nearest(shown.strip("'"), known, alike=0.5)
@@ -344,11 +351,14 @@ def _coerce(field: dataclasses.Field, hint, value):
             return None
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str}
+    kinds |= {FilePath: _path, Device: _device, NetworkName: _networks}
     try:
         value = kinds[_kind(hint, value)](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     for kind, (words, holds) in _BOUNDS.items():
         if meta[kind] is not None and not holds(value, meta[kind]):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
@@ -413,6 +423,10 @@ def _path(value) -> FilePath:
     if text.startswith("~"):
         raise ValueError("a path: there is no such user (for a file of that name, write ./ before it)")
     return FilePath(text)
+
+
+def _networks(value) -> NetworkName:
+    return NetworkName(",".join(network_name(word.strip()) for word in _str(value).split(",")))
 
 
 _CUDA = re.compile(r"cuda:\d{1,3}|\d{1,3}|\[\d{1,3}(,\d{1,3})*\]", re.ASCII)

@@ -1099,10 +1099,26 @@ def test_any_file_gives_settings_or_a_sentence(cls, tmp_path):
     run()
 
 
+def test_networks_stand_in_the_place_of_the_pool_of_eval_mode(caplog):
+    with caplog.at_level("WARNING", "pad"):
+        for cls in (DistillSettings, EvaluationSettings):
+            of_set = {"synthetic": "set.safetensors"} if cls is EvaluationSettings else {}
+            assert cls.resolve(of_set).pool == ["ConvNet"]
+            assert cls.resolve(of_set | {"networks": "MLP, torchvision:resnet18,MLP"}).pool == [
+                "MLP",
+                "torchvision:resnet18",
+            ]
+        assert caplog.records == []
+        assert DistillSettings.resolve({"networks": "MLP", "eval_mode": "M"}).pool == ["MLP"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "eval_mode does nothing: networks names those to evaluate"
+    ]
+
+
 def test_an_eval_mode_that_names_no_pool_is_said_to_mean_the_model_itself(caplog):
     with caplog.at_level("WARNING", logger="pad"):
         for mode in ("S", "BN", "m"):
             parse(DistillSettings, ["--eval_mode", mode], "PAD.py")
     assert [record.getMessage() for record in caplog.records] == [
-        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, so the model itself is evaluated"
+        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, X, so the model itself is evaluated"
     ]

@@ -79,18 +79,20 @@ class Workbench:
 
     # networks
 
-    def network(self, name: str, seed: int, *stream: int | str) -> networks.Network:
+    def network(self, name: str, seed: int, *stream: int | str) -> networks.AnyNetwork:
         """A fresh network for these images, on the CPU. Raises InputError for one that does not fit them."""
         return networks.build(name, self.data.channels, self.data.num_classes, self.data.size, seed, *stream)
 
     def refuse_unfit(self, names: Iterable[str]) -> None:
         """Raise InputError for a name that is not a network's, and for a network that does not fit these images."""
+        names = list(names)
+        self.ranks.same(lambda: names, "the files of networks")
         for name in names:
             self.network(name, 0)
 
     def flat_model(self, name: str, compile: str = "off", micro_batch: int | None = None) -> FlatModel:
         """A network for these images as a function of its flat parameters."""
-        return FlatModel(self.network(name, 0), compile, micro_batch)
+        return FlatModel(self.network(name, 0).to(self.device), compile, micro_batch)
 
     def protocol(self, settings: Evaluating, num_images: int, num_sets: int = 1) -> Protocol:
         """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each.

@@ -27,7 +27,6 @@ from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import Experts, initial_set
 from pad.matching.objective import Objective
-from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
@@ -149,7 +148,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     if ranks.on_main(is_finished):
         log.info("the run in %s is finished", folder)
         return folder
-    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
+    pool = settings.pool
     bench.refuse_unfit(pool)
     task = settings.task(bench, model, before)
     schedule = settings.fill(

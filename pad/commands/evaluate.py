@@ -32,7 +32,6 @@ from pad.errors import InputError
 from pad.evaluation import Accuracies, Case, Protocol
 from pad.initialisation import Experts, WeakExperts, refuse_small_classes
 from pad.metrics import NEEDS
-from pad.nn.networks import evaluation_pool
 from pad.store.files import refuse_unwritable, write_text
 from pad.store.identity import digest, refuse_difference
 from pad.store.locks import in_turn, only_writer
@@ -186,7 +185,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     if missing := missing_for(words(settings.metrics), names, hard):
         raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     _refuse_other_data(synthetic, bench)
-    bench.refuse_unfit(evaluation_pool(settings.eval_mode, settings.model))
+    bench.refuse_unfit(settings.pool)
     real = [name for name in names if not name.startswith("syn")]
     if set(real) - {"full"}:
         refuse_small_classes(bench.labels, bench.data.num_classes, synthetic.ipc)
@@ -354,7 +353,7 @@ class _Training:
 
     def __init__(self, settings: EvaluationSettings, bench: Workbench, synthetic: SyntheticSet, rows: int, kept: Kept):
         self._settings, self._bench, self._kept = settings, bench, kept
-        self._pool = evaluation_pool(settings.eval_mode, settings.model)
+        self._pool = settings.pool
         self._protocol = bench.protocol(settings, len(synthetic.images), rows)
         self._lr = synthetic.lr.item() if self._protocol.lr is None else self._protocol.lr
         self._draw = functools.lru_cache(maxsize=self._protocol.together)(lambda row, j: row.sets(j))
@@ -364,12 +363,7 @@ class _Training:
     def tune(self, rows: Sequence[Row], tried: Tensor) -> dict[tuple[str, str], float]:
         """The learning rate, by network and row, with which a network gets most of the images ``tried`` right."""
         settings, bench = self._settings, self._bench
-        jobs = [
-            _Job(network, row, lr)
-            for network in evaluation_pool(settings.eval_mode, settings.model)
-            for row in rows
-            for lr in settings.grid
-        ]
+        jobs = [_Job(network, row, lr) for network in settings.pool for row in rows for lr in settings.grid]
         tested = bench.images[tried.to(bench.device)], bench.labels[tried.to(bench.device)]
         found = self._run(jobs, 1, tested, {"tested": digest(tried.tolist())}, "tuning")
         best: dict[tuple[str, str], tuple[float, float]] = {}

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from pad.commands.bench import Workbench, experts_at
 from pad.commands.distil import Distilling, Task, first_set
-from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, setting
+from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, NetworkName, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
 from pad.initialisation import WeakExperts, refuse_small_classes
@@ -90,7 +90,7 @@ class DistillSettings(Distilling):
     )
     noise_logit: float = setting(10.0, "pix_init noise: logit of the class in the labels (others 0)", RECIPE, above=0)
     Initialize_Label_With_Another_Model: bool = setting(False, "labels by other experts", RECIPE)
-    Initialize_Label_Model: str = setting("", "that other network", RECIPE)
+    Initialize_Label_Model: NetworkName = setting("", "that other network", RECIPE)
     Label_Model_Timestamp: int = setting(-1, "epoch of the experts that choose and label images; -1: the last", RECIPE)
     max_files: int | None = setting(None, "use the first files only, of save_interval experts each", RECIPE, low=1)
     max_experts: int | None = setting(None, "use the first experts of each file only", RECIPE, low=1)

@@ -9,7 +9,7 @@ numbers: of the easiest images, which the curriculum adds first, most have a p_y
 import torch
 from torch import Tensor
 
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork
 
 # --------------------------------------------------------------------------- of the label and what is predicted
 
@@ -112,7 +112,7 @@ def cal(features: Tensor, logits: Tensor, neighbours: int = 10) -> Tensor:
 _OVERSHOOT = 1.02  # the paper's: a step to the linearised boundary is carried on a little, to come out behind it
 
 
-def deepfool(network: Network, images: Tensor, labels: Tensor, max_steps: int = 50) -> Tensor:
+def deepfool(network: AnyNetwork, images: Tensor, labels: Tensor, max_steps: int = 50) -> Tensor:
     """DeepFool: the distance to the decision boundary, signed (arXiv 1511.04599, algorithm 2).
 
     ``-||r||`` for an image that the network classifies as its label says, with r from :func:`deepfool_perturbation`:
@@ -128,7 +128,7 @@ def deepfool(network: Network, images: Tensor, labels: Tensor, max_steps: int = 
     return torch.where(predicted == labels, -length, length)
 
 
-def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50) -> tuple[Tensor, Tensor]:
+def deepfool_perturbation(network: AnyNetwork, images: Tensor, max_steps: int = 50) -> tuple[Tensor, Tensor]:
     """A small r ``[n, C, H, W]`` that takes each image to the boundary of its predicted class ``[n]`` int64; both.
 
     Each step goes to the nearest boundary of the network linearised where the image is: to class k of the least
@@ -151,7 +151,7 @@ def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50)
 
 
 @torch.enable_grad()
-def _to_boundary(network: Network, x: Tensor, own: Tensor) -> Tensor:
+def _to_boundary(network: AnyNetwork, x: Tensor, own: Tensor) -> Tensor:
     """The step from ``x [n, C, H, W]`` to the nearest boundary of class ``own [n]``, by the gradients at x."""
     x = x.detach().requires_grad_()
     logits = network(x)

@@ -16,6 +16,7 @@ import torch
 
 from pad.errors import InputError
 from pad.store.identity import refuse_difference
+from pad.store.naming import folder_of
 from pad.store.tensors import Layout, TensorFile, open_tensors, tensor_writer
 
 KIND = "trajectory"
@@ -33,14 +34,15 @@ def buffer_folder(
 ) -> Path:
     """The folder of one setting's experts, ``<buffer_path>/<dataset>[_NO_ZCA][/<subset>/<res>]/<model>``, as published.
 
-    ``subset`` and ``res`` (pixels) count for ImageNet only. Raises InputError when ImageNet comes without them.
+    ``<model>`` is what :func:`pad.store.naming.folder_of` says. ``subset`` and ``res`` (pixels) count for ImageNet
+    only. Raises InputError when ImageNet comes without them.
     """
     folder = Path(buffer_path) / (dataset if zca or dataset in WITHOUT_ZCA_SUFFIX else f"{dataset}_NO_ZCA")
     if dataset == "ImageNet":
         if subset is None or res is None:
             raise InputError(f"the data set ImageNet needs a subset and a res, got subset {subset} and res {res}")
         folder = folder / subset / str(res)
-    return folder / model
+    return folder / folder_of(model)
 
 
 def describe(data: dict, model: str, parameters: Iterable[tuple[str, Iterable[int]]], preprocessing: dict) -> dict:

@@ -29,7 +29,6 @@ from pad.config import (
     setting,
 )
 from pad.errors import InputError
-from pad.nn.networks import evaluation_pool
 from pad.store.identity import digest, nearest
 
 _KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates")
@@ -195,8 +194,9 @@ class Grid:
             raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
         evaluation = f"{self.where}: evaluation"
         scored = self._resolve(EvaluationSettings, self.evaluation, evaluation, {"seed": seed, **_SCORED})
-        if len(evaluation_pool(scored.eval_mode, scored.model)) > 1:
-            raise InputError(f"{evaluation}: eval_mode: {scored.eval_mode} is of several networks; a cell has one")
+        if len(scored.pool) > 1:
+            key = "networks" if scored.networks else "eval_mode"
+            raise InputError(f"{evaluation}: {key}: {getattr(scored, key)} is of several networks; a cell has one")
         recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
         name = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
         if kind is CoresetSettings:
@@ -244,9 +244,9 @@ class Grid:
             if key in decided_by_study:
                 raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
         common = {key: value for key, value in self.common.as_dict().items() if key in _SHARED}
-        common |= {key: value for key, value in self.shared.items() if key in kind.fields()}
+        given = {**{key: value for key, value in self.shared.items() if key in kind.fields()}, **given}
         try:
-            return kind.resolve({**common, **given, **decided})
+            return kind.resolve({**common, **kind.with_paths(given, path_base(Path(self.where))), **decided})
         except InputError as error:
             raise InputError(f"{about}: {error}") from None
 
