@@ -114,6 +114,17 @@ class Mixing(Net):
         return super().forward(x - x.mean(0))
 
 
+class Statistics(Net):
+    """A norm over the batch without a layer of it, which refuses a single image in training."""
+
+    def __init__(self, channels, classes, size):
+        super().__init__(channels, classes, (1, 1))
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return super().forward(F.batch_norm(x, None, None, training=True) if self.training else x)
+
+
 class Attribute(Net):
     def forward(self, x):
         self.one = torch.ones(1) if not hasattr(self, "one") else self.one
@@ -368,6 +379,7 @@ def test_gradients_of_several_networks_are_those_of_each(file):
         ("Dropout", "it draws random numbers in training, as dropout does"),
         ("layer_of_dropout", "it has dropout"),
         ("Mixing", "it gives an image other logits beside other images"),
+        ("Statistics", "it gives an image other logits beside other images"),
         ("Attribute", "it keeps tensors that are neither parameters nor buffers"),
         ("Looking", "it keeps .*, or looks at numbers"),
         ("Counting", "it changes a buffer in training, count"),
