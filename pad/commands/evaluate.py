@@ -248,9 +248,9 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
 def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
     elsewhere = ("synthetic", *EvaluationSettings.trio)
-    told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     iteration = synthetic.metadata.get("iteration")
     tensors = synthetic.images, synthetic.labels, synthetic.lr
+    told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     return {
         "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
         "settings": {name: value for name, value in told.items() if name not in elsewhere},
