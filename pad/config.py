@@ -144,14 +144,14 @@ class Settings:
             if not (fields[name].metadata["later"] and value == fields[name].default)
         }
 
+    def as_dict(self) -> dict:
+        """All settings as plain values, in the order of declaration."""
+        return self.of(*Role)
+
     @classmethod
     def untold(cls) -> dict:
         """What :meth:`telling` leaves out is at these values."""
         return {name: field.default for name, field in cls.fields().items() if field.metadata["later"]}
-
-    def as_dict(self) -> dict:
-        """All settings as plain values, in the order of declaration."""
-        return self.of(*Role)
 
     def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
         """A dataclass: fields that are not among ``others`` from the settings of their names, after ``prefix``."""

@@ -18,7 +18,7 @@ from pad.errors import InputError
 from pad.nn import networks
 from pad.nn.flat import FlatModel
 from pad.nn.fused import forward_of
-from pad.nn.replay import AT_ONCE, Replay, replay_on
+from pad.nn.replay import Replay, replay_on
 from pad.protocols import Protocol, StateFile, TrainingSet
 from pad.rng import generator
 
@@ -131,11 +131,11 @@ def _workplace(
 
     A network that is no function of flat parameters, with dropout for example, has no FlatModel.
     """
-    module = networks.build(network, channels, num_classes, size, 0)
+    net = networks.build(network, channels, num_classes, size, 0).to(device)
     try:
-        return FlatModel(module, compile), replay_on(device)
+        return FlatModel(net, compile), replay_on(device)
     except InputError:
-        return None, AT_ONCE
+        return None, replay_on(device)
 
 
 def _sizes(training_set: TrainingSet) -> tuple[tuple[int, int], tuple[int, int], torch.device]:

@@ -9,8 +9,6 @@ import hashlib
 
 import torch
 
-_CPU = torch.device("cpu")
-
 
 def derive_seed(seed: int, stream: str, *index: int | str) -> int:
     """A 63-bit seed that depends on every argument and on nothing else (torch's CPU generator uses its low 32 bits)."""
@@ -24,15 +22,20 @@ def generator(seed: int, stream: str, *index: int | str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, stream: str, *index: int | str, device: torch.device = _CPU):
-    """Run code that can only draw from torch's global generators on its own stream.
+def seeded(seed: int, stream: str, *index: int | str, device: torch.device | None = None):
+    """Run code that can only draw from torch's global generators (weight initialisers, dropout) on its own stream.
 
-    Weight initialisers draw from the CPU's; layers such as dropout from that of their ``device``, which is seeded, too.
+    Of the CPU's, and with a CUDA ``device`` of that one's, too. Afterwards they are as they were.
     """
-    own, cuda = derive_seed(seed, stream, *index), [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(own)  # torch.manual_seed would reseed every CUDA device
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(own)
+    generators = [torch.default_generator]  # torch.manual_seed would reseed those of all devices
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [each.get_state() for each in generators]
+    for each in generators:
+        each.manual_seed(derive_seed(seed, stream, *index))
+    try:
         yield
+    finally:
+        for each, state in zip(generators, states):
+            each.set_state(state)
