@@ -290,6 +290,12 @@ def test_the_study_s_file_is_kept_below_its_command(done):
     assert words[:3] == ["#", "python", "scripts/study.py"] and words[-2:] == ["--out", str(done)]
 
 
+def test_a_study_has_a_page(done, tmp_path):
+    assert cli.report([str(done), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('class="pixels"') == len(METHODS) and "is not there" not in text
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_cells(done, tmp_path):
     command = [sys.executable, CHECKOUT / "scripts" / "study.py", write(tmp_path), "--out", tmp_path / "out"]
