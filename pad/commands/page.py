@@ -312,7 +312,8 @@ def _picture_files(run: _Run) -> Markup:
 def _accuracy(run: _Run) -> Markup:
     if not run.evaluations:
         return Markup("<p>The set has not been evaluated. The last command below does that.</p>")
-    parts = [Markup("<p>Accuracy of fresh networks on the test images: mean ± standard error over n networks.</p>")]
+    said = "Accuracy of n fresh networks each on the test images: mean ± standard error, and the networks' own spread (std)."
+    parts = [fill("<p>$said</p>", said=said)]
     for name, found in run.evaluations.items():
         iteration = (found.get("synthetic") or {}).get("iteration")
         said = f", of iteration {iteration}" if iteration is not None else ""
