@@ -312,7 +312,7 @@ def _picture_files(run: _Run) -> Markup:
 def _accuracy(run: _Run) -> Markup:
     if not run.evaluations:
         return Markup("<p>The set has not been evaluated. The last command below does that.</p>")
-    said = "Accuracy of n fresh networks each on the test images: mean ± standard error, and the networks' own spread (std)."
+    said = "Accuracy of n fresh networks on the test images: mean ± standard error, and their spread (std)."
     parts = [fill("<p>$said</p>", said=said)]
     for name, found in run.evaluations.items():
         iteration = (found.get("synthetic") or {}).get("iteration")
