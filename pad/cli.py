@@ -18,6 +18,7 @@ from functools import partial
 
 from pad import config, distributed
 from pad.allocator import keep_compiled_code, keep_freed_memory
+from pad.commands.page import PageSettings, write_page
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
@@ -26,6 +27,7 @@ from pad.study.study import StudySettings
 from pad.study.study import study as run_study
 
 COMMANDS["study"] = Command("study.py", StudySettings, run_study)
+COMMANDS["report"] = Command("report.py", PageSettings, write_page)
 
 
 class _Handler(logging.StreamHandler):
@@ -102,6 +104,7 @@ coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/s
 import_buffer: Callable[..., int] = partial(door, "import")  # pad-import-buffer, scripts/import_buffer.py
 export_buffer: Callable[..., int] = partial(door, "export")  # pad-export-buffer, scripts/export_buffer.py
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
+report: Callable[..., int] = partial(door, "report")  # pad-report, scripts/report.py
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from pad.data.augment import NoAugmentation
 from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
-from pad.evaluation import Evaluation, Protocol
+from pad.evaluation import Case, Evaluation, Protocol
 from pad.nn import derivatives
 from pad.nn.flat import FlatModel
 from pad.nn.foreign import Foreign, flat_problem
@@ -393,11 +393,12 @@ def test_what_is_no_function_of_its_parameters_is_evaluated_alone(file, function
         FlatModel(made(file, function))
     name = network_name(f"{file}:{function}")
     protocol = Protocol(NoAugmentation(), epochs=1, together=2)
-    evaluation = Evaluation(protocol=protocol, lr=0.01, test_images=images(), test_labels=torch.arange(3))
+    evaluation = Evaluation(protocol=protocol, test_images=images(), test_labels=torch.arange(3))
     training_set = images(5), torch.eye(5)
-    (first,) = evaluation.run([(name, lambda j: training_set)], 2)
+    case = Case(network=name, training_set=lambda j: training_set, lr=0.01)
+    (first,) = evaluation.run([case], 2)
     torch.rand(3)  # dropout is drawn from streams of its own
-    (again,) = evaluation.run([(name, lambda j: training_set)], 2)
+    (again,) = evaluation.run([case], 2)
     assert first.accuracies == again.accuracies
 
 

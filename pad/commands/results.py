@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from pad.commands.rows import roles
 from pad.metrics import Estimate, scores
+from pad.show.results import SCORES, plus_minus, title
 from pad.show.tables import result_table
 
 
@@ -38,7 +39,7 @@ def _one_network(entries: Sequence[Mapping]) -> str:
     lines = []
     for entry in entries:
         line = {
-            "training set": _titled(entry),
+            "training set": title(entry),
             "network": entry["network"],
             "accuracy %": f"{100 * entry['mean']:.2f}",
             "std": f"{100 * entry['std']:.2f}",
@@ -54,37 +55,30 @@ def _one_network(entries: Sequence[Mapping]) -> str:
 
 
 def _networks(entries: Sequence[Mapping], networks: Sequence[str]) -> str:
-    titles = list(dict.fromkeys(_titled(entry) for entry in entries))
-    cells = {(_titled(entry), entry["network"]): entry for entry in entries}
+    rows = list(dict.fromkeys(title(entry) for entry in entries))
+    cells = {(title(entry), entry["network"]): entry for entry in entries}
     lines, trained = [], []
-    for title in titles:
-        line, own = {"accuracy %": title}, {"on its own images %": title}
+    for row in rows:
+        line, own = {"accuracy %": row}, {"on its own images %": row}
         for network in networks:
-            entry = cells[title, network]
-            line[network] = " ± ".join(_percent(value) for value in (entry["mean"], entry["se"]) if value is not None)
+            entry = cells[row, network]
+            line[network] = plus_minus(entry["mean"], entry["se"], 100)
             own[network] = _percent(entry["train"])
         lines.append(line)
         trained.append(own)
     n = entries[0]["n"]
     said = f"mean ± standard error, n = {n} networks each" if n > 1 else "of one network each"
-    return "\n\n".join(result_table(rows, list(rows[0])) for rows in (lines, trained)) + f"\n{said}"
+    return "\n\n".join(result_table(each, list(each[0])) for each in (lines, trained)) + f"\n{said}"
 
 
 def _scores(of: Mapping[str, Mapping]) -> str:
     """Fractions, with what they are made of."""
     lines = []
     for network, found in of.items():
-        shown = {"hlr": "HLR", "ior": "IOR", "ior_plain": "IOR without augmentation", "lrs": "LRS", "ars": "ARS"}
-        line = {"scores (fractions)": network}
-        for name, title in shown.items():
-            if name in found:
-                line[title] = " ± ".join(f"{value:.3f}" for value in found[name].values() if value is not None)
-        lines.append(line)
+        there = {SCORES[name][0]: found[name] for name in SCORES if name in found}
+        shown = {label: plus_minus(score["mean"], score["se"], form=".3f") for label, score in there.items()}
+        lines.append({"scores (fractions)": network} | shown)
     return result_table(lines, list(dict.fromkeys(column for line in lines for column in line)))
-
-
-def _titled(entry: Mapping) -> str:
-    return entry["set"] + ", tuned lr" * entry["tuned"]
 
 
 def _percent(share: float | None) -> str:

@@ -20,6 +20,11 @@ TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))  # <name>.<process>-<random>.partial
 
 
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+
+
 def refuse_unwritable(folder: Path | str) -> None:
     """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
     folder = Path(folder)

@@ -97,7 +97,7 @@ def test_a_set_is_evaluated_by_its_network_or_by_others(place, monkeypatch, capf
     assert evaluate(command_line(**asked, model=model)) == 0
     out = made / "Normal" / "synthetic_last.evaluation.json"
     networks = [each["network"].split("@")[0] for each in json.loads(out.read_text())["results"]]
-    assert networks == [name for name in ("net.py:tiny", "net.py:dropping", "MLP") for _ in range(2)]
+    assert networks == [name for name in ("net.py:tiny", "net.py:dropping", "MLP") for _ in range(3)]
     assert str(root) not in out.read_text()
     monkeypatch.chdir(model.parent)  # where the name in the set's file finds it
     monkeypatch.setattr(naming, "_sources", {})
