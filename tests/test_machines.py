@@ -4,6 +4,10 @@ import dataclasses
 import os
 import pwd
 import re
+import signal
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -125,12 +129,52 @@ def test_a_launcher_variable_that_is_empty_is_as_none(value, monkeypatch):
     assert distributed.join() is distributed.ALONE
 
 
-def test_a_launcher_variable_that_is_no_number_is_named(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(InputError, match="WORLD_SIZE=many"):
-        distributed.join()
-    assert cli.buffer([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+LEFT_OVER = [  # of a launcher that is not there
+    ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=999"),
+    ({"WORLD_SIZE": "\udce9"}, r"WORLD_SIZE=\udce9"),
+    ({"RANK": None}, "no RANK"),
+    ({"RANK": ""}, "no RANK"),
+    ({"RANK": "first"}, "RANK=first"),
+    ({"RANK": "2"}, "RANK=2, which launchers set to a number from 0 to 1"),
+    ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+    ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ({"MASTER_PORT": None}, "no MASTER_PORT"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("changes, said", LEFT_OVER)
+def test_an_environment_that_is_no_launchers_is_a_sentence_at_once(changes, said, name, monkeypatch, capsys):
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for variable, value in (whole | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | changes).items():
+        monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+    assert cli.door(name, []) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and len(sentence) < 300
+    assert said in sentence and "unset WORLD_SIZE to run alone" in sentence
+
+
+def test_who_waits_for_processes_that_nobody_started_is_told_and_may_stop(monkeypatch, capsys):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for variable, value in (whole | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(distributed, "_SHORT_WAIT", 0.1)
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=20))
+    began, before = time.monotonic(), set(threading.enumerate())
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert cli.buffer([]) == 130 and time.monotonic() - began < 10
+    told, stopped, _ = capsys.readouterr().err.splitlines()
+    assert told == "waiting for all 2 processes of this run; unset WORLD_SIZE to run alone, or start with torchrun"
+    assert stopped.startswith("interrupted")
+    store.set("here 1", "")
+    for thread in set(threading.enumerate()) - before:  # which still wait
+        thread.join(10)
 
 
 # ---- too little memory
