@@ -7,19 +7,28 @@ import re
 import signal
 import threading
 import time
+import typing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import command_line
 
 from pad import cli, distributed
 from pad.allocator import cache_folder, compiled_folder, keep_compiled_code
 from pad.commands.table import COMMANDS
+from pad.config import FilePath
 from pad.data.images import ImageData
 from pad.data.preprocessing import fit_preprocessing
 from pad.errors import InputError
 from pad.nn import kernels
+from pad.store.files import refuse_unwritable
+from pad.store.foreign import load_pt
+from pad.store.published import importable_files
+from pad.store.tensors import load_tensors
+from pad.store.trajectories import TrajectoryStore, recorded
 
 # ---- a place for what takes long to make
 
@@ -117,6 +126,83 @@ def test_kernels_without_a_place_to_be_kept_are_built_and_used(monkeypatch, tmp_
     not_utf8(monkeypatch, tmp_path)
     assert kernels.library.__wrapped__() is not None
     assert "built anew" in caplog.text and list(tmp_path.iterdir()) == []
+
+
+# ---- files and folders of others
+
+
+def link_to_itself(monkeypatch, folder):
+    path = folder / "loop"
+    path.symlink_to(path)
+    return path, "Too many levels of symbolic links"
+
+
+def longer_than_names_may_be(monkeypatch, folder):
+    return folder / ("x" * 300), "File name too long"
+
+
+def of_another_user(monkeypatch, folder):
+    not_to_be_entered(monkeypatch, folder)
+    return folder / "some" / "where", "Permission denied"
+
+
+PATHS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    for option in command.settings.fields()
+    if FilePath in (hint := typing.get_type_hints(command.settings)[option], *typing.get_args(hint))
+]
+
+
+@pytest.mark.parametrize("kind", [link_to_itself, longer_than_names_may_be, of_another_user])
+@pytest.mark.parametrize("name, option", PATHS)
+def test_a_path_that_cannot_be_used_is_refused_by_its_option(name, option, kind, *, monkeypatch, tmp_path, capsys):
+    path, reason = kind(monkeypatch, tmp_path)
+    assert cli.door(name, [f"--{option}={path}"]) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith(f"error: {option}: ") and sentence.endswith(f"{reason}\n") and sentence.count("\n") == 1
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_pt])
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing_or_damaged(read, monkeypatch, tmp_path):
+    path = tmp_path / "file"
+    for make, reason in ((path.mkdir, "is a folder"), (partial(os.mkfifo, path), "is a device or a pipe")):
+        make()
+        with pytest.raises(InputError, match=f"file {reason}$"):
+            read(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.touch()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pad.store.files.open", refuse, raising=False)
+    with pytest.raises(InputError, match=r"file cannot be read \(Permission denied\)$"):
+        read(path)
+
+
+@pytest.mark.parametrize("look", [recorded, TrajectoryStore.open, lambda folder: importable_files(folder, "")])
+def test_a_folder_that_cannot_be_listed_is_not_said_to_be_empty(look, monkeypatch, tmp_path):
+    path, reason = link_to_itself(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=rf"loop cannot be listed \({reason}\)$"):
+        look(path)
+
+
+def test_a_link_to_nothing_is_no_place_to_write_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="link is not a folder$"):
+        refuse_unwritable(tmp_path / "link" / "runs")
+
+
+def test_trajectories_that_cannot_be_written_are_refused_before_any_are_made(monkeypatch, tmp_path, capsys):
+    (tmp_path / "replay_buffer_0.pt").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pad.commands.published.set_up", lambda *_: pytest.fail("the data set is read"))
+    data = {"dataset": "FashionMNISTMini", "model": "ConvNetD1W8", "source": tmp_path}
+    assert cli.import_buffer(command_line(**data, buffer_path=tmp_path / "file" / "x")) == 2
+    monkeypatch.setattr(TrajectoryStore, "open", lambda folder: [])
+    assert cli.export_buffer([str(tmp_path), str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err.count("file is not a folder\n") == 2
 
 
 # ---- launchers
