@@ -5,6 +5,8 @@ import os
 import pwd
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import typing
@@ -203,6 +205,25 @@ def test_trajectories_that_cannot_be_written_are_refused_before_any_are_made(mon
     monkeypatch.setattr(TrajectoryStore, "open", lambda folder: [])
     assert cli.export_buffer([str(tmp_path), str(tmp_path / "file" / "x")]) == 2
     assert capsys.readouterr().err.count("file is not a folder\n") == 2
+
+
+# ---- what else stands in the environment
+
+
+DRAWING = """
+from pad import cli
+from pad.config import Settings
+from pad.show.names import font_file
+cli.COMMANDS["mine"] = cli.Command("mine.py", Settings, lambda *_: print(font_file()))
+raise SystemExit(cli.door("mine", []))
+"""
+
+
+@pytest.mark.slow
+def test_a_notebooks_way_to_show_figures_is_not_a_commands():
+    environment = os.environ | {"MPLBACKEND": "a notebook's, which is not installed"}
+    done = subprocess.run([sys.executable, "-c", DRAWING], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(".ttf\n")
 
 
 # ---- launchers
