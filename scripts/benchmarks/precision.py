@@ -10,6 +10,7 @@ ReLU are left out.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -108,7 +109,8 @@ def values_and_gradients(
 
 
 def errors(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    return [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(ours, exact, strict=True)]
+    ratios = [(a - b).norm() / b.norm().clamp(min=1e-6) for a, b in zip(ours, exact, strict=True)]
+    return [math.inf if ratio.isnan() else ratio.item() for ratio in ratios]  # else max would pass over it
 
 
 def errors_at(plane: str, side: int, form: Form, dtype: torch.dtype = torch.float32) -> dict[str, list[float]]:
