@@ -65,6 +65,7 @@ def _run(command: Command, argv: list[str]) -> int:
     # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a user without a home it warns at every import
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own to its commands, which cannot import matplotlib then
     log, handler = logging.getLogger("pad"), _Handler()
     level = log.level
     log.addHandler(handler)

@@ -422,6 +422,12 @@ def _path(value) -> FilePath:
     text = os.path.expanduser(_str(value))
     if text.startswith("~"):
         raise ValueError("a path: there is no such user (for a file of that name, write ./ before it)")
+    try:
+        os.stat(os.path.join(text, "."))  # of a folder this asks, too, whether it may be entered
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is to be made, or it is a file
+    except OSError as error:
+        raise ValueError(f"a path that can be used: {error.strerror}") from None
     return FilePath(text)
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from pad.errors import InputError
 from pad.evaluation import Accuracies, Case, Protocol
 from pad.initialisation import Experts, WeakExperts, refuse_small_classes
 from pad.metrics import NEEDS
-from pad.store.files import refuse_unwritable, write_text
+from pad.store.files import refuse_unwritable, unreadable, write_text
 from pad.store.identity import digest, refuse_difference
 from pad.store.locks import in_turn, only_writer
 from pad.synthetic import SyntheticSet
@@ -251,12 +252,11 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
     if not settings.synthetic:
         return settings, SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
     path = Path(settings.synthetic)
-    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+    if os.path.isdir(path):  # of a run: the last set, since the best one was picked by test accuracy
         last = path / "synthetic_last.safetensors"
-        path = last if last.exists() else path / "Normal" / last.name
+        path = last if os.path.exists(last) else path / "Normal" / last.name
         settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
-    if path.suffix == ".pt" or not path.exists():
-        reason = "is a published file" if path.exists() else "does not exist"
+    if reason := unreadable(path) or "is a published file" * (path.suffix == ".pt"):
         raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,34 @@ def slug(name: str) -> str:
 def refuse_unwritable(folder: Path | str) -> None:
     """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
     folder = Path(folder)
-    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         reason = "may not be written to" if parent.is_dir() else "is not a folder"
         raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
+
+
+def unreadable(path: Path | str) -> str:
+    """Why ``path`` is no file that can be read, in words that follow its name; nothing where it is one."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return "is a folder" if stat.S_ISDIR(mode) else "is a device or a pipe"
+        with open(path, "rb"):
+            return ""
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def names_in(folder: Path | str) -> list[str]:
+    """The names in a folder, sorted; none where it does not exist. Raises InputError when they cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed ({error.strerror})") from None
 
 
 @contextlib.contextmanager

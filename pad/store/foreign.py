@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pad.errors import InputError
-from pad.store.files import atomic_file
+from pad.store.files import atomic_file, unreadable
 
 # What torch.load says of files that others wrote: a tensor's indices are checked; an old file was pickled otherwise.
 _OF_NO_ACCOUNT = ("Validating sparse tensor invariants", "Detected pickle protocol")
@@ -71,8 +71,8 @@ def load_pt(path: Path | str):
     or claims more than its size.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    if reason := unreadable(path):
+        raise InputError(f"{path} {reason}")
     try:
         with open(path, "rb") as handle:
             zipped = handle.read(4) == b"PK\x03\x04"

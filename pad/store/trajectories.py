@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pad.errors import InputError
+from pad.store.files import names_in
 from pad.store.identity import refuse_difference
 from pad.store.naming import folder_of
 from pad.store.tensors import Layout, TensorFile, open_tensors, tensor_writer
@@ -60,8 +61,8 @@ def expert_path(folder: Path | str, expert: int) -> Path:
 
 
 def recorded(folder: Path | str) -> list[int]:
-    """Sorted indices of the experts that lie complete in ``folder`` (none when it does not exist)."""
-    matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", path.name) for path in Path(folder).glob("expert_*"))
+    """Sorted indices of the experts that lie complete in ``folder``; none, and errors, as of :func:`names_in`."""
+    matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names_in(folder))
     return sorted({int(match[1]) for match in matches if match and expert_path("", int(match[1])).name == match[0]})
 
 

@@ -102,7 +102,7 @@ def test_a_set_is_evaluated_by_its_network_or_by_others(place, monkeypatch, capf
     monkeypatch.chdir(model.parent)  # where the name in the set's file finds it
     monkeypatch.setattr(naming, "_sources", {})
     assert evaluate(command_line(**data, networks="MLP", out=root / "other.json")) == 0
-    assert [each["network"] for each in json.loads((root / "other.json").read_text())["results"]] == ["MLP", "MLP"]
+    assert [each["network"] for each in json.loads((root / "other.json").read_text())["results"]] == ["MLP"] * 3
     (root / "nets" / "net.py").write_text(OTHER)
     monkeypatch.setattr(naming, "_sources", {})
     words = ("model: net.py is not the file any more that it was in net.py:tiny@", "as path/to/net.py:tiny")
