@@ -151,7 +151,13 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
         raise error
 
     monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], recipe=recipe))
-    argv = {"study": ["study.yaml"], "evaluate": ["--synthetic", "set"], "export": ["folder", "out"]}.get(name, [])
+    argv = {
+        "study": ["study.yaml"],
+        "evaluate": ["--synthetic", "set"],
+        "export": ["folder", "out"],
+        "import_set": ["set", "--out", "out"],
+        "export_set": ["set", "--to", "npz", "--out", "out"],
+    }.get(name, [])
     assert cli.door(name, argv) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: not enough memory; ") and line.endswith("what was finished is kept")
