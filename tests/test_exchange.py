@@ -202,6 +202,9 @@ def test_files_of_idc_and_ncfm_are_pixels_of_an_unknown_factor(tmp_path):
     torch.save([draw(6, *SHAPE), torch.arange(K).repeat_interleave(2)], tmp_path / "data.pt")
     found = read_foreign(tmp_path / "data.pt")
     assert (found.values, found.label_form, found.factor, found.lr) == ("pixels", "classes", None, None)
+    for more in ({"experiment": 0}, {"labels": "labels.pt"}):
+        with pytest.raises(InputError, match="holds one set with its labels"):
+            read_foreign(tmp_path / "data.pt", **more)
 
 
 def test_files_of_mtt_and_datm_find_those_beside_them(tmp_path):

@@ -212,9 +212,12 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
         last = path / "synthetic_last.safetensors"
         path = last if last.exists() else path / "Normal" / last.name
         settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
-    if path.suffix == ".pt" or not path.exists():
+    if path.suffix in (".pt", ".npz") or not path.exists():
         reason = "is a published file" if path.exists() else "does not exist"
-        raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
+        raise InputError(
+            f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}, "
+            "or become such a file by scripts/import_set.py"
+        )
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given

@@ -20,6 +20,7 @@ log = logging.getLogger("pad")
 
 PIXELS, NETWORK = "pixels", "network"  # what the numbers of images are
 CLASSES, PROBABILITIES, LOGITS = "classes", "probabilities", "logits"  # what labels are
+_RES, _TRIO = "DC, DSA, DM", "MTT to PAD"  # forms
 _UNWHITENED = "images_zca"  # begins the names of published files of pixels
 
 
@@ -90,6 +91,9 @@ def read_foreign(
         raise InputError(f"{source} is in the form of this toolkit, or of none that is read")
     else:
         found = _pt(source, labels, experiment)
+    if experiment is not None and found.form != _RES or labels is not None and found.form != _TRIO:
+        what = f"experiment {experiment}" if experiment is not None else f"labels {labels}"
+        raise InputError(f"{what} was asked for, but {source} ({found.form}) holds one set with its labels")
     if isinstance(lr, float):
         found.lr = lr
     elif lr is not None:
@@ -110,7 +114,7 @@ def _pt(path: Path, labels_path: Path | str | None, experiment: int | None) -> F
     images = numbers(value, path)
     lr_path, about = _beside(path, "lr"), _about(path.parent)
     return Foreign(
-        form="trio",
+        form=_TRIO,
         where=path,
         images=images,
         labels=load_numbers(labels_path),
@@ -139,7 +143,7 @@ def _res(path: Path, experiments, experiment: int | None) -> Foreign:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise InputError(f"{path}: experiment {experiment or 0} is not a pair of images and labels")
     images, labels = (numbers(each, f"{path}, part {i}") for i, each in enumerate(pair))
-    return Foreign(form="DC, DSA, DM", where=path, images=images, labels=labels, values=NETWORK)
+    return Foreign(form=_RES, where=path, images=images, labels=labels, values=NETWORK)
 
 
 def _npz(path: Path) -> Foreign:

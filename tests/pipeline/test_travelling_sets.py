@@ -401,6 +401,13 @@ def test_exports_that_cannot_be(argv, words, tmp_path, monkeypatch, capfd):
     assert_refused(capfd, cli.export_set, argv, words, tmp_path)
 
 
+def test_stage_3_says_how_files_of_others_become_its_own(images, tmp_path, capfd):
+    for kind in ("DC", "npz"):
+        source, _ = theirs(kind, images, tmp_path / kind)
+        argv = command_line(synthetic=source, data_path=images, dataset="ImageFolder")
+        assert_refused(capfd, cli.evaluate, argv, ("scripts/import_set.py",), tmp_path)
+
+
 # ---- a set to begin with
 
 
