@@ -14,6 +14,7 @@ from pad.commands.bench import Workbench, set_up
 from pad.commands.common import Common
 from pad.config import DATA, DETAIL, MODEL, PLACE, RECIPE, FilePath, Settings, setting
 from pad.data.preprocessing import MeanStd
+from pad.data.sources import data_set
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.exchange.card import LICENCES
@@ -92,7 +93,8 @@ def export_synthetic(settings: ExportSetSettings, ranks: Ranks = ALONE) -> Path:
     dataset = (synthetic.metadata.get("data") or {}).get("dataset", "")
     licence = settings.licence or LICENCES.get(dataset, "unknown")
     refuse_unwritable(out)
-    results = _results_of(synthetic, path.with_suffix(".evaluation.json"))
+    carded = settings.to == "huggingface"
+    results = _results_of(synthetic, path.with_suffix(".evaluation.json")) if carded else None
     ranks.on_main(lambda: export_set(synthetic, str(settings.to), out, licence=licence, results=results))
     print(f"exported {len(synthetic.images)} images of {synthetic.num_classes} classes to {out}")
     return out
@@ -140,7 +142,8 @@ def _complete(settings: ImportSetSettings, found: Foreign) -> tuple[ImportSetSet
         adopted = {name: value for name, value in adopted.items() if name not in settings.given}
     settings = settings.adopting(adopted)
     known = {*settings.given, *adopted}
-    missing = [name for name in ("dataset", "zca") if name not in known]
+    asked = ["dataset", "subset", "zca"] if data_set(settings.dataset).subsets else ["dataset", "zca"]
+    missing = [name for name in asked if name not in known]
     for name in ("values", "label_form", "factor"):
         given, there = getattr(settings, name), getattr(found, name)
         if given is not None and there not in (None, 1, given):

@@ -354,6 +354,8 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
         ("IDC", {"mean": "0,0,0", "std": "1,1,1"}, ("are pixels",)),
         ("DC", {"dataset": "FashionMNISTMini"}, ("images [3, 16, 16], but FashionMNISTMini has images [1, 28, 28]",)),
         ("DC", {"experiment": 2}, ("there is no 2",)),
+        ("DC", {"dataset": "ImageNet"}, ("give --subset",)),
+        ("DC", {"dataset": "CIFAR-10"}, ("did you mean CIFAR10?",)),
         ("DC", {"values": "pixel"}, ("values: 'pixel' is not one of pixels, network",)),
     ],
 )
