@@ -91,9 +91,10 @@ def setting(
 ) -> typing.Any:
     """A field of :class:`Settings`.
 
-    ``low`` to ``below``: the range of a number. ``choices``: the words it may be. ``by_study``: in a study the study
-    decides it, and its file may not. ``memory``: less of it needs less memory. ``later``: it came after studies and
-    results that do not name it, so at its default neither do new ones (:meth:`Settings.telling`).
+    ``low`` to ``below``: the range of a number. ``choices``: the words it may be; where its type is a path, it may also
+    be one (a word with a / or a dot). ``by_study``: in a study the study decides it, and its file may not. ``memory``:
+    less of it needs less memory. ``later``: it came after studies and results that do not name it, so at its default
+    neither do new ones (:meth:`Settings.telling`).
     """
     limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
     notes = {"help": help, "role": role, "by_study": by_study, "memory": memory, "later": later}
@@ -192,8 +193,13 @@ class Settings:
     @classmethod
     def with_paths(cls, values: Mapping, base: Path) -> dict:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
-        hints = typing.get_type_hints(cls)
-        return {key: _relative_to(base, _kind(hints.get(key), value), value) for key, value in values.items()}
+        fields, hints = cls.fields(), typing.get_type_hints(cls)
+
+        def kind(key, value):
+            of_words = key in fields and fields[key].metadata["choices"]
+            return None if of_words and not _like_a_path(value) else _kind(hints.get(key), value)
+
+        return {key: _relative_to(base, kind(key, value), value) for key, value in values.items()}
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
@@ -315,6 +321,10 @@ def _kind(hint, value):
     return kind
 
 
+def _like_a_path(value) -> bool:
+    return isinstance(value, str) and ("/" in value or "." in value)
+
+
 def _resolve_path(value, base: Path):
     if not isinstance(value, str) or not value or value.startswith("~") or Path(value).is_absolute():
         return value
@@ -364,8 +374,10 @@ def _coerce(field: dataclasses.Field, hint, value):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
     if meta["choices"]:
         value = next((choice for choice in meta["choices"] if choice.lower() == value.lower()), value)
-    if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}")
+    or_path = meta["choices"] and _kind(hint, value) is FilePath
+    if meta["choices"] and value not in meta["choices"] and not (or_path and _like_a_path(value)):
+        also = ", and no path (of the current folder: ./name)" if or_path else ""
+        raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}{also}")
     return value
 
 

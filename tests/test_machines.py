@@ -307,6 +307,8 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
         "evaluate": ["--synthetic", "set"],
         "export": ["folder", "out"],
         "report": ["run"],
+        "import_set": ["set", "--out", "out"],
+        "export_set": ["set", "--to", "npz", "--out", "out"],
     }
     argv = given.get(name, [])
     assert cli.door(name, argv) == 1

@@ -6,6 +6,7 @@ Nothing here knows one of them by name.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -25,15 +26,16 @@ from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
-from pad.initialisation import Experts, initial_set
+from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
 from pad.matching.objective import Objective
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
+from pad.store.identity import refuse_difference
 from pad.store.locks import only_writer
 from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
 from pad.store.trackers import TRACKERS
-from pad.synthetic import SyntheticSet
+from pad.synthetic import SyntheticSet, set_file
 
 log = logging.getLogger("pad")
 
@@ -216,9 +218,40 @@ def _student(settings: Distilling, before: dict, bench: Workbench) -> FlatModel:
 
 def first_set(
     settings: Distilling, bench: Workbench, pix_init: str, experts: Experts | None = None, **labels
-) -> tuple[Tensor, Tensor]:
-    """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with: :func:`pad.initialisation.initial_set`."""
-    real = bench.images, bench.labels, bench.data.num_classes
-    return bench.ranks.on_main(
-        lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+) -> tuple[Tensor, Tensor, dict]:
+    """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with, and what they are of beside the settings.
+
+    ``pix_init``: a kind of :func:`pad.initialisation.initial_set`, or the path of a synthetic set. ``labels``: see
+    there. Raises InputError as it does, and for a set of other classes, sides or preprocessing.
+    """
+    if pix_init in INITIAL_IMAGES:
+        real = bench.images, bench.labels, bench.data.num_classes
+        found = bench.ranks.on_main(
+            lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+        )
+        return *found, {}
+    start = _start(pix_init, bench)
+    how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False)}
+    return *bench.ranks.on_main(lambda: from_set(start, settings.ipc, experts, **how)), {"start": start.digest}
+
+
+def _start(path: str, bench: Workbench) -> SyntheticSet:
+    """The set at ``path``. Raises InputError for one that does not fit."""
+    file = set_file(path)
+    if file.exists() and file.suffix != ".safetensors":
+        raise InputError(f"pix_init: {file} is no set of this toolkit's; scripts/import_set.py makes one of it")
+    start, data = SyntheticSet.load(file), bench.data
+    there: dict = {"classes": start.num_classes, "shape of images": list(start.images.shape[1:])}
+    here: dict = {"classes": data.num_classes, "shape of images": [data.channels, *data.size]}
+    if start.metadata.get("class_names"):
+        there["class"], here["class"] = dict(enumerate(start.class_names)), dict(enumerate(data.class_names))
+    refuse = functools.partial(
+        refuse_difference, there_is="the set", here_is="the data", remedy="begin with a set that was made for these"
     )
+    refuse(f"pix_init: {file}", there, here)
+    if start.preprocessing_identity is None:
+        raise InputError(f"pix_init: {file} does not say how its images were preprocessed")
+    seen = bench.preprocessing.identity
+    there, here = {key: start.preprocessing_identity.get(key) for key in seen}, seen
+    refuse(f"pix_init: {file}", {"preprocessing": there}, {"preprocessing": here})
+    return start

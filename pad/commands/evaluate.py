@@ -256,8 +256,11 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
         last = path / "synthetic_last.safetensors"
         path = last if os.path.exists(last) else path / "Normal" / last.name
         settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
-    if reason := unreadable(path) or "is a published file" * (path.suffix == ".pt"):
-        raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
+    if reason := unreadable(path) or "is a published file" * (path.suffix in (".pt", ".npz")):
+        raise InputError(
+            f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}, "
+            "or become such a file by scripts/import_set.py"
+        )
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given

@@ -10,7 +10,7 @@ from torch import Tensor
 from pad.commands.bench import Workbench
 from pad.commands.distil import Task
 from pad.commands.real import RealMatching
-from pad.config import DETAIL, PACE, RECIPE, setting
+from pad.config import DETAIL, PACE, RECIPE, FilePath, setting
 from pad.errors import InputError
 from pad.matching.gradient import GradientObjective
 from pad.nn.flat import FlatModel
@@ -26,7 +26,7 @@ class DCSettings(RealMatching):
     batch_train: int = setting(256, "batch size for training networks", RECIPE, low=1, memory=True)
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
     lr_img: float = setting(0.1, "learning rate of the images", RECIPE, low=0)
-    pix_init: str = setting("noise", "initial images", RECIPE, choices=("real", "noise"))
+    pix_init: FilePath = setting("noise", "initial images; or the path of a set", RECIPE, choices=("real", "noise"))
     depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
     outer_loop: int | None = setting(None, "image steps per iteration; default: the published, by ipc", RECIPE, low=1)
     inner_loop: int | None = setting(None, "epochs of training between; default: published, by ipc", RECIPE, low=0)

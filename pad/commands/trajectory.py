@@ -15,7 +15,7 @@ from pad.commands.distil import Distilling, Task, first_set
 from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, NetworkName, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.initialisation import WeakExperts, refuse_small_classes
+from pad.initialisation import INITIAL_IMAGES, WeakExperts, refuse_small_classes
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
@@ -82,11 +82,8 @@ class DistillSettings(Distilling):
         0.0, "FTD: decay per update of the images' moving average, which is the set", RECIPE, low=0, below=1
     )
 
-    pix_init: str = setting(
-        "samples_predicted_correctly",
-        "initial images",
-        RECIPE,
-        choices=("samples_predicted_correctly", "real", "noise"),
+    pix_init: FilePath = setting(
+        "samples_predicted_correctly", "initial images; or the path of a set", RECIPE, choices=INITIAL_IMAGES
     )
     noise_logit: float = setting(10.0, "pix_init noise: logit of the class in the labels (others 0)", RECIPE, above=0)
     Initialize_Label_With_Another_Model: bool = setting(False, "labels by other experts", RECIPE)
@@ -155,7 +152,7 @@ class DistillSettings(Distilling):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Follow experts. A resumed run follows those it began with."""
-        if self.pix_init != "noise":
+        if self.pix_init in ("samples_predicted_correctly", "real"):
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
         experts = _selected_experts(self, store, before)
@@ -169,7 +166,7 @@ class DistillSettings(Distilling):
             labellers = experts_at(store, model, experts, self.Label_Model_Timestamp, bench.device)
         store.refuse_other(bench.describe(self.model, model))
         try:
-            images, labels = first_set(
+            images, labels, begun_with = first_set(
                 self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
             )
         except WeakExperts as error:
@@ -194,7 +191,7 @@ class DistillSettings(Distilling):
             replay=replay_on(bench.device),
         )
         recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}
-        made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers)}
+        made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers), **begun_with}
         del made_from["parameters"]  # the model's, of which there can be hundreds
         return Task(
             objective=objective,
@@ -203,7 +200,7 @@ class DistillSettings(Distilling):
             lr=self.lr_teacher,
             rates=[self.lr_img, self.lr_y, self.lr_lr],
             made_from=made_from,
-            provenance={"buffer": recipe},
+            provenance={"buffer": recipe, **begun_with},
             momentum_y=self.Momentum_y,
             threshold=math.inf if self.threshold is None else self.threshold,
             ema_decay=self.ema_decay,

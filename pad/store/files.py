@@ -100,6 +100,30 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """A folder to fill, which gets its name ``path``, flushed to disk, when the block ends, or is removed.
+
+    Raises InputError when something else than an empty folder has that name.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} is there already; name another folder, or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path), temporary_folder(path.parent) as inside:
+        made = inside / "made"
+        made.mkdir()
+        yield made
+        for file in sorted(made.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                _sync_folder(file)
+        os.replace(made, path)
+    _sync_folder(path.parent)
+
+
 def put_in_place(source: Path, path: Path) -> None:
     """Give a file that others have written its final name, on the same disk, once it is flushed."""
     path.parent.mkdir(parents=True, exist_ok=True)
