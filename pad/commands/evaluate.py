@@ -464,6 +464,7 @@ class _Training:
         more = dict(about)
         if row.whole:  # which settings of the set's evaluation do not change
             protocol |= {"epochs": settings.full_epochs, "compile": "", "together": 0}
+            more |= {"test": bench.data.test_fingerprint}  # kept for good, whatever becomes of the folder
         if not row.augmented:
             more["augmented"] = False
         fixed = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -211,6 +212,15 @@ def test_networks_on_the_whole_set_are_trained_once_for_all_sets(results, traine
     results("hard", "--overwrite", rows="full", full_lr=0.02)
     assert len([case for _, case in trained if case.epochs is not None]) == 4
     assert [path.name for path in (tmp_path / "whole").iterdir()] == ["accuracies-0"]
+
+
+def test_what_the_whole_set_scores_is_of_the_test_images_too(place, results, trained, tmp_path):
+    first = results("hard", rows="full")["results"][1]
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "images" / "test" / "ant" / "00.png").unlink()
+    trained.clear()
+    assert results("hard", "--overwrite", rows="full", data_path=tmp_path / "images")["results"][1] != first
+    assert len([case for _, case in trained if case.epochs is not None]) == 2
 
 
 def test_a_stopped_evaluation_goes_on_with_what_the_whole_set_has_trained(argv, results, trained, monkeypatch):
