@@ -85,16 +85,17 @@ def setting(
     choices: typing.Collection[str] = (),
     by_study: bool = False,
     memory: bool = False,
+    later: bool = False,
 ) -> typing.Any:
     """A field of :class:`Settings`.
 
     ``low`` to ``below``: the range of a number. ``choices``: the words it may be. ``by_study``: in a study the study
-    decides it, and its file may not. ``memory``: less of it needs less memory.
+    decides it, and its file may not. ``memory``: less of it needs less memory. ``later``: it came after studies and
+    results that do not name it, so at its default neither do new ones (:meth:`Settings.telling`).
     """
     limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(
-        default=default, metadata={"help": help, "role": role, "by_study": by_study, "memory": memory, **limits}
-    )
+    notes = {"help": help, "role": role, "by_study": by_study, "memory": memory, "later": later}
+    return field(default=default, metadata=notes | limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,15 @@ class Settings:
     def of(self, *roles: Role) -> dict:
         """The settings of these roles as plain values."""
         return {name: getattr(self, name) for name in self.names(*roles)}
+
+    def telling(self, *roles: Role) -> dict:
+        """Those of these roles that tell something: all but later ones at their defaults."""
+        fields = self.fields()
+        return {
+            name: value
+            for name, value in self.of(*roles).items()
+            if not (fields[name].metadata["later"] and value == fields[name].default)
+        }
 
     def as_dict(self) -> dict:
         """All settings as plain values, in the order of declaration."""

@@ -265,7 +265,7 @@ def _names(by_study: bool) -> set[str]:
 
 def _recipe(settings: Settings) -> dict:
     """All settings that say what comes out."""
-    return settings.of(*(role for role in Role if role not in UNNAMED))
+    return settings.telling(*(role for role in Role if role not in UNNAMED))
 
 
 def slug(name: str) -> str:
