@@ -202,8 +202,8 @@ def test_training_evaluation_networks(name, count):
 def test_training_and_asking_a_scoring_network():
     images, labels = meta(N, 3, *SIZE), meta(N, dtype=torch.int64)
     scoring = ScoringSettings(NETWORK, epochs=1, batch=7, augmentation="crop_flip")
-    events = scores_of.ForgettingEvents(labels)
-    trained = ScoringTraining(images, labels, CLASSES, scoring, 0).train(0, observers=[events])
+    observers = [method.compute(labels) for method in METHODS.values() if method.needs == "training"]
+    trained = ScoringTraining(images, labels, CLASSES, scoring, 0).train(0, observers=observers)
     assert is_meta(*trained.parameters())
     of_evidence = [method for method in METHODS.values() if (method.kind, method.needs) == ("score", "evidence")]
     assert of_evidence
@@ -211,7 +211,8 @@ def test_training_and_asking_a_scoring_network():
         evidence = collect_evidence(trained, images, labels, batch=7)
         scores = [method.compute(evidence) for method in of_evidence]
         step = scores_of._to_boundary(trained, images, labels)  # how many more there are hangs on the numbers
-        assert is_meta(evidence.features, evidence.logits, evidence.errors, *scores, step, events.scores(1))
+        assert is_meta(evidence.features, evidence.logits, evidence.errors, *scores, step)
+    assert observers and is_meta(*(observer.scores(1) for observer in observers))
 
 
 def test_logits(model):
