@@ -657,6 +657,9 @@ RANGES = [  # a value that is just in, and one that is just out
     (DistillSettings, "min_start_epoch", "0", "-1"),
     (DistillSettings, "depth_ratio", "0.999", "1"),
     (DistillSettings, "depth_ratio", "0", "-0.1"),
+    (DistillSettings, "match_from", "0.999", "1"),
+    (DistillSettings, "match_to", "1", "1.01"),
+    (DCSettings, "match_to", "0.001", "0"),
     (DistillSettings, "loss_ratio", "0.999", "1"),
     (DistillSettings, "threshold", "0.1", "0"),
     (DistillSettings, "lr_img", "0", "-1"),
@@ -839,6 +842,9 @@ def test_files_that_cannot_be_read(tmp_path):
         (DistillSettings, ["--min_start_epoch", "20"], ["current_max_start_epoch", "Sequential_Generation"]),
         (DistillSettings, ["--Initialize_Label_With_Another_Model"], ["Initialize_Label_Model"]),
         (DistillSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (DistillSettings, ["--match_from", "0.5", "--match_to", "0.5"], ["match_from: 0.5", "match_to: 0.5"]),
+        (DistillSettings, ["--depth_ratio", "0.5", "--match_from", "0.5"], ["depth_ratio: 0.5", "match_from: 0.5"]),
+        (DCSettings, ["--depth_ratio", "0.25", "--match_to", "0.5"], ["depth_ratio: 0.25", "match_to: 0.5"]),
         (EvaluationSettings, [], ["--synthetic", "--data_dir", "--label_dir", "--lr_dir"]),
         (EvaluationSettings, ["--data_dir", "a"], ["--label_dir and --lr_dir"]),
         (EvaluationSettings, [*TRIO, "--synthetic", "s"], ["synthetic", "data_dir"]),
@@ -877,7 +883,7 @@ def test_each_way_of_matching_refuses_what_the_others_alone_have():
         "lr_lr",
     ):
         assert key in trajectories and {key} <= DCSettings.refused.keys() & DMSettings.refused.keys()
-    own = {"outer_loop", "inner_loop", "micro_batch"}
+    own = {"outer_loop", "inner_loop", "micro_batch", "match_from", "match_to"}
     assert own == gradients - distributions == DMSettings.refused.keys() - DCSettings.refused
     for cls in FRONT_DOORS:
         names = set(cls.fields())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pad.commands.bench import Workbench
-from pad.commands.distil import Task
+from pad.commands.distil import OfDepth, Task
 from pad.commands.real import RealMatching
 from pad.config import DETAIL, PACE, RECIPE, setting
 from pad.errors import InputError
@@ -19,7 +19,7 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DCSettings(RealMatching):
+class DCSettings(RealMatching, OfDepth):
     """``distill/DC.py``: match gradients of real and synthetic images (DC, 2006.05929; with dsa DSA, 2102.08259)."""
 
     # A part of the recipe: matching trains networks, too.
@@ -27,7 +27,6 @@ class DCSettings(RealMatching):
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
     lr_img: float = setting(0.1, "learning rate of the images", RECIPE, low=0)
     pix_init: str = setting("noise", "initial images", RECIPE, choices=("real", "noise"))
-    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
     outer_loop: int | None = setting(None, "image steps per iteration; default: the published, by ipc", RECIPE, low=1)
     inner_loop: int | None = setting(None, "epochs of training between; default: published, by ipc", RECIPE, low=0)
     micro_batch: int | None = setting(
@@ -60,6 +59,7 @@ class DCSettings(RealMatching):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Match the gradients of real images."""
+        match_from, match_to = self.matched_span(model)
         real, made_from = self.real_batches(bench, model)
         outer, inner = self.loops
 
@@ -75,6 +75,8 @@ class DCSettings(RealMatching):
             training=self.augmentation(),
             outer=outer,
             inner=inner,
+            match_from=match_from,
+            match_to=match_to,
             ranks=bench.ranks,
             real_model=bench.flat_model(self.model, self.compile, self.micro_batch),
         )

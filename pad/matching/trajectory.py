@@ -92,9 +92,10 @@ class TrajectoryObjective(Objective):
     augmentation: Augmentation
     syn_steps: int
     batch_syn: int
-    depth_ratio: float
+    match_from: float
     loss_ratio: float
     seed: int
+    match_to: float = 1.0
     ranks: Ranks = ALONE
     truncated: bool = False
     replay: Replay = AT_ONCE
@@ -111,6 +112,7 @@ class TrajectoryObjective(Objective):
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)
+        filters = {"match_from": self.match_from, "match_to": self.match_to, "loss_ratio": self.loss_ratio}
         return unrolled_gradients(
             self.model,
             start,
@@ -118,7 +120,7 @@ class TrajectoryObjective(Objective):
             labels,
             lr,
             steps,
-            objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            objective=lambda theta: matching_loss(theta, start, target, **filters),
             ranks=ranks,
             truncated=self.truncated,
             replay=self.replay if ranks.size == 1 else AT_ONCE,
