@@ -644,6 +644,7 @@ RANGES = [  # a value that is just in, and one that is just out
     (BufferSettings, "add_end_epoch", "0", "-1"),
     (BufferSettings, "add_schedule", "geometric", "cosine"),
     (BufferSettings, "removal", "linear", "gradual"),
+    (BufferSettings, "drop_easy", "0.99", "1"),
     (BufferSettings, "eval_every", "0", "-1"),
     (BufferSettings, "score_repeats", "1", "0"),
     (BufferSettings, "batch_train", "1", "0"),

@@ -110,8 +110,7 @@ class DistillSettings(OfDepth):
     }
     refused = {
         **dict.fromkeys(
-            ("drop_easy", "drop_hard"),
-            "the curriculum of the experts leaves real images out, buffer/buffer_CL.py --rm_easy_ratio_first",
+            ("drop_easy", "drop_hard"), "real images are left out where experts are trained, buffer/buffer_CL.py"
         ),
         **dict.fromkeys(("outer_loop", "inner_loop", "lr_net"), "it belongs to gradient matching, distill/DC.py"),
     }
