@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pad.matching.loss import matching_loss
+from pad.matching.loss import loss_by_layer, matching_loss
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 
@@ -128,3 +128,20 @@ def test_an_expert_that_did_not_move_gives_no_finite_loss():
     assert not loss.isfinite()
     loss, _ = matching_loss(start, start, start)
     assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("match_from, loss_ratio, match_to", RATIOS)
+def test_the_loss_by_layer_is_that_of_its_coordinates_and_adds_up(match_from, loss_ratio, match_to):
+    theta, start, target = (randn(101, seed) for seed in range(3))
+    sizes = [40, 1, 7, 53]
+    kept = kept_coordinates(theta, target, match_from, loss_ratio, match_to)
+    whole = sum((start[i] - target[i]).item() ** 2 for i in kept)
+    expected, at = [], 0
+    for size in sizes:
+        mine = [i for i in kept if at <= i < at + size]
+        expected.append([sum((end[i] - target[i]).item() ** 2 for i in mine) / whole for end in (theta, start)])
+        at += size
+    found = loss_by_layer(theta, start, target, sizes, match_from, loss_ratio, match_to=match_to)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    loss, _ = matching_loss(theta, start, target, match_from, loss_ratio, match_to=match_to)
+    torch.testing.assert_close(found.sum(dim=0), torch.stack([loss, torch.ones_like(loss)]), rtol=1e-12, atol=0)

@@ -206,3 +206,19 @@ def test_the_settings_arrive(store):
         }.items()
     }
     assert len(set(losses.values())) == len(losses)
+
+
+# ------------------------------------------------------------------------------------------------ layer by layer
+
+
+def test_layers_are_the_modules_with_parameters_and_what_they_add_is_the_loss(store):
+    plain, asked = (objective(store, layer_losses=wanted).gradients(3, *synthetic()) for wanted in (False, True))
+    assert plain.layers == {}
+    for name in ("loss", "images", "labels", "lr"):
+        assert torch.equal(getattr(plain, name), getattr(asked, name))
+    modules = build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 0).named_modules()
+    assert list(asked.layers) == [name for name, module in modules if list(module.parameters(recurse=False))]
+    added, at_start = torch.stack(list(asked.layers.values())).sum(dim=0).tolist()
+    assert added == pytest.approx(asked.loss.item(), rel=1e-12) and at_start == pytest.approx(1, rel=1e-12)
+    first, *_, last = asked.layers.values()
+    assert first.tolist() == [0, 0] and last.min() > 0  # match_from is 0.5

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from pad.commands.bench import Workbench, experts_at
 from pad.commands.distil import OfDepth, Task, first_set
-from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, setting
+from pad.config import DATA, DETAIL, PLACE, RECIPE, REPORT, FilePath, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
 from pad.initialisation import WeakExperts, refuse_small_classes
@@ -66,6 +66,9 @@ class DistillSettings(OfDepth):
         "through all inner steps, or TESLA's: each step's own share alone",
         RECIPE,
         choices=("exact", "truncated"),
+    )
+    layer_losses: bool = setting(
+        False, "record and draw what each layer of the network adds to the loss", REPORT, later=True
     )
     no_aug: bool = setting(False, "no augmentation while matching", RECIPE)
     micro_batch: int | None = setting(

@@ -1,5 +1,7 @@
 """The trajectory-matching loss (MTT, arXiv 2203.11932, eq. 2) with PAD's filters: what counts (2408.03360, 3.3)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,14 +38,44 @@ def matching_loss(
     All shares count over all P. The ratio lies in [0, 1).
     """
     difference = theta - target
-    weight = torch.ones_like(theta)
-    first, last = span(match_from, match_to, theta.numel())
-    weight[:first] = 0
-    weight[last:] = 0
-    dropped = int(exact_share(loss_ratio) * theta.numel())
-    if dropped:
-        # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
-        weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)
+    weight = _weight(difference, match_from, match_to, loss_ratio)
     kept = difference * weight
     scale = ((start - target).square() * weight).sum()
     return kept @ difference / scale, 2 * kept / scale
+
+
+@torch.no_grad()
+def loss_by_layer(
+    theta: Tensor,
+    start: Tensor,
+    target: Tensor,
+    sizes: Sequence[int],
+    match_from: float = 0.0,
+    loss_ratio: float = 0.0,
+    *,
+    match_to: float = 1.0,
+) -> Tensor:
+    """What each layer, of ``sizes`` coordinates in flat order, adds to :func:`matching_loss`: ``[layers, 2]``.
+
+    The first column is sum_l (theta - target)^2 / D, with D = sum_K (start - target)^2 and l the coordinates of K in
+    the layer, so that it adds up to the loss. The second is sum_l (start - target)^2 / D, which adds up to 1. The first
+    by the second is the loss of the layer taken by itself.
+    """
+    difference = theta - target
+    weight = _weight(difference, match_from, match_to, loss_ratio)
+    moved = torch.stack([difference, start - target]).square() * weight
+    parts = [part.sum(dim=1) for part in moved.split(list(sizes), dim=1)]
+    return torch.stack(parts) / moved[1].sum()
+
+
+def _weight(difference: Tensor, match_from: float, match_to: float, loss_ratio: float) -> Tensor:
+    """1 for the coordinates that count, 0 for the others: ``[P]``, with ``difference`` theta - target."""
+    weight = torch.ones_like(difference)
+    first, last = span(match_from, match_to, len(weight))
+    weight[:first] = 0
+    weight[last:] = 0
+    dropped = int(exact_share(loss_ratio) * len(weight))
+    if dropped:
+        # index_fill_: an assignment to indexed elements on CUDA copies its number to the device, and waits for that
+        weight.index_fill_(0, difference.square().argsort(stable=True)[:dropped], 0)
+    return weight
