@@ -852,8 +852,6 @@ def test_files_that_cannot_be_read(tmp_path):
         (ScoreSettings, ["--methods", " , "], ["methods", "all"]),
         (DCSettings, ["--drop_easy", "0.5", "--drop_hard", "0.5"], ["drop_easy: 0.5", "drop_hard: 0.5"]),
         (DMSettings, ["--drop_easy", "0.7", "--drop_hard", "0.4"], ["drop_easy: 0.7", "drop_hard: 0.4"]),
-        (DCSettings, ["--ipc", "5"], ["ipc: 5", "outer_loop", "inner_loop"]),
-        (DCSettings, ["--ipc", "5", "--outer_loop", "3"], ["ipc: 5", "give both"]),
         (DMSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
         (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
@@ -964,8 +962,15 @@ def test_the_published_loops_of_gradient_matching(ipc, loops):
     assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "7").loops == (7, loops[1])
 
 
-def test_loops_of_another_ipc_are_given():
-    assert read(DCSettings, "--ipc", "5", "--outer_loop", "3", "--inner_loop", "0").loops == (3, 0)
+@pytest.mark.parametrize(
+    ("ipc", "loops"), [(2, (10, 50)), (11, (20, 25)), (49, (50, 10)), (51, (50, 10)), (1000, (50, 10))]
+)
+def test_loops_of_another_ipc_are_those_of_the_next_that_is_published_and_it_is_said(ipc, loops, caplog):
+    assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "3", "--inner_loop", "0").loops == (3, 0)
+    assert not caplog.records
+    assert read(DCSettings, "--ipc", str(ipc)).loops == loops
+    assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "7").loops == (7, loops[1])
+    assert f"ipc: {ipc} has no published outer_loop and inner_loop; 7 and {loops[1]} are taken" in caplog.text
 
 
 def test_published_defaults_of_gradient_and_distribution_matching():

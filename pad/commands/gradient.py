@@ -3,6 +3,7 @@
 python distill/DC.py --cfg configs/CIFAR-10/DC-IPC10.yaml
 """
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from pad.commands.bench import Workbench
 from pad.commands.distil import OfDepth, Task
 from pad.commands.real import RealMatching
 from pad.config import DETAIL, PACE, RECIPE, setting
-from pad.errors import InputError
 from pad.matching.gradient import GradientObjective
 from pad.nn.flat import FlatModel
+
+log = logging.getLogger("pad")
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # by ipc, as published
 
@@ -27,8 +29,10 @@ class DCSettings(RealMatching, OfDepth):
     Iteration: int = setting(1000, "outer iterations 0..Iteration, a fresh network each", PACE, low=0)
     lr_img: float = setting(0.1, "learning rate of the images", RECIPE, low=0)
     pix_init: str = setting("noise", "initial images", RECIPE, choices=("real", "noise"))
-    outer_loop: int | None = setting(None, "image steps per iteration; default: the published, by ipc", RECIPE, low=1)
-    inner_loop: int | None = setting(None, "epochs of training between; default: published, by ipc", RECIPE, low=0)
+    outer_loop: int | None = setting(
+        None, "image steps per iteration; default: by ipc, as published for 1, 10, 20, 30, 40 and 50", RECIPE, low=1
+    )
+    inner_loop: int | None = setting(None, "epochs of training between; default: by ipc, as outer_loop", RECIPE, low=0)
     micro_batch: int | None = setting(
         None, "compute on so many images at a time: less memory, same result", DETAIL, low=1, memory=True
     )
@@ -38,15 +42,19 @@ class DCSettings(RealMatching, OfDepth):
     def check(self) -> None:
         super().check()
         if None in (self.outer_loop, self.inner_loop) and self.ipc not in _LOOPS:
-            raise InputError(
-                f"ipc: {self.ipc} has no published outer_loop and inner_loop "
-                f"(only {', '.join(map(str, _LOOPS))} have); give both"
+            # DC's author says of 100 to 1000 images: take the better of (50, 10) and (20, 25), with pix_init real.
+            log.warning(
+                "ipc: %d has no published outer_loop and inner_loop; %d and %d are taken, by the next ipc that has",
+                *(self.ipc, *self.loops),
             )
 
     @property
     def loops(self) -> tuple[int, int]:
-        """Image steps per iteration, and epochs of training between them."""
-        outer, inner = _LOOPS.get(self.ipc, (0, 0))
+        """Image steps per iteration, and epochs of training between them.
+
+        Where they are not given: the published of the next larger ipc that has some, of the largest beyond it.
+        """
+        outer, inner = _LOOPS[next((ipc for ipc in _LOOPS if ipc >= self.ipc), max(_LOOPS))]
         return (
             outer if self.outer_loop is None else self.outer_loop,
             inner if self.inner_loop is None else self.inner_loop,
