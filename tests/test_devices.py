@@ -380,7 +380,7 @@ def matching_task(model, dtype, ratios=(0.3, 0.2)):
         augmentation=DSA(),
         syn_steps=6,
         batch_syn=7,
-        match_from=ratios[0],
+        depth=(ratios[0], 1.0),
         loss_ratio=ratios[1],
         seed=0,
     )

@@ -67,7 +67,7 @@ class DCSettings(RealMatching, OfDepth):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Match the gradients of real images."""
-        match_from, match_to = self.matched_span(model)
+        depth = self.matched_span(model)
         real, made_from = self.real_batches(bench, model)
         outer, inner = self.loops
 
@@ -83,8 +83,7 @@ class DCSettings(RealMatching, OfDepth):
             training=self.augmentation(),
             outer=outer,
             inner=inner,
-            match_from=match_from,
-            match_to=match_to,
+            depth=depth,
             ranks=bench.ranks,
             real_model=bench.flat_model(self.model, self.compile, self.micro_batch),
         )

@@ -156,7 +156,7 @@ class DistillSettings(OfDepth):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Follow experts. A resumed run follows those it began with."""
-        match_from, match_to = self.matched_span(model)
+        depth = self.matched_span(model)
         if self.pix_init != "noise":
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
@@ -193,8 +193,7 @@ class DistillSettings(OfDepth):
             batch_syn=batch_syn,
             ranks=bench.ranks,
             truncated=self.gradient == "truncated",
-            match_from=match_from,
-            match_to=match_to,
+            depth=depth,
             replay=replay_on(bench.device),
         )
         recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}

@@ -67,6 +67,7 @@ class GradientObjective(Objective):
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
         training: augmentation of the inner training.
         lr_net, batch_train: of that training, plain SGD.
+        depth: shares of the depth between which parameters count (:func:`pad.matching.loss.span`).
         ranks: share the classes; each does the training.
         real_model: the same network for the real batches. Compiled code is for batches of a size, and ``model``'s
             would be filled up to theirs.
@@ -81,9 +82,8 @@ class GradientObjective(Objective):
     inner: int
     lr_net: float
     batch_train: int
-    match_from: float
+    depth: tuple[float, float]
     seed: int
-    match_to: float = 1.0
     ranks: Ranks = ALONE
     real_model: FlatModel | None = None
 
@@ -121,7 +121,7 @@ class GradientObjective(Objective):
             x, back = augment_and_back(images[mine], draw)
             with torch.enable_grad():
                 g = model.grad(theta, x, p[mine]).requires_grad_()
-                distance = gradient_distance(g, target, model.shapes, self.match_from, self.match_to)
+                distance = gradient_distance(g, target, model.shapes, *self.depth)
                 v = torch.autograd.grad(distance, g)[0]
             d_images[mine] = back(model.hvp(theta, x, p[mine], v)[2])
             loss += distance.detach()

@@ -82,6 +82,7 @@ class TrajectoryObjective(Objective):
 
     Args:
         augmentation: of the ``syn_steps`` inner steps, on ``batch_syn`` synthetic images each.
+        depth: shares of the depth between which parameters count (:func:`pad.matching.loss.span`).
         ranks: share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
         truncated: TESLA's gradients, see :func:`pad.matching.unroll.adjoint`.
         layer_losses: also say what each layer adds to the loss (:func:`pad.matching.loss.loss_by_layer`).
@@ -94,10 +95,9 @@ class TrajectoryObjective(Objective):
     augmentation: Augmentation
     syn_steps: int
     batch_syn: int
-    match_from: float
+    depth: tuple[float, float]
     loss_ratio: float
     seed: int
-    match_to: float = 1.0
     ranks: Ranks = ALONE
     truncated: bool = False
     layer_losses: bool = False
@@ -115,7 +115,7 @@ class TrajectoryObjective(Objective):
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)
-        filters = {"match_from": self.match_from, "match_to": self.match_to, "loss_ratio": self.loss_ratio}
+        filters = dict(zip(("match_from", "match_to"), self.depth), loss_ratio=self.loss_ratio)
         layers: dict[str, Tensor] = {}
 
         def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
