@@ -165,8 +165,8 @@ def recipe_of(settings: BufferSettings) -> dict:
 
 def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
     """Raise InputError, naming the first difference, where an expert in ``store`` was made with another recipe."""
-    # What a recipe does not name is at its default: a buffer may be older than a setting. DSA or not, it says itself:
-    # without DSA, an old one was not made with DC's augmentation.
+    # What a recipe does not name is at its default: later settings are left out there, and a buffer may be older than a
+    # setting. Without DSA, one that does not name the augmentation was not made with DC's.
     usual = BufferSettings().of(RECIPE)
     recipe = usual | recipe
     defaults = usual | {"augmentation": "an approximation of DC's"}

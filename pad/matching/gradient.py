@@ -31,8 +31,8 @@ def gradient_distance(
     """D(g, target) of flat gradients ``[P]`` of parameters of these shapes: a scalar (arXiv 2006.05929).
 
     The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with
-    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out. So are the
-    coordinates outside :func:`pad.matching.loss.span`: where a cut falls into a row, the rest of the row counts.
+    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out. So are the coordinates
+    outside :func:`pad.matching.loss.span`: where a cut falls into a row, the rest of the row counts.
     """
     first, last = span(match_from, match_to, len(g))
     if (first, last) != (0, len(g)):
