@@ -32,8 +32,8 @@ from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
-from pad.matching.loss import matching_loss
-from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
+from pad.matching.loss import loss_by_layer, matching_loss
+from pad.matching.trajectory import SegmentSampler, TrajectoryObjective, layers_of
 from pad.matching.unroll import adjoint, inner_steps, unroll
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
@@ -120,10 +120,11 @@ def test_a_matching_iteration(model, augmentation, ratios):
     with OneDevice():
         steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"))
         path = unroll(model, theta, images, labels, lr, steps)
-        loss, lam = matching_loss(path[-1], theta, target, *ratios)
+        loss, lam = matching_loss(path[-1], theta, target, *ratios, match_to=0.9)
+        layers = loss_by_layer(path[-1], theta, target, list(layers_of(model).values()), *ratios, match_to=0.9)
         gradients = adjoint(model, path, images, labels, lr, steps, lam=lam)
     assert [g.shape for g in gradients] == [images.shape, labels.shape, lr.shape]
-    assert is_meta(path, loss, lam, *gradients) and path.shape == (5, model.num_parameters)
+    assert is_meta(path, loss, lam, layers, *gradients) and path.shape == (5, model.num_parameters)
 
 
 def test_the_two_derivatives(model):
