@@ -276,6 +276,7 @@ def test_buffers_of_systems(folder, name, caplog):
 
 # ---- the commands above the files
 
+ALL_BUFFERS = sorted([*(CONFIGS / "paper").rglob("buffer.yaml"), *CONFIGS.rglob("buffer-*.yaml")])
 ALL = [paper_file(*cell) for cell in TABLE_7] + [file_of(*key) for key in EXPECTED]
 
 
@@ -342,10 +343,8 @@ def test_every_file_runs_two_iterations_on_small_data(small, path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("buffer*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", ALL_BUFFERS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_buffer_file_records_on_small_data(small, path, tmp_path):
-    if path.parent.name in ("quickstart", "cifar10_small"):
-        pytest.skip("made for small data, and tested with it")
     own = small | {"num_experts": 1, "train_epochs": 2, "batch_train": 12, "buffer_path": tmp_path}
     own |= {"score_repeats": 1, "score_epochs": 1}
     assert cli.buffer(command_line(cfg=path, **own)) == 0
