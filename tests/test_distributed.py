@@ -309,7 +309,7 @@ def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_mai
                 augmentation=DSA("flip"),
                 syn_steps=2,
                 batch_syn=6,
-                depth_ratio=0.0,
+                depth=(0.0, 1.0),
                 loss_ratio=0.0,
                 seed=0,
                 ranks=ranks,

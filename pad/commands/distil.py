@@ -21,12 +21,13 @@ from typing_extensions import Self
 from pad.checkpoint import State
 from pad.commands.bench import Workbench, identity_of_set, set_up, use_tf32
 from pad.commands.common import Evaluating
-from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, setting
+from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, Role, setting
 from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.matching.loss import span
 from pad.matching.objective import Objective
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
@@ -110,6 +111,39 @@ class Distilling(Evaluating, ABC):
         """About how many derivatives of the network a run takes: what compiling has to pay for itself in."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfDepth(Distilling):
+    """What ways of matching ask that count parameters by their depth."""
+
+    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
+    match_from: float = setting(
+        0.0, "share of the depth at which matching begins, as depth_ratio", RECIPE, low=0, below=1, later=True
+    )
+    match_to: float = setting(1.0, "share of the depth at which it ends", RECIPE, above=0, high=1, later=True)
+
+    def check(self) -> None:
+        super().check()
+        first, last = self.match_from, self.match_to
+        if self.depth_ratio and (first, last) != (0, 1):
+            raise InputError(
+                f"depth_ratio: {self.depth_ratio:g} is short for match_from: {self.depth_ratio:g} and match_to: 1; "
+                f"give either it or the span, not also match_from: {first:g} and match_to: {last:g}"
+            )
+        if last <= first:
+            raise InputError(f"match_to: {last:g} leaves nothing to match from match_from: {first:g} on")
+
+    def matched_span(self, model: FlatModel) -> tuple[float, float]:
+        """The shares of the depth between which parameters are matched. Raises InputError where none lies there."""
+        shares = self.depth_ratio or self.match_from, self.match_to
+        first, last = span(*shares, model.num_parameters)
+        if first == last:
+            raise InputError(
+                f"match_from: {shares[0]:g} and match_to: {shares[1]:g} have none of the {model.num_parameters} "
+                f"parameters of {self.model} between them"
+            )
+        return shares
+
+
 def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Stage 2: optimise a synthetic set. What is matched goes by the kind of ``settings``. Returns the run folder.
 
@@ -162,7 +196,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         ema_decay=task.ema_decay,
     )
     protocol = bench.protocol(settings, len(task.images))
-    fixed = {name: value for name, value in settings.as_dict().items() if name not in place.may_differ}
+    fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)

@@ -39,6 +39,7 @@ class DMSettings(RealMatching):
     refused = {
         **RealMatching.refused,
         **dict.fromkeys(("outer_loop", "inner_loop"), "it belongs to gradient matching, distill/DC.py"),
+        **dict.fromkeys(("match_from", "match_to"), "whole blocks are matched here: depth_ratio says how many"),
         "micro_batch": "a class at a time is all that is computed on here",
     }
     program = "dm"

@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "Uncertainty-Entropy": Method("score", "low entropy of the prediction", lambda of: formulas.entropy(of.logits)),
     "Uncertainty-Margin": Method("score", "wide margin between two classes", lambda of: formulas.margin(of.logits)),
     "Forgetting": Method("score", "seldom forgotten in training", formulas.ForgettingEvents, "training"),
+    "Loss": Method("score", "small loss all through training", formulas.TrainingLosses, "training"),
     "CAL": Method("score", "predicted as its neighbours are", lambda of: formulas.cal(of.features, of.logits)),
     "DeepFool": Method("score", "far from the decision boundary", formulas.deepfool, "network"),
     "Herding": Method("order", "those that keep the mean of the features", orderings.herding),

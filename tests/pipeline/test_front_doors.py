@@ -218,6 +218,17 @@ def test_pictures_and_artifacts_of_a_run(finished):
     assert not list(finished.rglob("*.partial"))
 
 
+def test_the_loss_by_layer_changes_nothing_else(images, buffer, finished, tmp_path):
+    assert cli.distill(distil_args(images, buffer, tmp_path, "--layer_losses")) == 0
+    plain, asked = (events_in(run_folder(runs), "match") for runs in (finished, tmp_path))
+    for event in asked:
+        assert sum(added for added, _ in event["layers"].values()) == pytest.approx(event["loss"], rel=1e-5)
+        del event["layers"]
+    assert asked == plain and list((run_folder(tmp_path) / "pictures").glob("layers_*.png"))
+    last = Path("Normal", "synthetic_last.safetensors")
+    assert (run_folder(tmp_path) / last).read_bytes() == (run_folder(finished) / last).read_bytes()
+
+
 def test_a_runs_own_config_makes_it_again(finished, tmp_path):
     """With what it says of the experts beside the settings."""
     config = run_folder(finished) / "config.yaml"

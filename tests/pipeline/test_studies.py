@@ -377,5 +377,5 @@ def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
 
 
 def test_the_shipped_studies_are_studies():
-    for path in (CHECKOUT / "configs" / "studies").glob("*.yaml"):
+    for path in (CHECKOUT / "configs" / "studies").rglob("*.yaml"):
         assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()
