@@ -18,6 +18,7 @@ from functools import partial
 
 from pad import config, distributed
 from pad.allocator import keep_compiled_code, keep_freed_memory
+from pad.commands.page import PageSettings, write_page
 from pad.commands.table import COMMANDS, Command
 from pad.distributed import PeerLost, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
@@ -26,6 +27,7 @@ from pad.study.study import StudySettings
 from pad.study.study import study as run_study
 
 COMMANDS["study"] = Command("study.py", StudySettings, run_study)
+COMMANDS["report"] = Command("report.py", PageSettings, write_page)
 
 
 class _Handler(logging.StreamHandler):
@@ -63,6 +65,7 @@ def _run(command: Command, argv: list[str]) -> int:
     # torch says this of itself when it first differentiates forwards; there is nothing for a user to do about it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a user without a home it warns at every import
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own to its commands, which cannot import matplotlib then
     log, handler = logging.getLogger("pad"), _Handler()
     level = log.level
     log.addHandler(handler)
@@ -101,7 +104,10 @@ score: Callable[..., int] = partial(door, "score")  # pad-score, scripts/score_d
 coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/select_coreset.py
 import_buffer: Callable[..., int] = partial(door, "import")  # pad-import-buffer, scripts/import_buffer.py
 export_buffer: Callable[..., int] = partial(door, "export")  # pad-export-buffer, scripts/export_buffer.py
+import_set: Callable[..., int] = partial(door, "import_set")  # pad-import-set, scripts/import_set.py
+export_set: Callable[..., int] = partial(door, "export_set")  # pad-export-set, scripts/export_set.py
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
+report: Callable[..., int] = partial(door, "report")  # pad-report, scripts/report.py
 
 
 @contextlib.contextmanager

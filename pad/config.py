@@ -26,11 +26,13 @@ from typing_extensions import Self
 
 from pad.errors import InputError
 from pad.store.identity import nearest
+from pad.store.naming import network_name
 
 log = logging.getLogger("pad")
 
 Device = typing.NewType("Device", str)  # "auto", "cpu", "cuda", "cuda:1", or the published list, as [0, 1]
 FilePath = typing.NewType("FilePath", str)  # relative ones in a YAML file: see path_base
+NetworkName = typing.NewType("NetworkName", str)  # or several, as a,b; files in them are named as paths are
 Some = typing.TypeVar("Some", bound="Settings")
 Made = typing.TypeVar("Made")  # a dataclass
 
@@ -85,16 +87,18 @@ def setting(
     choices: typing.Collection[str] = (),
     by_study: bool = False,
     memory: bool = False,
+    later: bool = False,
 ) -> typing.Any:
     """A field of :class:`Settings`.
 
-    ``low`` to ``below``: the range of a number. ``choices``: the words it may be. ``by_study``: in a study the study
-    decides it, and its file may not. ``memory``: less of it needs less memory.
+    ``low`` to ``below``: the range of a number. ``choices``: the words it may be; where its type is a path, it may also
+    be one (a word with a / or a dot). ``by_study``: in a study the study decides it, and its file may not. ``memory``:
+    less of it needs less memory. ``later``: it came after studies and results that do not name it, so at its default
+    neither do new ones (:meth:`Settings.telling`).
     """
     limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(
-        default=default, metadata={"help": help, "role": role, "by_study": by_study, "memory": memory, **limits}
-    )
+    notes = {"help": help, "role": role, "by_study": by_study, "memory": memory, "later": later}
+    return field(default=default, metadata=notes | limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +136,23 @@ class Settings:
         """The settings of these roles as plain values."""
         return {name: getattr(self, name) for name in self.names(*roles)}
 
+    def telling(self, *roles: Role) -> dict:
+        """Those of these roles that tell something: all but later ones at their defaults."""
+        fields = self.fields()
+        return {
+            name: value
+            for name, value in self.of(*roles).items()
+            if not (fields[name].metadata["later"] and value == fields[name].default)
+        }
+
     def as_dict(self) -> dict:
         """All settings as plain values, in the order of declaration."""
         return self.of(*Role)
+
+    @classmethod
+    def untold(cls) -> dict:
+        """What :meth:`telling` leaves out is at these values."""
+        return {name: field.default for name, field in cls.fields().items() if field.metadata["later"]}
 
     def fill(self, kind: type[Made], prefix: str = "", **others) -> Made:
         """A dataclass: fields that are not among ``others`` from the settings of their names, after ``prefix``."""
@@ -175,15 +193,17 @@ class Settings:
     @classmethod
     def with_paths(cls, values: Mapping, base: Path) -> dict:
         """``values`` with relative paths, in the settings that are paths, taken as relative to ``base``."""
-        hints = typing.get_type_hints(cls)
-        return {
-            key: _resolve_path(value, base) if _kind(hints.get(key), value) is FilePath else value
-            for key, value in values.items()
-        }
+        fields, hints = cls.fields(), typing.get_type_hints(cls)
+
+        def kind(key, value):
+            of_words = key in fields and fields[key].metadata["choices"]
+            return None if of_words and not _like_a_path(value) else _kind(hints.get(key), value)
+
+        return {key: _relative_to(base, kind(key, value), value) for key, value in values.items()}
 
     def adopting(self, values: Mapping) -> Self:
         """These settings with others from elsewhere, checked like those of a file; raises as :meth:`resolve`."""
-        settings = dataclasses.replace(self, **self._coerced(values))
+        settings = dataclasses.replace(self, **self._coerced(values)).resolved()
         settings.check()
         return settings
 
@@ -301,10 +321,22 @@ def _kind(hint, value):
     return kind
 
 
+def _like_a_path(value) -> bool:
+    return isinstance(value, str) and ("/" in value or "." in value)
+
+
 def _resolve_path(value, base: Path):
     if not isinstance(value, str) or not value or value.startswith("~") or Path(value).is_absolute():
         return value
     return os.path.normpath(base / value)
+
+
+def _relative_to(base: Path, kind, value):
+    """``value`` with the relative paths in it, if it is of a kind that has some, taken as relative to ``base``."""
+    if kind is NetworkName and isinstance(value, str):
+        words = (word.strip() for word in value.split(","))
+        return ",".join(_resolve_path(word, base) if ".py:" in word else word for word in words)
+    return _resolve_path(value, base) if kind is FilePath else value
 
 
 def _unknown(what: str, name, known: list[str]) -> str:
@@ -329,18 +361,23 @@ def _coerce(field: dataclasses.Field, hint, value):
             return None
     if isinstance(value, int) and value.bit_length() > 64:
         raise InputError(f"{name}: {_shorten(value)} is out of range")
-    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str, FilePath: _path, Device: _device}
+    kinds: dict = {bool: _bool, int: _int, float: _float, str: _str}
+    kinds |= {FilePath: _path, Device: _device, NetworkName: _networks}
     try:
         value = kinds[_kind(hint, value)](value)
     except ValueError as error:
         raise InputError(f"{name}: {_shorten(value)} is not {error}") from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     for kind, (words, holds) in _BOUNDS.items():
         if meta[kind] is not None and not holds(value, meta[kind]):
             raise InputError(f"{name}: {value} is out of range, it must be {words} {meta[kind]}")
     if meta["choices"]:
         value = next((choice for choice in meta["choices"] if choice.lower() == value.lower()), value)
-    if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}")
+    or_path = meta["choices"] and _kind(hint, value) is FilePath
+    if meta["choices"] and value not in meta["choices"] and not (or_path and _like_a_path(value)):
+        also = ", and no path (of the current folder: ./name)" if or_path else ""
+        raise InputError(f"{name}: {_shorten(value)} is not one of {', '.join(meta['choices'])}{also}")
     return value
 
 
@@ -397,7 +434,17 @@ def _path(value) -> FilePath:
     text = os.path.expanduser(_str(value))
     if text.startswith("~"):
         raise ValueError("a path: there is no such user (for a file of that name, write ./ before it)")
+    try:
+        os.stat(os.path.join(text, "."))  # of a folder this asks, too, whether it may be entered
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is to be made, or it is a file
+    except OSError as error:
+        raise ValueError(f"a path that can be used: {error.strerror}") from None
     return FilePath(text)
+
+
+def _networks(value) -> NetworkName:
+    return NetworkName(",".join(network_name(word.strip()) for word in _str(value).split(",")))
 
 
 _CUDA = re.compile(r"cuda:\d{1,3}|\d{1,3}|\[\d{1,3}(,\d{1,3})*\]", re.ASCII)

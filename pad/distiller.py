@@ -18,6 +18,8 @@ from pad.checkpoint import SMALLEST_LR, State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
 from pad.matching.objective import Gradients, Objective
+from pad.show.figures import draw_figure
+from pad.show.layers import plot_layers
 from pad.show.pictures import before_after, image_grid, unless_it_fails
 from pad.store.run import Run
 from pad.synthetic import SyntheticSet
@@ -110,6 +112,8 @@ class Distiller:
                 with unless_it_fails("before_after"):
                     shown = final.pixels(), final.classes, final.class_names
                     self.run.save_picture("before_after", before_after(self._first_pixels, *shown, it), it)
+                if found := [each for each in self.run.recorded("match") if "layers" in each]:
+                    draw_figure(self.run.folder / "pictures" / f"layers_{it:06d}.png", plot_layers, found)
                 self._say_what_was_not_learned()
         return final
 
@@ -195,10 +199,12 @@ class Distiller:
         state, schedule = self.state, self.schedule
         momenta = [IMAGE_MOMENTUM, schedule.momentum_y, LR_MOMENTUM]
         losses: list[float] = []
+        layers: list[dict[str, list[float]]] = []
         updated = finite = True
         for found in self.objective.steps(it, state.images, state.labels, state.lr):
-            loss, finite = self._judge(found)
+            loss, finite, of_layers = self._judge(found)
             losses.append(loss)
+            layers.append(of_layers)
             updated = finite and loss <= schedule.threshold
             if not updated:
                 break
@@ -206,22 +212,27 @@ class Distiller:
         mean = sum(losses) / len(losses)
         state.skipped += not updated
         state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-        bad = {} if finite else {"bad": True}
-        self.run.record("match", it, loss=mean, lr=state.lr.item(), updated=updated, skipped=state.skipped, **bad)
+        more: dict = {} if finite else {"bad": True}
+        if layers[0]:
+            columns = {name: zip(*(each[name] for each in layers)) for name in layers[0]}
+            more["layers"] = {name: [sum(numbers) / len(layers) for numbers in columns[name]] for name in columns}
+        self.run.record("match", it, loss=mean, lr=state.lr.item(), updated=updated, skipped=state.skipped, **more)
         return mean
 
-    def _judge(self, gradients: Gradients) -> tuple[float, bool]:
-        """The loss, and whether it and all gradients are finite, by one synchronisation with the device.
+    def _judge(self, gradients: Gradients) -> tuple[float, bool, dict[str, list[float]]]:
+        """The loss, whether it and all gradients are finite, and the layers, by one synchronisation with the device.
 
         Of several ranks the main one decides, even if their machines should round differently. All stop together.
         """
         tensors = (gradients.images, gradients.labels, gradients.lr)
         flags = [tensor.isfinite().all().to(gradients.loss) for tensor in tensors]
-        found = torch.stack([gradients.loss, *flags]).tolist()
+        of_layers = [number for pair in gradients.layers.values() for number in pair]
+        found = torch.stack([gradients.loss, *flags, *of_layers]).tolist()
         reports = self.ranks.gather((found, self._signal))
         self._stop = max(sent for _, sent in reports)
-        loss, *finite = reports[0][0]
-        return loss, all(finite) and math.isfinite(loss)
+        loss, *others = reports[0][0]
+        finite, numbers = others[: len(flags)], iter(others[len(flags) :])
+        return loss, all(finite) and math.isfinite(loss), dict(zip(gradients.layers, map(list, zip(numbers, numbers))))
 
     def _stop_when_diverged(self) -> None:
         """Raise Stopped after too many iterations in a row without a finite gradient; a resumed run counts anew."""

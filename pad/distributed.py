@@ -14,7 +14,9 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,6 +32,8 @@ log = logging.getLogger("pad")
 T = TypeVar("T")
 
 _MEETING = timedelta(minutes=10)  # for all processes to have been started
+_SHORT_WAIT = 15  # seconds after which it is said what is waited for
+_IF_ALONE = "unset WORLD_SIZE to run alone, or start with torchrun"
 # Rank 0 may rank images or whiten for hours while the others wait for it, and an expert of one rank be done long before
 # another's. That a rank has died is noticed by its connections, not by this.
 _PATIENCE = timedelta(days=30)
@@ -216,34 +220,67 @@ def join() -> Ranks:
     """This process among those that torchrun started with it (it says so in the environment); otherwise one alone.
 
     Messages and CPU tensors go by gloo; :meth:`Ranks.place` adds NCCL for CUDA tensors. Raises InputError when the
-    other processes do not come.
+    environment is no launcher's, and when the other processes do not come.
     """
-    if _launched("WORLD_SIZE", 1) == 1:
+    size = _launched("WORLD_SIZE", range(1, 2**20), 1)
+    if size == 1:
         return ALONE
+    rank = _launched("RANK", range(size))
+    local_rank = _launched("LOCAL_RANK", range(size), rank)
+    local_size = _launched("LOCAL_WORLD_SIZE", range(1, size + 1), size)
+    _launched("MASTER_PORT", range(1, 2**16))
+    machine = f"{socket.gethostname()} "
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-        machine = f"{socket.gethostname()} "
-        store.set(f"here {rank}", f"{machine}{os.getpid()}")
-        store.wait([f"here {other}" for other in range(size)], _MEETING)
-        here = [store.get(f"here {other}").decode() for other in range(size)]
+        store, here = _interruptible(
+            lambda: _meet(f"{machine}{os.getpid()}", rank, size),
+            f"waiting for all {size} processes of this run; {_IF_ALONE}",
+        )
         # All are there; from here on the patience is for their work.
         group = dist.PrefixStore("group", store)
         dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes of this run do not find each other ({_line(error)})") from None
-    ranks = Ranks(rank, size, _launched("LOCAL_RANK", rank), _launched("LOCAL_WORLD_SIZE", size))
+        raise InputError(f"the processes of this run do not find each other ({_line(error)}); {_IF_ALONE}") from None
+    ranks = Ranks(rank, size, local_rank, local_size)
     ranks._store = store
     ranks._beside = [int(other.removeprefix(machine)) for other in here if other.startswith(machine)]
     return ranks
 
 
-def _launched(name: str, default: int) -> int:
-    """A launcher's variable; an empty one is as none."""
+def _launched(name: str, numbers: range, default: int | None = None) -> int:
+    """A launcher's variable, one of ``numbers``; an empty one is as none."""
     value = os.environ.get(name) or default
-    try:
-        return int(value)
-    except ValueError:
-        raise InputError(f"{name}={value} in the environment is no number; unset it, or start with torchrun") from None
+    with contextlib.suppress(TypeError, ValueError):
+        if int(value) in numbers:  # type: ignore[arg-type]
+            return int(value)  # type: ignore[arg-type]
+    there = f"no {name}" if value is None else f"{name}={str(value)[:20]}"
+    raise InputError(
+        f"the environment has {there}, which launchers set to a number from {numbers[0]} to {numbers[-1]}; {_IF_ALONE}"
+    )
+
+
+def _meet(address: str, rank: int, size: int) -> tuple[dist.Store, list[str]]:
+    """The store that the processes share, and the ``address`` that each of them left there, once all have."""
+    store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+    store.set(f"here {rank}", address)
+    names = [f"here {other}" for other in range(size)]
+    store.wait(names, _MEETING)
+    return store, [store.get(name).decode() for name in names]
+
+
+def _interruptible(work: Callable[[], T], message: str) -> T:
+    """``work()`` in a thread of its own, as torch hears no signal while it waits. After a while it logs ``message``."""
+    future = Future[T]()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], _SHORT_WAIT).done:
+        log.info(message)
+    return future.result()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The first images and labels of a synthetic set, from real images and experts (DATM, arXiv 2310.05773, sec. 3.3)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -13,6 +14,11 @@ from pad.errors import InputError
 from pad.labels import hard_logits
 from pad.nn.flat import FlatModel
 from pad.rng import generator
+from pad.synthetic import SyntheticSet
+
+log = logging.getLogger("pad")
+
+INITIAL_IMAGES = ("samples_predicted_correctly", "real", "noise")  # kinds of initial_set
 
 _BATCH = 256  # images that an expert is asked about at a time, so that a search stops early
 
@@ -145,6 +151,41 @@ def initial_set(
     if kind == "real":
         return chosen, labellers.model.logits(labellers.parameters(0), chosen)
     return chosen, averaged_logits(labellers, chosen, classes)
+
+
+def from_set(
+    start: SyntheticSet,
+    ipc: int,
+    experts: Experts | None = None,
+    *,
+    seed: int,
+    device: torch.device,
+    hard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Initial images and label logits as of :func:`initial_set`, those of another synthetic set.
+
+    All images in their order where ``ipc`` is the set's; random ones of each class, by the seed, where it is smaller;
+    otherwise each is repeated, as evenly as can be. Soft labels are the set's; where those are one-hot, from which
+    nothing can be learned, the experts' as of :func:`averaged_logits`. Lines in the log say so.
+    """
+    have, num_classes = start.ipc, start.num_classes
+    if ipc < have:
+        chosen = torch.cat([row[:ipc] for row in class_order(start.classes, num_classes, ipc, seed)])
+    else:
+        chosen = torch.cat([c * have + torch.arange(ipc) % have for c in range(num_classes)])
+    if ipc != have:
+        way = "random ones of each class are taken" if ipc < have else "they are repeated"
+        log.info("pix_init: the set has %d images per class, ipc is %d: %s", have, ipc, way)
+    images, classes = start.images[chosen].to(device), start.classes[chosen].to(device)
+    soft = not torch.equal(start.probabilities(), F.one_hot(start.classes, num_classes).float())
+    if hard:
+        if soft:
+            log.info("pix_init: labels are one-hot here, the set's soft labels are not taken over")
+        return images, hard_logits(classes, num_classes)
+    if soft:
+        return images, start.labels[chosen].to(device)
+    log.info("pix_init: the set's labels are one-hot, the experts label its images")
+    return images, averaged_logits(_needed(experts), images, classes)
 
 
 def _needed(experts: Experts | None) -> Experts:

@@ -22,11 +22,20 @@ def generator(seed: int, stream: str, *index: int | str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, stream: str, *index: int | str):
-    """Run code that can only draw from torch's global CPU generator (weight initialisers) on its own stream."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(seed, stream, *index))  # torch.manual_seed would reseed CUDA's too
+def seeded(seed: int, stream: str, *index: int | str, device: torch.device | None = None):
+    """Run code that can only draw from torch's global generators (weight initialisers, dropout) on its own stream.
+
+    Of the CPU's, and with a CUDA ``device`` of that one's, too. Afterwards they are as they were.
+    """
+    generators = [torch.default_generator]  # torch.manual_seed would reseed those of all devices
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [each.get_state() for each in generators]
+    for each in generators:
+        each.manual_seed(derive_seed(seed, stream, *index))
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        for each, state in zip(generators, states):
+            each.set_state(state)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pad.errors import InputError
-from pad.labels import HARD_LOGIT, hard_logits
-from pad.store.foreign import load_pt, save_pt
+from pad.labels import hard_logits, logits_of, looks_like_probabilities
+from pad.store.foreign import load_numbers, save_pt
 from pad.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -69,18 +68,34 @@ class SyntheticSet:
         """What the images were preprocessed with, or None when that is not known."""
         return self.preprocessing.identity if self.preprocessing is not None else self.metadata.get("preprocessing")
 
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of images, labels and learning rate, their shapes and numbers."""
+        numbers = hashlib.sha256()
+        for tensor in (self.images, self.labels, self.lr):
+            numbers.update(f"{tuple(tensor.shape)}".encode())
+            numbers.update(tensor.detach().cpu().contiguous().numpy().data)
+        return numbers.hexdigest()[:16]
+
     def probabilities(self) -> Tensor:
         """The soft labels [N, K]: rows in [0, 1] that sum to 1."""
         return self.labels.softmax(dim=1)
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether each image is of one class for sure, that which it stands for."""
+        p = self.probabilities().cpu()
+        return bool(p.gather(1, self.classes[:, None].cpu()).min() >= 1 - 1e-6)
 
     def pixels(self) -> Tensor:
         """The images as a person sees them [N, C, H, W], inverse-preprocessed and clamped to [0, 1].
 
         Raises InputError when nothing says how to invert the preprocessing (a published trio without its data set).
         """
-        return self._inverted().clamp(0, 1)
+        return self.unclamped_pixels().clamp(0, 1)
 
-    def _inverted(self) -> Tensor:
+    def unclamped_pixels(self) -> Tensor:
+        """The inverse-preprocessed images [N, C, H, W]: pixels of about 0 to 1. Raises as :meth:`pixels`."""
         if self.preprocessing is not None:
             return self.preprocessing.invert(self.images)
         if self.stored_pixels is not None:
@@ -94,12 +109,21 @@ class SyntheticSet:
         """Pairs (preprocessed image [C, H, W], logits [K]) for a training loop; the target is softmax(logits)."""
         return TensorDataset(self.images, self.labels)
 
+    def for_dd_ranking(self) -> dict:
+        """The keywords of DD-Ranking's ``compute_metrics`` (v0.2): ``score.compute_metrics(**made.for_dd_ranking())``.
+
+        Images in the networks' space, soft labels as logits, or hard ones as class numbers, the learning rate. Its
+        object has to preprocess real images as this set's were.
+        """
+        labels = {"hard_labels": self.classes} if self.is_hard else {"soft_labels": self.labels}
+        return {"image_tensor": self.images, **labels, "syn_lr": self.lr.item()}
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
         if self.preprocessing is not None or self.stored_pixels is not None:
-            tensors["pixels"] = self._inverted().to(self.images.dtype)
+            tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         metadata = {**self.metadata, "kind": KIND, "format": FORMAT, "ipc": self.ipc}
         if self.preprocessing_identity is not None:
             metadata["preprocessing"] = self.preprocessing_identity
@@ -125,7 +149,7 @@ class SyntheticSet:
         self._refuse_unusable(f"the synthetic set for {folder}")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if (self.preprocessing_identity or {}).get("kind") == "zca":
-            tensors["images_zca"] = self._inverted()
+            tensors["images_zca"] = self.unclamped_pixels()
         for name, tensor in tensors.items():
             # clone: a view would take the whole tensor it looks into along
             save_pt(Path(folder) / f"{name}_{tag}.pt", tensor.detach().float().cpu().clone())
@@ -141,8 +165,8 @@ class SyntheticSet:
         No code in the files is run. Such files say nothing about their data set or preprocessing, so the metadata only
         name where the set came from. Raises InputError naming the file that is missing, damaged or unusable.
         """
-        images, labels = _numbers(images_path), _logits(_numbers(labels_path), labels_path)
-        lr = torch.tensor(lr_path) if isinstance(lr_path, float) else _numbers(lr_path).float()
+        images, labels = load_numbers(images_path), _logits(load_numbers(labels_path), labels_path)
+        lr = torch.tensor(lr_path) if isinstance(lr_path, float) else load_numbers(lr_path).float()
         if not images.is_floating_point():
             raise InputError(
                 f"{images_path} holds images of {images.dtype}; they are needed as networks see them, normalised or "
@@ -202,30 +226,18 @@ class SyntheticSet:
             raise InputError(f"{images_at}: {count} images are not a multiple of the labels' {num_classes} classes")
 
 
+def set_file(path: Path | str) -> Path:
+    """The file of the set at ``path``: that one, or a run's last, since its best was picked by test accuracy."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    last = path / "synthetic_last.safetensors"
+    return last if last.exists() else path / "Normal" / last.name
+
+
 def _class_order(count: int, num_classes: int) -> Tensor:
     """The class of each of ``count`` images, class by class, as many of each. [count] int64"""
     return torch.arange(num_classes).repeat_interleave(count // num_classes)
-
-
-def _numbers(path: Path | str) -> Tensor:
-    """The tensor of real numbers that a .pt file holds, on the CPU; what is alone in a list or dict counts as it."""
-    value = load_pt(path)
-    for _ in range(3):
-        if isinstance(value, (list, tuple, dict)) and len(value) == 1:
-            [value] = value.values() if isinstance(value, dict) else value
-    flat = isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
-    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        elif flat or isinstance(value, (int, float)):
-            value = torch.as_tensor(value)
-    if not isinstance(value, Tensor):
-        inside = f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else ""
-        names = f" ({', '.join(map(str, value))[:80]})" if isinstance(value, dict) else ""
-        raise InputError(f"{path} holds a {type(value).__name__}{inside}{names}, not one tensor of numbers")
-    if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
-        raise InputError(f"{path} holds a tensor of {value.dtype}, {value.layout}; plain numbers are needed")
-    return value.detach().contiguous()
 
 
 def _logits(labels: Tensor, where: Path | str) -> Tensor:
@@ -239,9 +251,9 @@ def _logits(labels: Tensor, where: Path | str) -> Tensor:
             )
         log.info("%s: the labels are class numbers, hard labels", where)
         return hard_logits(classes, int(classes.max()) + 1)
-    if labels.ndim == 2 and labels.numel() and labels.min() >= -1e-3 and (labels.sum(1) - 1).abs().max() < 1e-2:
+    if labels.ndim == 2 and labels.numel() and looks_like_probabilities(labels):
         log.warning("%s: the labels are probabilities, and are taken as these, not as logits", where)
-        return labels.clamp(min=0).log().clamp(min=-HARD_LOGIT)
+        return logits_of(labels)
     if integers:
         raise InputError(f"{where}: labels are {_shape(labels)} of whole numbers, neither class numbers nor one-hot")
     return labels

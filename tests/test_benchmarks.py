@@ -45,6 +45,7 @@ def relative(ours, theirs):
     [
         ("adjoint", [], ["MLP"]),
         ("blocks", [], ["NCHW    dual and gradients", "NHWC    value "]),
+        ("precision", [], ["constant and large         Hessian pass "]),
         ("matching", [], ["unrolled, C library's", "unrolled, our memory", "adjoint", "TESLA's", "floor: "]),
         ("matching", ["--cosine"], ["cosine, images", "    1 ", "    3 "]),
         ("expert_epoch", [], ["plain loop", "ours"]),

@@ -644,6 +644,7 @@ RANGES = [  # a value that is just in, and one that is just out
     (BufferSettings, "add_end_epoch", "0", "-1"),
     (BufferSettings, "add_schedule", "geometric", "cosine"),
     (BufferSettings, "removal", "linear", "gradual"),
+    (BufferSettings, "drop_easy", "0.99", "1"),
     (BufferSettings, "eval_every", "0", "-1"),
     (BufferSettings, "score_repeats", "1", "0"),
     (BufferSettings, "batch_train", "1", "0"),
@@ -657,6 +658,9 @@ RANGES = [  # a value that is just in, and one that is just out
     (DistillSettings, "min_start_epoch", "0", "-1"),
     (DistillSettings, "depth_ratio", "0.999", "1"),
     (DistillSettings, "depth_ratio", "0", "-0.1"),
+    (DistillSettings, "match_from", "0.999", "1"),
+    (DistillSettings, "match_to", "1", "1.01"),
+    (DCSettings, "match_to", "0.001", "0"),
     (DistillSettings, "loss_ratio", "0.999", "1"),
     (DistillSettings, "threshold", "0.1", "0"),
     (DistillSettings, "lr_img", "0", "-1"),
@@ -839,14 +843,15 @@ def test_files_that_cannot_be_read(tmp_path):
         (DistillSettings, ["--min_start_epoch", "20"], ["current_max_start_epoch", "Sequential_Generation"]),
         (DistillSettings, ["--Initialize_Label_With_Another_Model"], ["Initialize_Label_Model"]),
         (DistillSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (DistillSettings, ["--match_from", "0.5", "--match_to", "0.5"], ["match_from: 0.5", "match_to: 0.5"]),
+        (DistillSettings, ["--depth_ratio", "0.5", "--match_from", "0.5"], ["depth_ratio: 0.5", "match_from: 0.5"]),
+        (DCSettings, ["--depth_ratio", "0.25", "--match_to", "0.5"], ["depth_ratio: 0.25", "match_to: 0.5"]),
         (EvaluationSettings, [], ["--synthetic", "--data_dir", "--label_dir", "--lr_dir"]),
         (EvaluationSettings, ["--data_dir", "a"], ["--label_dir and --lr_dir"]),
         (EvaluationSettings, [*TRIO, "--synthetic", "s"], ["synthetic", "data_dir"]),
         (ScoreSettings, ["--methods", " , "], ["methods", "all"]),
         (DCSettings, ["--drop_easy", "0.5", "--drop_hard", "0.5"], ["drop_easy: 0.5", "drop_hard: 0.5"]),
         (DMSettings, ["--drop_easy", "0.7", "--drop_hard", "0.4"], ["drop_easy: 0.7", "drop_hard: 0.4"]),
-        (DCSettings, ["--ipc", "5"], ["ipc: 5", "outer_loop", "inner_loop"]),
-        (DCSettings, ["--ipc", "5", "--outer_loop", "3"], ["ipc: 5", "give both"]),
         (DMSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
         (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
@@ -877,7 +882,7 @@ def test_each_way_of_matching_refuses_what_the_others_alone_have():
         "lr_lr",
     ):
         assert key in trajectories and {key} <= DCSettings.refused.keys() & DMSettings.refused.keys()
-    own = {"outer_loop", "inner_loop", "micro_batch"}
+    own = {"outer_loop", "inner_loop", "micro_batch", "match_from", "match_to"}
     assert own == gradients - distributions == DMSettings.refused.keys() - DCSettings.refused
     for cls in FRONT_DOORS:
         names = set(cls.fields())
@@ -957,8 +962,15 @@ def test_the_published_loops_of_gradient_matching(ipc, loops):
     assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "7").loops == (7, loops[1])
 
 
-def test_loops_of_another_ipc_are_given():
-    assert read(DCSettings, "--ipc", "5", "--outer_loop", "3", "--inner_loop", "0").loops == (3, 0)
+@pytest.mark.parametrize(
+    ("ipc", "loops"), [(2, (10, 50)), (11, (20, 25)), (49, (50, 10)), (51, (50, 10)), (1000, (50, 10))]
+)
+def test_loops_of_another_ipc_are_those_of_the_next_that_is_published_and_it_is_said(ipc, loops, caplog):
+    assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "3", "--inner_loop", "0").loops == (3, 0)
+    assert not caplog.records
+    assert read(DCSettings, "--ipc", str(ipc)).loops == loops
+    assert read(DCSettings, "--ipc", str(ipc), "--outer_loop", "7").loops == (7, loops[1])
+    assert f"ipc: {ipc} has no published outer_loop and inner_loop; 7 and {loops[1]} are taken" in caplog.text
 
 
 def test_published_defaults_of_gradient_and_distribution_matching():
@@ -1057,7 +1069,8 @@ def check_outcome(cls, argv: list[str], folder: Path) -> None:
             assert meta["above"] is None or value > meta["above"]
             assert meta["high"] is None or value <= meta["high"]
             assert meta["below"] is None or value < meta["below"]
-        assert not meta["choices"] or value in meta["choices"]
+        if meta["choices"] and value not in meta["choices"]:
+            assert name == "pix_init" and ("/" in value or "." in value), "it may also be the path of a set"
     again = read(cls, "--cfg", config(folder, yaml.safe_dump(values, allow_unicode=True), "again.yaml")).as_dict()
     for name, value in values.items():
         assert again[name] == value or os.path.abspath(again[name]) == os.path.abspath(value), name
@@ -1099,10 +1112,26 @@ def test_any_file_gives_settings_or_a_sentence(cls, tmp_path):
     run()
 
 
+def test_networks_stand_in_the_place_of_the_pool_of_eval_mode(caplog):
+    with caplog.at_level("WARNING", "pad"):
+        for cls in (DistillSettings, EvaluationSettings):
+            of_set = {"synthetic": "set.safetensors"} if cls is EvaluationSettings else {}
+            assert cls.resolve(of_set).pool == ["ConvNet"]
+            assert cls.resolve(of_set | {"networks": "MLP, torchvision:resnet18,MLP"}).pool == [
+                "MLP",
+                "torchvision:resnet18",
+            ]
+        assert caplog.records == []
+        assert DistillSettings.resolve({"networks": "MLP", "eval_mode": "M"}).pool == ["MLP"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "eval_mode does nothing: networks names those to evaluate"
+    ]
+
+
 def test_an_eval_mode_that_names_no_pool_is_said_to_mean_the_model_itself(caplog):
     with caplog.at_level("WARNING", logger="pad"):
         for mode in ("S", "BN", "m"):
             parse(DistillSettings, ["--eval_mode", mode], "PAD.py")
     assert [record.getMessage() for record in caplog.records] == [
-        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, so the model itself is evaluated"
+        "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, X, so the model itself is evaluated"
     ]

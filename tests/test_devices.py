@@ -32,8 +32,8 @@ from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.distributed import ALONE
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
-from pad.matching.loss import matching_loss
-from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
+from pad.matching.loss import loss_by_layer, matching_loss
+from pad.matching.trajectory import SegmentSampler, TrajectoryObjective, layers_of
 from pad.matching.unroll import adjoint, inner_steps, unroll
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
@@ -120,10 +120,11 @@ def test_a_matching_iteration(model, augmentation, ratios):
     with OneDevice():
         steps = inner_steps(N, 7, 4, augmentation, generator(0, "test"))
         path = unroll(model, theta, images, labels, lr, steps)
-        loss, lam = matching_loss(path[-1], theta, target, *ratios)
+        loss, lam = matching_loss(path[-1], theta, target, *ratios, match_to=0.9)
+        layers = loss_by_layer(path[-1], theta, target, list(layers_of(model).values()), *ratios, match_to=0.9)
         gradients = adjoint(model, path, images, labels, lr, steps, lam=lam)
     assert [g.shape for g in gradients] == [images.shape, labels.shape, lr.shape]
-    assert is_meta(path, loss, lam, *gradients) and path.shape == (5, model.num_parameters)
+    assert is_meta(path, loss, lam, layers, *gradients) and path.shape == (5, model.num_parameters)
 
 
 def test_the_two_derivatives(model):
@@ -202,8 +203,8 @@ def test_training_evaluation_networks(name, count):
 def test_training_and_asking_a_scoring_network():
     images, labels = meta(N, 3, *SIZE), meta(N, dtype=torch.int64)
     scoring = ScoringSettings(NETWORK, epochs=1, batch=7, augmentation="crop_flip")
-    events = scores_of.ForgettingEvents(labels)
-    trained = ScoringTraining(images, labels, CLASSES, scoring, 0).train(0, observers=[events])
+    observers = [method.compute(labels) for method in METHODS.values() if method.needs == "training"]
+    trained = ScoringTraining(images, labels, CLASSES, scoring, 0).train(0, observers=observers)
     assert is_meta(*trained.parameters())
     of_evidence = [method for method in METHODS.values() if (method.kind, method.needs) == ("score", "evidence")]
     assert of_evidence
@@ -211,7 +212,8 @@ def test_training_and_asking_a_scoring_network():
         evidence = collect_evidence(trained, images, labels, batch=7)
         scores = [method.compute(evidence) for method in of_evidence]
         step = scores_of._to_boundary(trained, images, labels)  # how many more there are hangs on the numbers
-        assert is_meta(evidence.features, evidence.logits, evidence.errors, *scores, step, events.scores(1))
+        assert is_meta(evidence.features, evidence.logits, evidence.errors, *scores, step)
+    assert observers and is_meta(*(observer.scores(1) for observer in observers))
 
 
 def test_logits(model):
@@ -379,7 +381,7 @@ def matching_task(model, dtype, ratios=(0.3, 0.2)):
         augmentation=DSA(),
         syn_steps=6,
         batch_syn=7,
-        depth_ratio=ratios[0],
+        depth=(ratios[0], 1.0),
         loss_ratio=ratios[1],
         seed=0,
     )

@@ -2,10 +2,12 @@ import logging
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import events_in
+from PIL import Image
 
 from pad.checkpoint import SMALLEST_LR, State
 from pad.data.preprocessing import MeanStd
@@ -258,6 +260,22 @@ def test_iterations_that_end_in_a_bad_step_are_counted_once_each(tmp_path):
     with pytest.raises(Stopped, match="3 iterations in a row"):
         ours.distill()
     assert [(it, step) for it, step, _ in ours.objective.seen] == [(it, step) for it in range(3) for step in range(2)]
+
+
+def test_the_layers_of_a_loss_are_recorded_as_means_over_the_steps_and_drawn(tmp_path):
+    def change(it, step, found):
+        whole = torch.tensor([1.0 + step, 1.0]) * (math.nan if (it, step) == (2, 1) else 1)
+        return replace(found, layers={"body.0": whole / 4, "classifier": 3 * whole / 4})
+
+    distiller(tmp_path / "run", Stepped(2, change), iterations=2, threshold=9).distill()
+    first, _, third = events_in(tmp_path / "run", "match")
+    assert first["loss"] == 1.5 and first["layers"] == {"body.0": [0.375, 0.25], "classifier": [1.125, 0.75]}
+    assert third["layers"]["body.0"] == [None, None]
+    with Image.open(tmp_path / "run" / "pictures" / "layers_000003.png") as picture:
+        assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    distiller(tmp_path / "other", Stepped(2), iterations=2).distill()
+    assert "layers" not in events_in(tmp_path / "other", "match")[0]
+    assert not list((tmp_path / "other" / "pictures").glob("layers*"))
 
 
 def test_an_objective_that_gives_nothing_is_an_error():

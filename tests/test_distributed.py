@@ -309,7 +309,7 @@ def test_an_objective_shares_its_batches_or_leaves_those_of_batchnorm_to_the_mai
                 augmentation=DSA("flip"),
                 syn_steps=2,
                 batch_syn=6,
-                depth_ratio=0.0,
+                depth=(0.0, 1.0),
                 loss_ratio=0.0,
                 seed=0,
                 ranks=ranks,
@@ -333,11 +333,12 @@ def test_dealt_networks_are_those_of_one_process():
     images, labels = torch.randn(12, *SHAPE, generator=rng), torch.arange(12) % CLASSES
     settings = ScoringSettings("MLP", repeats=3, epochs=1)
     probabilities = torch.randn(12, CLASSES, generator=rng).softmax(dim=1)
-    cases = [
+    sets = [
         ("MLP", lambda j: (images, probabilities)),
         ("ConvNetD1W8", lambda j: (images.roll(j, 0), probabilities)),
         ("ConvNetD1W8BN", lambda j: (images, probabilities)),
     ]
+    cases = [evaluation.Case(network=network, training_set=training_set, lr=0.05) for network, training_set in sets]
 
     def work(ranks):
         epochs, seen = [], []
@@ -347,9 +348,9 @@ def test_dealt_networks_are_those_of_one_process():
         for count in (1, 2):
             protocol = evaluation.Protocol(DSA("flip"), epochs=2, batch_size=5, together=count)
             tested = {"test_images": images, "test_labels": labels, "ranks": ranks}
-            evaluated = evaluation.Evaluation(protocol=protocol, lr=0.05, **tested)
+            evaluated = evaluation.Evaluation(protocol=protocol, **tested)
             results = evaluated.run(cases, 3, progress=lambda *at: seen.append(at))
-            together[count] = [(each.network, each.accuracies) for each in results]
+            together[count] = [(each.network, each.scores) for each in results]
         return found.scores["GraNd"].tolist(), together, epochs, len(seen)
 
     ranking, together, epochs, seen = work(ALONE)

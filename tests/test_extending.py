@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from pad.cli import buffer
 from pad.commands.table import COMMANDS
 from pad.data.sources import DATA_SETS, load_data
 from pad.difficulty.methods import METHODS
@@ -33,9 +34,13 @@ def walk(tmp_path, monkeypatch):
         section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
         (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
         (command,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-        python, file, *arguments = command.replace("\\\n", " ").split()
-        assert python == "python" and program.startswith(f'"""{file}: ')
+        file = program.removeprefix('"""').split(": ")[0]
         Path(file).write_text(program, encoding="utf-8")
+        runner, *arguments = command.replace("\\\n", " ").split()
+        if runner == "pad-buffer":  # of a network, whose file the command is given
+            assert buffer([*arguments, *more]) == code
+            return tmp_path
+        assert [runner, arguments.pop(0)] == ["python", file]
         monkeypatch.setattr("sys.argv", [file, *arguments, *more])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(file, run_name="__main__")
@@ -88,7 +93,12 @@ def test_a_data_set(walk):
 
 
 def test_a_network(walk):
-    store = TrajectoryStore.open(walk("A network") / "buffers" / "FashionMNISTMini_NO_ZCA" / "Tiny2")
+    store = TrajectoryStore.open(walk("A network") / "buffers" / "FashionMNISTMini_NO_ZCA" / "tiny.tiny")
+    assert store.metadata["model"].startswith("tiny.py:tiny@") and store.epochs(0) == 2
+
+
+def test_a_network_of_blocks(walk):
+    store = TrajectoryStore.open(walk("A network of blocks") / "buffers" / "FashionMNISTMini_NO_ZCA" / "Tiny2")
     assert store.metadata["model"] == "Tiny2" and store.epochs(0) == 2
     assert [name for name, _ in store.metadata["parameters"]][0] == "body.0.0.weight"
 

@@ -1,6 +1,8 @@
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from pad.nn.flat import FlatModel
 from pad.nn.fused import Block, DualBlock, FirstDualBlock, FusedConvNet, Layer, forward_of
 from pad.nn.networks import InstanceNorm, Network, build
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
+precision = importlib.import_module("precision")
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels cannot be built here")
 EPS = 1e-5
 
@@ -76,85 +80,14 @@ def test_float32_is_as_exact_as_its_format():
     torch.testing.assert_close(out.double(), plain_block(x, weight, bias), rtol=0, atol=2e-5)
 
 
-def bright(pixels, side):
-    """Dark planes with some bright pixels."""
-    x = 0.01 * randn(1, 8, side, side)
-    x.flatten(2)[:, :, pixels] = 5
-    return x
-
-
-PLANES = {  # whose mean or variance is easily lost
-    "noise": lambda side: randn(1, 8, side, side),
-    "bright first pixel": lambda side: bright(0, side),
-    "bright middle pixel": lambda side: bright(side * side // 2 + side // 2, side),
-    "bright last pixel": lambda side: bright(-1, side),
-    "every eighth pixel bright": lambda side: bright(slice(None, None, 8), side),
-    "two levels": lambda side: 0.3 + 0.1 * (randn(1, 8, side, side) > 0),
-    "constant": lambda side: torch.full((1, 8, side, side), 0.3),
-    "constant and large": lambda side: torch.full((1, 8, side, side), 1e8),
-    "offset of 1e3": lambda side: randn(1, 8, side, side) + 1e3,
-    "offset of 1e6": lambda side: randn(1, 8, side, side) + 1e6,
-    "denormal": lambda side: 1e-40 * randn(1, 8, side, side),
-    "huge": lambda side: 1e15 * randn(1, 8, side, side),
-}
-
-
-def kernels_along(x, dx, weight, bias, dweight, dbias):
-    return DualBlock.apply(EPS, x, dx, weight, bias, dweight, dbias)
-
-
-def group_norm_along(x, dx, weight, bias, dweight, dbias):
-    def block(x, weight, bias):
-        return F.avg_pool2d(F.group_norm(x, x.shape[1], weight, bias, EPS).relu(), 2)
-
-    return torch.func.jvp(block, (x, weight, bias), (dx, dweight, dbias))
-
-
-def definition_along(x, dx, weight, bias, dweight, dbias):
-    return torch.func.jvp(plain_block, (x, weight, bias), (dx, dweight, dbias))
-
-
-def values_and_gradients(along, variables, fixed, cotangents):
-    """Value and derivative where their cotangents are not zero, and the gradients of both in the variables."""
-    variables = [t.clone().requires_grad_() for t in variables]
-    outs = along(*variables, *fixed)
-    return [*(out * (c != 0) for out, c in zip(outs, cotangents)), *torch.autograd.grad(outs, variables, cotangents)]
-
-
-def errors(ours, exact):
-    return [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(ours, exact, strict=True)]
-
-
-def cotangents_where_relu_is_certain(x, weight, bias):
-    """float32, as the weight and bias are; zero for windows where rounding may decide whether a pixel passes ReLU."""
-    variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0, keepdim=True)
-    u = (x.double() - mean) / (variance + EPS).sqrt() * weight[:, None, None] + bias[:, None, None]
-    certain = -F.max_pool2d(-u.abs(), 2) > 1e-3
-    return [randn(*certain.shape, seed=seed).float() * certain for seed in (6, 7)]
-
-
-@pytest.mark.parametrize("side", [8, 9, 16, 33, 64, 127, 128])
-@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("side", precision.SIDES)
+@pytest.mark.parametrize("plane", precision.PLANES)
 def test_no_plane_costs_digits_that_group_norm_keeps(plane, side):
-    x, dx = PLANES[plane](side).float(), randn(1, 8, side, side, seed=1).float()
-    weight, dweight, bias, dbias = (randn(8, seed=seed).float() for seed in range(2, 6))
-    weight = 1 + weight / 5
-    cotangents = cotangents_where_relu_is_certain(x, weight, bias)
-    arguments = (x, dx, weight, bias), (dweight, dbias), cotangents
-    doubles = [[t.double() for t in part] for part in arguments]
-    exact = values_and_gradients(definition_along, *doubles)
-    theirs = errors(values_and_gradients(group_norm_along, *arguments), exact)
-    for error, limit in zip(errors(values_and_gradients(kernels_along, *arguments), exact), theirs):
-        assert error < max(2e-5, 2 * limit)
-    assert max(errors(values_and_gradients(kernels_along, *doubles), exact)) < 1e-9
-
-    variables = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    out = Block.apply(EPS, *variables)
-    by_itself = [out, *torch.autograd.grad(out, variables, cotangents[0])]
-    doubles = [t.double().requires_grad_() for t in (x, weight, bias)]
-    out = plain_block(*doubles)
-    exact = [out, *torch.autograd.grad(out, doubles, cotangents[0].double())]
-    assert max(errors(by_itself, exact)) < 2e-5
+    ours, theirs = (precision.errors_at(plane, side, form) for form in (precision.KERNELS, precision.TORCH))
+    for name, found in ours.items():
+        assert all(error < max(2e-5, 2 * limit) for error, limit in zip(found, theirs[name], strict=True))
+    doubles = precision.errors_at(plane, side, precision.KERNELS, torch.float64)
+    assert max(map(max, doubles.values())) < 1e-9
 
 
 @pytest.mark.parametrize("side", [9, 64])
@@ -172,11 +105,11 @@ def test_a_bright_pixel_of_a_dark_image_costs_the_first_block_no_digits(side):
         return torch.func.jvp(block, (images, kernel, weight, bias), along)
 
     convolved = F.conv2d(images.double(), kernel.double(), padding=1)
-    cotangents = cotangents_where_relu_is_certain(convolved, weight, bias)
+    cotangents = precision.cotangents_where_relu_is_certain(convolved, weight, bias)
     arguments = (images, kernel, weight, bias), (dkernel, dweight, dbias), cotangents
-    ours = values_and_gradients(lambda *tensors: FirstDualBlock.apply(layer, *tensors), *arguments)
-    exact = values_and_gradients(definition, *[[t.double() for t in part] for part in arguments])
-    assert max(errors(ours, exact)) < 2e-5
+    ours = precision.values_and_gradients(lambda *tensors: FirstDualBlock.apply(layer, *tensors), *arguments)
+    exact = precision.values_and_gradients(definition, *[[t.double() for t in part] for part in arguments])
+    assert max(precision.errors(ours, exact)) < 2e-5
 
 
 def test_a_plane_without_variance_is_not_divided_by_zero():

@@ -47,7 +47,7 @@ def objective(name="ConvNetD2W8", model=None, rows=ROWS, **changes):
         inner=0,
         lr_net=0.05,
         batch_train=4,
-        depth_ratio=0.0,
+        depth=(0.0, 1.0),
         seed=SEED,
     )
     model = model or FlatModel(network(name, 0))
@@ -62,15 +62,16 @@ def objective(name="ConvNetD2W8", model=None, rows=ROWS, **changes):
 # ------------------------------------------------------------------------------------------------ the reference
 
 
-def plain_distance(gradients, targets, depth_ratio):
+def plain_distance(gradients, targets, match_from, match_to):
     """Tensor by tensor and row by row, counting coordinates."""
-    dropped, at, total = int(depth_ratio * sum(g.numel() for g in gradients)), 0, 0.0
+    count = sum(g.numel() for g in gradients)
+    first, last, at, total = int(match_from * count), int(match_to * count), 0, 0.0
     for gradient, target in zip(gradients, targets, strict=True):
         for a, b in zip(gradient, target, strict=True):
-            cut = min(max(dropped - at, 0), a.numel())
+            kept = [i for i in range(a.numel()) if first <= at + i < last]
             at += a.numel()
-            if gradient.dim() > 1 and cut < a.numel():
-                a, b = a.flatten()[cut:], b.flatten()[cut:]
+            if gradient.dim() > 1 and kept:
+                a, b = a.flatten()[kept], b.flatten()[kept]
                 total = total + 1 - torch.dot(a, b) / (a.norm() * b.norm() + 1e-6)
     return total
 
@@ -110,7 +111,7 @@ def plain_steps(ours, name, rows, it, x):
             for batch in (x[labels == c], real):
                 loss = F.cross_entropy(module(augment(batch, draw)), torch.full((len(batch),), c))
                 gradients.append(torch.autograd.grad(loss, parameters, create_graph=batch is not real))
-            total = total + plain_distance(*gradients, ours.depth_ratio)
+            total = total + plain_distance(*gradients, *ours.depth)
         (gradient,) = torch.autograd.grad(total, x)
         yield total.item(), gradient
         x = (x - RATE * gradient).detach()
@@ -148,24 +149,28 @@ CASES = {
     "several steps": ("ConvNetD2W8", {"outer": 3, "inner": 2}),
     "DSA, also in training": (
         "ConvNetD2W8",
-        {"augmentation": DSA(siamese=True), "training": DSA(), "outer": 3, "inner": 2, "depth_ratio": 0.25},
+        {"augmentation": DSA(siamese=True), "training": DSA(), "outer": 3, "inner": 2, "depth": (0.25, 1.0)},
     ),
     "no training between steps": ("ConvNetD2W8", {"outer": 2, "inner": 0}),
-    "a cut between tensors": ("ConvNetD2W8", {"depth_ratio": share(240)}),
-    "a cut between rows": ("ConvNetD2W8", {"depth_ratio": share(240 + 3 * 72)}),
-    "a cut in a row": ("ConvNetD2W8", {"depth_ratio": share(240 + 3 * 72 + 10)}),
-    "a cut before the last of a row": ("ConvNetD2W8", {"depth_ratio": share(240 + 3 * 72 - 1)}),
-    "a cut in a bias": ("ConvNetD2W8", {"depth_ratio": share(816 + 3)}),
-    "a cut in the classifier": ("ConvNetD2W8", {"depth_ratio": share(840 + 40)}),
+    "a cut between tensors": ("ConvNetD2W8", {"depth": (share(240), 1.0)}),
+    "a cut between rows": ("ConvNetD2W8", {"depth": (share(240 + 3 * 72), 1.0)}),
+    "a cut in a row": ("ConvNetD2W8", {"depth": (share(240 + 3 * 72 + 10), 1.0)}),
+    "shallow alone, a cut in a row": ("ConvNetD2W8", {"depth": (0.0, share(240 + 3 * 72 + 10))}),
+    "shallow alone, a cut between rows": ("ConvNetD2W8", {"depth": (0.0, share(240 + 3 * 72))}),
+    "a span inside a row": ("ConvNetD2W8", {"depth": (share(250), share(270))}),
+    "a span over tensors": ("ConvNetD2W8", {"depth": (share(100), share(500))}),
+    "a cut before the last of a row": ("ConvNetD2W8", {"depth": (share(240 + 3 * 72 - 1), 1.0)}),
+    "a cut in a bias": ("ConvNetD2W8", {"depth": (share(816 + 3), 1.0)}),
+    "a cut in the classifier": ("ConvNetD2W8", {"depth": (share(840 + 40), 1.0)}),
     "MLP": ("MLP", {"outer": 2, "inner": 1}),
-    "MLP, a cut in a row": ("MLP", {"depth_ratio": 0.6, "augmentation": DSA("crop", siamese=True)}),
+    "MLP, a cut in a row": ("MLP", {"depth": (0.6, 1.0), "augmentation": DSA("crop", siamese=True)}),
     "BatchNorm": ("ConvNetD2W8BN", {}),
     "BatchNorm, several steps": (
         "ConvNetD2W8BN",
         {
             "outer": 3,
             "inner": 2,
-            "depth_ratio": 0.5,
+            "depth": (0.5, 1.0),
             "augmentation": DSA("scale", siamese=True),
             "training": DSA("flip"),
         },
@@ -241,7 +246,7 @@ def test_what_remains_of_a_row_counts(dropped, expected):
 
 
 def test_where_biases_alone_remain_there_is_nothing_to_match():
-    (found,) = objective(depth_ratio=share(CONVNET - 2)).steps(0, images(), LABELS, LR)
+    (found,) = objective(depth=(share(CONVNET - 2), 1.0)).steps(0, images(), LABELS, LR)
     assert found.loss.item() == 0 and torch.equal(found.images, torch.zeros_like(found.images))
 
 
@@ -295,7 +300,7 @@ def test_the_kernels_give_the_same_up_to_float32():
     found = []
     for compile in ("off", "fused"):
         model = FlatModel(network("ConvNetD2W8", 0), compile)
-        ours = objective(model=model, outer=2, inner=1, augmentation=DSA(siamese=True), depth_ratio=0.4)
+        ours = objective(model=model, outer=2, inner=1, augmentation=DSA(siamese=True), depth=(0.4, 1.0))
         object.__setattr__(ours, "start", lambda it: model.flatten(network("ConvNetD2W8", it)).float())
         assert ours.model.compile == compile
         found.append(list(ours.steps(0, images().float(), LABELS.float(), LR.float())))

@@ -3,37 +3,49 @@ import math
 import pytest
 import torch
 
-from pad.matching.loss import matching_loss
+from pad.matching.loss import loss_by_layer, matching_loss
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 
-RATIOS = [(0.0, 0.0), (0.5, 0.0), (0.25, 0.0), (0.0, 0.5), (0.0, 0.3), (0.5, 0.5), (0.3, 0.6), (0.8, 0.8), (0.999, 0.0)]
+PUBLISHED = [
+    (0.0, 0.0),
+    (0.5, 0.0),
+    (0.25, 0.0),
+    (0.0, 0.5),
+    (0.0, 0.3),
+    (0.5, 0.5),
+    (0.3, 0.6),
+    (0.8, 0.8),
+    (0.999, 0.0),
+]
+SPANS = [(0.0, 0.0, 0.5), (0.25, 0.0, 0.75), (0.3, 0.4, 0.9), (0.5, 0.0, 0.52)]  # from, loss_ratio, to
+RATIOS = [(*ratios, 1.0) for ratios in PUBLISHED] + SPANS
 
 
 def randn(count, seed, dtype=torch.float64):
     return torch.randn(count, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def kept_coordinates(theta, target, depth_ratio, loss_ratio):
+def kept_coordinates(theta, target, match_from, loss_ratio, match_to=1.0):
     """Which coordinates count, one at a time."""
     count = len(theta)
     squares = [(theta[i].item() - target[i].item()) ** 2 for i in range(count)]
-    shallow = set(range(math.floor(depth_ratio * count)))
+    inside = range(math.floor(match_from * count), math.floor(match_to * count))
     smallest = set(sorted(range(count), key=lambda i: (squares[i], i))[: math.floor(loss_ratio * count)])
-    return [i for i in range(count) if i not in shallow and i not in smallest]
+    return [i for i in range(count) if i in inside and i not in smallest]
 
 
-@pytest.mark.parametrize("depth_ratio, loss_ratio", RATIOS)
+@pytest.mark.parametrize("match_from, loss_ratio, match_to", RATIOS)
 @pytest.mark.parametrize("count", [101, 64])
-def test_loss_and_gradient_equal_the_formula(count, depth_ratio, loss_ratio):
+def test_loss_and_gradient_equal_the_formula(count, match_from, loss_ratio, match_to):
     theta, start, target = (randn(count, seed) for seed in range(3))
-    kept = kept_coordinates(theta, target, depth_ratio, loss_ratio)
+    kept = kept_coordinates(theta, target, match_from, loss_ratio, match_to)
     assert kept
     leaf = theta.clone().requires_grad_()
     loss = sum((leaf[i] - target[i]) ** 2 for i in kept) / sum((start[i] - target[i]) ** 2 for i in kept)
     (gradient,) = torch.autograd.grad(loss, leaf)
 
-    ours, ours_gradient = matching_loss(theta, start, target, depth_ratio, loss_ratio)
+    ours, ours_gradient = matching_loss(theta, start, target, match_from, loss_ratio, match_to=match_to)
     assert ours.shape == () and ours_gradient.shape == theta.shape
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
     torch.testing.assert_close(ours_gradient, gradient, rtol=1e-13, atol=0)
@@ -42,9 +54,9 @@ def test_loss_and_gradient_equal_the_formula(count, depth_ratio, loss_ratio):
 
 def test_gradient_equals_finite_differences():
     theta, start, target, along = (randn(40, seed) for seed in range(4))
-    _, gradient = matching_loss(theta, start, target, 0.3, 0.4)
+    _, gradient = matching_loss(theta, start, target, 0.3, 0.4, match_to=0.9)
     eps = 1e-6
-    plus, minus = (matching_loss(theta + e * along, start, target, 0.3, 0.4)[0] for e in (eps, -eps))
+    plus, minus = (matching_loss(theta + e * along, start, target, 0.3, 0.4, match_to=0.9)[0] for e in (eps, -eps))
     assert (gradient @ along).item() == pytest.approx(((plus - minus) / (2 * eps)).item(), rel=1e-7)
 
 
@@ -116,3 +128,20 @@ def test_an_expert_that_did_not_move_gives_no_finite_loss():
     assert not loss.isfinite()
     loss, _ = matching_loss(start, start, start)
     assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("match_from, loss_ratio, match_to", RATIOS)
+def test_the_loss_by_layer_is_that_of_its_coordinates_and_adds_up(match_from, loss_ratio, match_to):
+    theta, start, target = (randn(101, seed) for seed in range(3))
+    sizes = [40, 1, 7, 53]
+    kept = kept_coordinates(theta, target, match_from, loss_ratio, match_to)
+    whole = sum((start[i] - target[i]).item() ** 2 for i in kept)
+    expected, at = [], 0
+    for size in sizes:
+        mine = [i for i in kept if at <= i < at + size]
+        expected.append([sum((end[i] - target[i]).item() ** 2 for i in mine) / whole for end in (theta, start)])
+        at += size
+    found = loss_by_layer(theta, start, target, sizes, match_from, loss_ratio, match_to=match_to)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    loss, _ = matching_loss(theta, start, target, match_from, loss_ratio, match_to=match_to)
+    torch.testing.assert_close(found.sum(dim=0), torch.stack([loss, torch.ones_like(loss)]), rtol=1e-12, atol=0)

@@ -4,18 +4,33 @@ import dataclasses
 import os
 import pwd
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import command_line
 
 from pad import cli, distributed
 from pad.allocator import cache_folder, compiled_folder, keep_compiled_code
 from pad.commands.table import COMMANDS
+from pad.config import FilePath
 from pad.data.images import ImageData
 from pad.data.preprocessing import fit_preprocessing
 from pad.errors import InputError
 from pad.nn import kernels
+from pad.store.files import refuse_unwritable
+from pad.store.foreign import load_pt
+from pad.store.published import importable_files
+from pad.store.tensors import load_tensors
+from pad.store.trajectories import TrajectoryStore, recorded
 
 # ---- a place for what takes long to make
 
@@ -115,6 +130,102 @@ def test_kernels_without_a_place_to_be_kept_are_built_and_used(monkeypatch, tmp_
     assert "built anew" in caplog.text and list(tmp_path.iterdir()) == []
 
 
+# ---- files and folders of others
+
+
+def link_to_itself(monkeypatch, folder):
+    path = folder / "loop"
+    path.symlink_to(path)
+    return path, "Too many levels of symbolic links"
+
+
+def longer_than_names_may_be(monkeypatch, folder):
+    return folder / ("x" * 300), "File name too long"
+
+
+def of_another_user(monkeypatch, folder):
+    not_to_be_entered(monkeypatch, folder)
+    return folder / "some" / "where", "Permission denied"
+
+
+PATHS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    for option in command.settings.fields()
+    if FilePath in (hint := typing.get_type_hints(command.settings)[option], *typing.get_args(hint))
+]
+
+
+@pytest.mark.parametrize("kind", [link_to_itself, longer_than_names_may_be, of_another_user])
+@pytest.mark.parametrize("name, option", PATHS)
+def test_a_path_that_cannot_be_used_is_refused_by_its_option(name, option, kind, *, monkeypatch, tmp_path, capsys):
+    path, reason = kind(monkeypatch, tmp_path)
+    assert cli.door(name, [f"--{option}={path}"]) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith(f"error: {option}: ") and sentence.endswith(f"{reason}\n") and sentence.count("\n") == 1
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_pt])
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing_or_damaged(read, monkeypatch, tmp_path):
+    path = tmp_path / "file"
+    for make, reason in ((path.mkdir, "is a folder"), (partial(os.mkfifo, path), "is a device or a pipe")):
+        make()
+        with pytest.raises(InputError, match=f"file {reason}$"):
+            read(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.touch()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pad.store.files.open", refuse, raising=False)
+    with pytest.raises(InputError, match=r"file cannot be read \(Permission denied\)$"):
+        read(path)
+
+
+@pytest.mark.parametrize("look", [recorded, TrajectoryStore.open, lambda folder: importable_files(folder, "")])
+def test_a_folder_that_cannot_be_listed_is_not_said_to_be_empty(look, monkeypatch, tmp_path):
+    path, reason = link_to_itself(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=rf"loop cannot be listed \({reason}\)$"):
+        look(path)
+
+
+def test_a_link_to_nothing_is_no_place_to_write_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="link is not a folder$"):
+        refuse_unwritable(tmp_path / "link" / "runs")
+
+
+def test_trajectories_that_cannot_be_written_are_refused_before_any_are_made(monkeypatch, tmp_path, capsys):
+    (tmp_path / "replay_buffer_0.pt").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pad.commands.published.set_up", lambda *_: pytest.fail("the data set is read"))
+    data = {"dataset": "FashionMNISTMini", "model": "ConvNetD1W8", "source": tmp_path}
+    assert cli.import_buffer(command_line(**data, buffer_path=tmp_path / "file" / "x")) == 2
+    monkeypatch.setattr(TrajectoryStore, "open", lambda folder: [])
+    assert cli.export_buffer([str(tmp_path), str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err.count("file is not a folder\n") == 2
+
+
+# ---- what else stands in the environment
+
+
+DRAWING = """
+from pad import cli
+from pad.config import Settings
+from pad.show.names import font_file
+cli.COMMANDS["mine"] = cli.Command("mine.py", Settings, lambda *_: print(font_file()))
+raise SystemExit(cli.door("mine", []))
+"""
+
+
+@pytest.mark.slow
+def test_a_notebooks_way_to_show_figures_is_not_a_commands():
+    environment = os.environ | {"MPLBACKEND": "a notebook's, which is not installed"}
+    done = subprocess.run([sys.executable, "-c", DRAWING], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(".ttf\n")
+
+
 # ---- launchers
 
 
@@ -125,12 +236,52 @@ def test_a_launcher_variable_that_is_empty_is_as_none(value, monkeypatch):
     assert distributed.join() is distributed.ALONE
 
 
-def test_a_launcher_variable_that_is_no_number_is_named(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(InputError, match="WORLD_SIZE=many"):
-        distributed.join()
-    assert cli.buffer([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+LEFT_OVER = [  # of a launcher that is not there
+    ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=999"),
+    ({"WORLD_SIZE": "\udce9"}, r"WORLD_SIZE=\udce9"),
+    ({"RANK": None}, "no RANK"),
+    ({"RANK": ""}, "no RANK"),
+    ({"RANK": "first"}, "RANK=first"),
+    ({"RANK": "2"}, "RANK=2, which launchers set to a number from 0 to 1"),
+    ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+    ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ({"MASTER_PORT": None}, "no MASTER_PORT"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("changes, said", LEFT_OVER)
+def test_an_environment_that_is_no_launchers_is_a_sentence_at_once(changes, said, name, monkeypatch, capsys):
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for variable, value in (whole | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | changes).items():
+        monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+    assert cli.door(name, []) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and len(sentence) < 300
+    assert said in sentence and "unset WORLD_SIZE to run alone" in sentence
+
+
+def test_who_waits_for_processes_that_nobody_started_is_told_and_may_stop(monkeypatch, capsys):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for variable, value in (whole | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(distributed, "_SHORT_WAIT", 0.1)
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=20))
+    began, before = time.monotonic(), set(threading.enumerate())
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert cli.buffer([]) == 130 and time.monotonic() - began < 10
+    told, stopped, _ = capsys.readouterr().err.splitlines()
+    assert told == "waiting for all 2 processes of this run; unset WORLD_SIZE to run alone, or start with torchrun"
+    assert stopped.startswith("interrupted")
+    store.set("here 1", "")
+    for thread in set(threading.enumerate()) - before:  # which still wait
+        thread.join(10)
 
 
 # ---- too little memory
@@ -151,7 +302,15 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
         raise error
 
     monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], recipe=recipe))
-    argv = {"study": ["study.yaml"], "evaluate": ["--synthetic", "set"], "export": ["folder", "out"]}.get(name, [])
+    given = {
+        "study": ["study.yaml"],
+        "evaluate": ["--synthetic", "set"],
+        "export": ["folder", "out"],
+        "report": ["run"],
+        "import_set": ["set", "--out", "out"],
+        "export_set": ["set", "--to", "npz", "--out", "out"],
+    }
+    argv = given.get(name, [])
     assert cli.door(name, argv) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: not enough memory; ") and line.endswith("what was finished is kept")

@@ -458,5 +458,7 @@ def test_evaluation_pools():
     assert evaluation_pool("N", "ConvNet") == ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"]
     batch_norm = ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"]
     assert evaluation_pool("BN", "ConvNetBN") == batch_norm
+    across = ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "VGG11", "AlexNet", "LeNet", "MLP"]
+    assert evaluation_pool("X", "ConvNet") == across
     assert evaluation_pool("Z", "MLP") == ["MLP"]
-    assert all(name in NAMES for mode in "MWDAPN" for name in evaluation_pool(mode, "ConvNet"))
+    assert all(name in NAMES for mode in "MWDAPNX" for name in evaluation_pool(mode, "ConvNet"))

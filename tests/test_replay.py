@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pad import protocols
 from pad.data.augment import DC, DSA, NoAugmentation
 from pad.data.placement import HostImages
 from pad.data.preprocessing import MeanStd
-from pad.evaluation import Protocol
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
 from pad.matching.loss import matching_loss
@@ -24,6 +24,7 @@ from pad.matching.unroll import inner_steps, unrolled_gradients
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 from pad.nn.replay import AT_ONCE, Captured, replay_on
+from pad.protocols import Protocol
 from pad.rng import generator
 
 K, SIZE = 3, (8, 8)
@@ -349,8 +350,8 @@ def test_epochs_of_fewer_images_than_a_batch(device):
         same(device, ours, theirs)
 
 
-def trained(replay, device, together, augmentation, *, count=6, batch=4):
-    protocol = Protocol(augmentation, epochs=6, batch_size=batch, compile="off")
+def trained(replay, device, together, augmentation, *, count=6, batch=4, **how):
+    protocol = Protocol(augmentation, epochs=6, batch_size=batch, compile="off", **how)
     model, _ = model_of()
     model.compile = "on"  # by flat parameters
     nets = [build("ConvNetD2W8", 3, K, SIZE, j).to(device) for j in range(together)]
@@ -372,6 +373,20 @@ def test_evaluation_networks(device, together, augmentation):
             same(device, ours, theirs)
     if device == "cpu":
         assert replay._graphs.replays > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("held", [False, True])
+def test_evaluation_networks_on_mixed_images_and_on_large_sets(device, together, held, monkeypatch):
+    """Their batches are gathered as they come."""
+    monkeypatch.setattr(protocols, "_HELD", 2**20 if held else 0)
+    replay, how = captured(device), {"augmentation": DSA(), "cutmix": 0.5, "check_every": 2, "restart": False}
+    expected = trained(AT_ONCE, device, together, **how)
+    for ours, theirs in zip(trained(replay, device, together, **how), expected, strict=True):
+        same(device, ours, theirs)
+    if device == "cpu":
+        assert replay._graphs.replays > 5
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pad.study.report import Outcome, comma_separated, markdown, plot, standard_error, summarise, write_report
+from pad.show.tables import standard_error
+from pad.study.report import Outcome, comma_separated, crossed, markdown, plot, summarise, write_report
 
 VALUES = {"A": [[0.40, 0.42], [0.44, 0.46], [0.41, 0.43]], "B": [[0.30, 0.31], [0.39, 0.40], [0.33, 0.34]]}
 
@@ -107,3 +108,97 @@ def test_equal_outcomes_give_equal_files(tmp_path):
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"results.md", "results.csv", "results.png"}
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+# ---- several networks and training sets
+
+
+def results(seed: int, methods=("A", "B"), networks=("N1", "N2"), rows=("syn", "random")) -> list[Outcome]:
+    """Of each method, network and row, learned and tuned, other figures."""
+    found = []
+    for m, method in enumerate(methods):
+        listed = [
+            {"set": row, "row": row, "network": network, "tuned": tuned, **figures(seed, m, i, j, tuned)}
+            for i, network in enumerate(networks)
+            for j, row in enumerate(rows)
+            for tuned in (False, True)
+        ]
+        metrics = {"hlr": {"mean": 0.1 + 0.02 * seed + m, "se": 0.5}, "ior": {"mean": -0.25 * m, "se": None}}
+        accuracies = listed[0]["accuracies"]
+        found.append(Outcome(method, 10, seed, accuracies, seconds=1, results=listed, metrics=metrics))
+    return found
+
+
+def figures(seed: int, m: int, i: int, j: int, tuned: bool) -> dict:
+    mean = 0.1 * m + 0.05 * i + 0.03 * j + 0.01 * tuned + 0.2 + 0.01 * seed**2
+    return {"accuracies": [mean - 0.01, mean + 0.01], "mean": mean, "train": None if m else 0.5 + 0.1 * seed}
+
+
+def in_percent(m: int, i: int, j: int, tuned: bool) -> tuple[float, float]:
+    """Mean and standard error over seeds 0, 1, 2."""
+    every = 100 * np.array([figures(seed, m, i, j, tuned)["mean"] for seed in range(3)], dtype=np.float64)
+    return every.mean(), every.std(ddof=1) / np.sqrt(3)
+
+
+@pytest.fixture
+def several() -> list[Outcome]:
+    return [outcome for seed in range(3) for outcome in results(seed)]
+
+
+def listed(folder, name: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO((folder / name).read_text())))
+
+
+def test_networks_are_compared_on_the_set_as_it_is(several, tmp_path):
+    write_report(tmp_path, several)
+    lines = listed(tmp_path, "networks.csv")
+    assert [(line["method"], line["network"]) for line in lines] == [(m, n) for m in "AB" for n in ("N1", "N2")]
+    for k, line in enumerate(lines):
+        expected = in_percent(k // 2, k % 2, 0, False)
+        assert (float(line["mean"]), float(line["standard_error"])) == pytest.approx(expected, abs=1e-4)
+        assert line["n"] == "3" and line["on_its_own_images"] == ("" if k // 2 else "60.0000")
+    mean, error = in_percent(0, 1, 0, False)
+    text = (tmp_path / "results.md").read_text()
+    assert "## 10 images per class: networks" in text and "| method | N1 | N2 | n |" in text
+    assert f"{mean:.2f} ± {error:.2f} (60.00) | 3 |" in text
+
+
+def test_training_sets_are_compared_by_the_first_network(several, tmp_path):
+    write_report(tmp_path, several)
+    lines = listed(tmp_path, "rows.csv")
+    names = ["syn", "syn, tuned", "random", "random, tuned"]
+    assert [(line["method"], line["training_set"]) for line in lines] == [(m, name) for m in "AB" for name in names]
+    for k, line in enumerate(lines):
+        expected = in_percent(k // 4, 0, k % 4 // 2, bool(k % 2))
+        assert (float(line["mean"]), float(line["standard_error"])) == pytest.approx(expected, abs=1e-4)
+    assert "| method | syn | syn, tuned | random | random, tuned | n |" in (tmp_path / "results.md").read_text()
+
+
+def test_scores_are_means_over_seeds(several, tmp_path):
+    write_report(tmp_path, several)
+    lines = {(line["method"], line["score"]): line for line in listed(tmp_path, "metrics.csv")}
+    assert float(lines["A", "HLR"]["mean"]) == pytest.approx(0.12)
+    assert float(lines["A", "HLR"]["standard_error"]) == pytest.approx(0.02 / math.sqrt(3), abs=1e-4)
+    assert float(lines["B", "IOR"]["mean"]) == -0.25
+    assert "| B | 1.120 ± 0.012 | -0.250 ± 0.000 | 3 |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_method_without_a_row_has_a_dash_and_n_says_how_many_seeds(several):
+    several[-1].results[:] = [each for each in several[-1].results if each["row"] == "syn"]
+    alone = crossed(several[-1:] + results(0, ["A"]))
+    assert "| B | 34.00 | 35.00 | - | - | 1 |" in "\n".join(alone["rows.csv"].markdown())
+
+
+def test_one_network_and_one_training_set_make_the_report_of_before(tmp_path):
+    one = [{"set": "syn", "row": "syn", "network": "N1", "accuracies": [0.5], "mean": 0.5, "train": 0.9}]
+    write_report(tmp_path / "new", [Outcome("A", 1, 0, [0.5], results=one)])
+    write_report(tmp_path / "old", [Outcome("A", 1, 0, [0.5])])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()
+    }
+
+
+def test_tables_of_an_earlier_form_of_the_study_go(several, tmp_path):
+    write_report(tmp_path, several)
+    write_report(tmp_path, outcomes())
+    assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.csv", "results.png"}

@@ -234,7 +234,7 @@ def reading(path):
 
 def test_a_missing_or_foreign_tensor_file_is_refused(tmp_path):
     assert "does not exist" in reading(tmp_path / "absent")
-    assert "whole safetensors file" in reading(tmp_path)
+    assert "is a folder" in reading(tmp_path)
     path = tmp_path / "foreign"
     save_file({"a": torch.zeros(2)}, path)
     assert "something else" in reading(path)

@@ -249,3 +249,33 @@ def test_forgetting_counts_what_was_right_and_then_wrong():
             predicted = torch.where(right == 1, labels[batch], 1 - labels[batch])
             events(torch.tensor(batch), F.one_hot(predicted, 2).float())
     assert events.scores(4).tolist() == [0, 2, 4, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- Loss
+
+
+def test_the_cross_entropy_is_its_formula_to_the_last_digits():
+    """Also where p_y rounds to 1, to 0, and where there is one class."""
+    from decimal import Decimal, localcontext
+
+    logits = torch.tensor([[1.0, 2.0, -3.0], [60.0, 0.0, 0.0], [0.0, 900.0, 5.0], [0.5, 0.5, 0.5]], dtype=torch.float64)
+    labels = torch.tensor([1, 0, 2, 0])
+    with localcontext() as context:
+        context.prec = 60
+        for row, label, found in zip(logits.tolist(), labels.tolist(), scores.cross_entropy(logits, labels).tolist()):
+            weights = [Decimal(value).exp() for value in row]
+            assert found == pytest.approx(float(-(weights[label] / sum(weights)).ln()), rel=1e-13)
+    assert scores.cross_entropy(torch.tensor([[3.0]]), torch.tensor([0])).tolist() == [0]
+
+
+def test_the_loss_is_the_mean_over_the_epochs_whatever_the_order_of_the_images():
+    labels, generator = torch.tensor([0, 1, 1, 0]), torch.Generator().manual_seed(0)
+    losses = scores.TrainingLosses(labels)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for _ in range(3):
+        order, logits = torch.randperm(4, generator=generator), torch.randn(4, 2, generator=generator)
+        expected[order] += F.cross_entropy(logits.double(), labels[order], reduction="none") / 3
+        for batch, said in zip(order.split(3), logits.split(3)):
+            losses(batch, said)
+    torch.testing.assert_close(losses.scores(3), expected, rtol=1e-12, atol=0)
+    assert scores.TrainingLosses(labels).scores(0).tolist() == [0] * 4

@@ -1,6 +1,7 @@
 """One training for all methods: what it is, that sharing it changes nothing, and that an interrupted one goes on."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pad.data.augment import DSA, augment
 from pad.data.images import ImageData
 from pad.difficulty.evidence import collect_evidence
 from pad.difficulty.methods import METHODS, Method, RankingSource, compute_rankings, score_images, score_network
-from pad.difficulty.scores import ForgettingEvents, el2n
+from pad.difficulty.scores import el2n
 from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.nn.networks import build
@@ -116,12 +117,12 @@ def test_observers_see_every_image_once_an_epoch_and_change_nothing():
     assert not any(logits.requires_grad for _, logits in seen)
 
 
-def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_step():
+def test_forgetting_and_loss_are_those_of_a_training_simulated_with_a_pass_before_every_step():
     images, labels = random_task(n=40)
     settings = ScoringSettings("ConvNetD1W8BN", repeats=1, epochs=8, lr=0.3, batch=16, augmentation="flip")
     network = build(settings.model, 3, 3, (8, 8), 5, "score", 0)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    history = [[] for _ in range(40)]
+    history, losses = [[] for _ in range(40)], [[] for _ in range(40)]
     for epoch in range(8):
         rng = generator(5, "score", 0, epoch)
         order = torch.randperm(40, generator=rng)
@@ -131,12 +132,16 @@ def test_forgetting_is_that_of_a_training_simulated_with_a_pass_before_every_ste
             logits = network(x)
             for i, prediction in zip(batch.tolist(), logits.argmax(dim=1).tolist()):
                 history[i].append(prediction == int(labels[i]))
+            for i, p in zip(batch.tolist(), logits.detach().double().softmax(dim=1)):
+                losses[i].append(-math.log(p[labels[i]]))
             F.cross_entropy(logits, labels[batch]).backward()
             optimiser.step()
     expected = [sum(now and not then for now, then in zip(seen, seen[1:])) if any(seen) else 8 for seen in history]
     assert len(set(expected)) > 2
-    found = score_images(["Forgetting"], ScoringTraining(images, labels, 3, settings, 5)).scores["Forgetting"]
-    assert found.tolist() == expected
+    found = score_images(["Forgetting", "Loss"], ScoringTraining(images, labels, 3, settings, 5)).scores
+    assert found["Forgetting"].tolist() == expected
+    means = torch.tensor([sum(seen) / 8 for seen in losses], dtype=torch.float64)
+    torch.testing.assert_close(found["Loss"], means, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("model", ["ConvNetD1W8", "ConvNetD1W8BN"])
@@ -181,7 +186,7 @@ def test_wrongly_labelled_images_are_hardest():
     flipped = torch.randperm(400, generator=rng)[:40]
     labels[flipped] = (labels[flipped] + 1 + torch.randint(3, (40,), generator=rng)) % 4
     settings = ScoringSettings("ConvNetD1W16", repeats=2, epochs=4, lr=0.02, batch=50)
-    names = ["GraNd", "EL2N", "Forgetting", "CAL", "DeepFool"]
+    names = ["GraNd", "EL2N", "Forgetting", "Loss", "CAL", "DeepFool"]
     for method, values in score_images(names, ScoringTraining(images, labels, 4, settings, 0)).scores.items():
         hardest = values.argsort(descending=True)[:40]
         found = torch.isin(hardest, flipped).double().mean().item()
@@ -218,7 +223,7 @@ def everything():
 
 def test_every_method_ranks_each_class(everything):
     data = make_data()
-    assert list(everything) == list(METHODS) and len(METHODS) == 18
+    assert list(everything) == list(METHODS) and len(METHODS) == 19
     for name, ranking in everything.items():
         ranking.validate(data.train_labels, 3, name)
         assert ranking.metadata["method"] == name and ranking.metadata["ranked_by"] == METHODS[name].kind
@@ -439,13 +444,15 @@ def test_every_method_on_cuda_and_counting_waits_for_nothing(monkeypatch):
         found[name].validate(data.train_labels, 3, name)
         if METHODS[name].kind == "score":
             assert (found[name].scores - expected[name].scores).norm() < 0.02 * expected[name].scores.norm(), name
-    events = ForgettingEvents(data.train_labels.cuda())
+    observers = [METHODS[name].compute(data.train_labels.cuda()) for name in METHODS if name not in names]
     indices, logits = torch.arange(0, 90, 2).cuda(), torch.randn(45, 3).cuda()
-    events(indices, logits)
+    for observer in observers:
+        observer(indices, logits)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        events(indices, logits)
-        count = events.scores(5)
+        for observer in observers:
+            observer(indices, logits)
+            count = observer.scores(5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert count.is_cuda and count.cpu().tolist().count(5) > 45

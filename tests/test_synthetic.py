@@ -7,6 +7,7 @@ import torch
 
 from pad.data.preprocessing import ZCA, MeanStd
 from pad.errors import InputError
+from pad.labels import hard_logits
 from pad.store.foreign import load_pt
 from pad.store.tensors import load_tensors, save_tensors
 from pad.synthetic import SyntheticSet
@@ -355,3 +356,15 @@ def test_the_dataset_pairs_images_with_logits():
     dataset = synthetic.to_dataset()
     image, label = dataset[4]
     assert len(dataset) == 6 and torch.equal(image, synthetic.images[4]) and torch.equal(label, synthetic.labels[4])
+
+
+def test_tensors_for_dd_ranking():
+    """As its metrics take them: soft labels as logits, hard ones as class numbers."""
+    soft = make()
+    assert not soft.is_hard
+    assert soft.for_dd_ranking().keys() == {"image_tensor", "soft_labels", "syn_lr"}
+    assert soft.for_dd_ranking()["soft_labels"] is soft.labels and soft.for_dd_ranking()["image_tensor"] is soft.images
+    hard = make(labels=hard_logits(soft.classes, K))
+    assert hard.is_hard and hard.for_dd_ranking()["hard_labels"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert hard.for_dd_ranking()["syn_lr"] == pytest.approx(0.013) and type(hard.for_dd_ranking()["syn_lr"]) is float
+    assert not make(labels=hard_logits(soft.classes.flip(0), K)).is_hard, "of other classes than the images stand for"

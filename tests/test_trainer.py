@@ -314,6 +314,7 @@ def test_what_a_buffer_holds(bench):
         {"dsa": False},
         {"adaptive": False},
         {"batch_train": 9},
+        {"drop_easy": 0.1},
     ],
     ids=str,
 )
@@ -386,6 +387,50 @@ def test_the_curriculum_follows_the_ranking(bench, monkeypatch):
     (task,) = tasks
     assert set(task.epoch_indices(0).tolist()) == easiest and len(task.epoch_indices(0)) == len(easiest)
     assert sorted(task.epoch_indices(1).tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize("easy, hard", [(0.2, 0.0), (0.0, 0.5), (0.25, 0.3)])
+def test_a_window_of_difficulty_holds_in_every_epoch(bench, monkeypatch, easy, hard):
+    """Against a selection by counting, for each image, how many of its class are easier and how many harder."""
+    tasks = []
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
+    bench.record(num_experts=1, drop_easy=easy, drop_hard=hard)
+    scored = Ranking.load(bench.rankings / "CIFAR10_GraNd.safetensors").scores.tolist()
+    labels = bench.data.train_labels.tolist()
+    expected = []
+    for i, label in enumerate(labels):
+        of_class = [(scored[j], j) for j in range(len(labels)) if labels[j] == label]
+        easier, harder = (
+            sum(test(each) for each in of_class) for test in ((scored[i], i).__gt__, (scored[i], i).__lt__)
+        )
+        if easier >= int(easy * len(of_class)) and harder >= int(hard * len(of_class)):
+            expected.append(i)
+    assert 0 < len(expected) < len(labels)
+    for epoch in range(2):
+        assert sorted(tasks[0].epoch_indices(epoch).tolist()) == expected
+
+
+def test_a_window_comes_before_the_curriculum_and_experts_of_another_do_not_join(bench, monkeypatch):
+    tasks = []
+    monkeypatch.setattr(recording, "expert_training", lambda *given: tasks.append(expert_training(*given)) or tasks[-1])
+    bench.record(num_experts=1, drop_hard=0.5, init_ratio=0.5, add_end_epoch=1)
+    sizes = bench.data.train_labels.bincount().tolist()
+    kept = [size - size // 2 for size in sizes]
+    assert len(tasks[0].epoch_indices(0)) == sum(size // 2 for size in kept)
+    assert len(tasks[0].epoch_indices(1)) == sum(kept)
+    with pytest.raises(InputError, match="drop_hard: 0.5 in the buffer, 0.0 in the config"):
+        bench.record(init_ratio=0.5, add_end_epoch=1)
+    with pytest.raises(InputError, match="drop_hard: 0.5 in the buffer, 0.25 in the config"):
+        bench.record(init_ratio=0.5, add_end_epoch=1, drop_hard=0.25)
+    bench.record(num_experts=2, drop_hard=0.5, init_ratio=0.5, add_end_epoch=1)
+    assert recorded(bench.folder) == [0, 1]
+
+
+def test_a_window_that_leaves_nothing_is_refused_before_any_work(bench, monkeypatch):
+    monkeypatch.setattr(workbench, "obtain_rankings", lambda *_, **__: pytest.fail("a ranking was computed"))
+    with pytest.raises(InputError, match="drop_easy: 0.6 and drop_hard: 0.5 leave no image of class 0"):
+        bench.record(drop_easy=0.6, drop_hard=0.5)
+    assert not bench.folder.exists()
 
 
 def test_a_published_ranking_is_used(bench, monkeypatch):

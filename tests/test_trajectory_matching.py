@@ -140,7 +140,7 @@ def store(tmp_path_factory):
 def objective(store, **changes):
     model = FlatModel(build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 0))
     small = sampler(experts=[0, 1, 2], max_start_epoch=5, current_max_start_epoch=2, expansion_end_epoch=4, seed=3)
-    settings = dict(augmentation=DSA(), syn_steps=5, batch_syn=4, depth_ratio=0.5, loss_ratio=0.25, seed=3)
+    settings = dict(augmentation=DSA(), syn_steps=5, batch_syn=4, depth=(0.5, 1.0), loss_ratio=0.25, seed=3)
     return TrajectoryObjective(model=model, store=store, sampler=small, **(settings | changes))
 
 
@@ -150,9 +150,11 @@ def synthetic(dtype=torch.float64):
     return images, torch.randn(6, CLASSES, generator=rng).to(dtype), torch.tensor(0.05, dtype=dtype)
 
 
-@pytest.mark.parametrize("it", [0, 3, 11])
-def test_gradients_of_an_iteration_equal_autograd_along_its_segment(store, it):
-    ours = objective(store)
+@pytest.mark.parametrize(
+    "it, begin, end", [(0, 0.5, 1.0), (3, 0.5, 1.0), (11, 0.5, 1.0), (2, 0.0, 0.5), (5, 0.25, 0.6)]
+)
+def test_gradients_of_an_iteration_equal_autograd_along_its_segment(store, it, begin, end):
+    ours = objective(store, depth=(begin, end))
     images, labels, lr = (tensor.requires_grad_() for tensor in synthetic())
     segment = ours.sampler.segment(it)
     start, target = (store.rows(segment.expert, [epoch])[0].double() for epoch in (segment.start, segment.start + 2))
@@ -166,7 +168,8 @@ def test_gradients_of_an_iteration_equal_autograd_along_its_segment(store, it):
         loss = torch.nn.functional.cross_entropy(logits, labels[step.indices].softmax(dim=1))
         theta = theta - lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
     count = len(start)
-    kept = torch.arange(count) >= count // 2
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[int(begin * count) : int(end * count)] = True
     kept[(theta - target).detach().abs().argsort()[: count // 4]] = False
     loss = (theta - target)[kept].square().sum() / (start - target)[kept].square().sum()
     expected = torch.autograd.grad(loss, (images, labels, lr))
@@ -189,7 +192,7 @@ def test_gradients_are_a_function_of_seed_iteration_and_set(store):
 
 
 def test_the_settings_arrive(store):
-    plain = dict(augmentation=NoAugmentation(), syn_steps=2, batch_syn=3, depth_ratio=0.0, loss_ratio=0.0)
+    plain = dict(augmentation=NoAugmentation(), syn_steps=2, batch_syn=3, depth=(0.0, 1.0), loss_ratio=0.0)
     losses = {
         name: objective(store, **(plain | change)).gradients(1, *synthetic()).loss.item()
         for name, change in {
@@ -197,8 +200,25 @@ def test_the_settings_arrive(store):
             "DSA": {"augmentation": DSA()},
             "steps": {"syn_steps": 3},
             "batch": {"batch_syn": 2},
-            "depth": {"depth_ratio": 0.5},
+            "depth": {"depth": (0.5, 1.0)},
+            "shallow": {"depth": (0.0, 0.5)},
             "loss": {"loss_ratio": 0.5},
         }.items()
     }
     assert len(set(losses.values())) == len(losses)
+
+
+# ------------------------------------------------------------------------------------------------ layer by layer
+
+
+def test_layers_are_the_modules_with_parameters_and_what_they_add_is_the_loss(store):
+    plain, asked = (objective(store, layer_losses=wanted).gradients(3, *synthetic()) for wanted in (False, True))
+    assert plain.layers == {}
+    for name in ("loss", "images", "labels", "lr"):
+        assert torch.equal(getattr(plain, name), getattr(asked, name))
+    modules = build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 0).named_modules()
+    assert list(asked.layers) == [name for name, module in modules if list(module.parameters(recurse=False))]
+    added, at_start = torch.stack(list(asked.layers.values())).sum(dim=0).tolist()
+    assert added == pytest.approx(asked.loss.item(), rel=1e-12) and at_start == pytest.approx(1, rel=1e-12)
+    first, *_, last = asked.layers.values()
+    assert first.tolist() == [0, 0] and last.min() > 0  # the deeper half counts

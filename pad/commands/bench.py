@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from pad.difficulty.obtain import obtain_rankings, ranking_file, ranking_method
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Evaluation, Protocol
+from pad.evaluation import Evaluation
 from pad.initialisation import Experts
 from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
+from pad.protocols import Protocol, Schedule
 from pad.store.identity import digest
 from pad.store.trajectories import TrajectoryStore, buffer_folder, describe
 
@@ -78,39 +79,43 @@ class Workbench:
 
     # networks
 
-    def network(self, name: str, seed: int, *stream: int | str) -> networks.Network:
+    def network(self, name: str, seed: int, *stream: int | str) -> networks.AnyNetwork:
         """A fresh network for these images, on the CPU. Raises InputError for one that does not fit them."""
         return networks.build(name, self.data.channels, self.data.num_classes, self.data.size, seed, *stream)
 
     def refuse_unfit(self, names: Iterable[str]) -> None:
         """Raise InputError for a name that is not a network's, and for a network that does not fit these images."""
+        names = list(names)
+        self.ranks.same(lambda: names, "the files of networks")
         for name in names:
             self.network(name, 0)
 
     def flat_model(self, name: str, compile: str = "off", micro_batch: int | None = None) -> FlatModel:
         """A network for these images as a function of its flat parameters."""
-        return FlatModel(self.network(name, 0), compile, micro_batch)
+        return FlatModel(self.network(name, 0).to(self.device), compile, micro_batch)
 
     def protocol(self, settings: Evaluating, num_images: int, num_sets: int = 1) -> Protocol:
         """How the configured evaluation networks are trained, on ``num_sets`` sets of ``num_images`` each.
 
         Without DSA they are augmented as in DC's code: those for MNIST and ConvNetBN only.
         """
-        steps = (settings.epoch_eval_train + 1) * math.ceil(num_images / settings.batch_train)
+        published = settings.published
+        said = {each.name: getattr(published, each.name) for each in fields(Schedule)}
+        said |= {"epochs": settings.epoch_eval_train, "batch_size": settings.batch_train}
+        steps = (settings.epoch_eval_train + published.extra) * math.ceil(num_images / settings.batch_train)
         return Protocol(
             augmentation=settings.augmentation(otherwise=DC() if settings.dataset == "MNIST" else None),
             own={} if settings.dsa else {"ConvNetBN": DC("crop_noise")},
-            epochs=settings.epoch_eval_train,
-            batch_size=settings.batch_train,
             seed=settings.seed,
             compile=how_to_compile(settings.compile, self.device, num_sets * settings.num_eval * steps),
             together=settings.together or (settings.num_eval if self.device.type == "cuda" else 1),
+            **said,
         )
 
-    def evaluation(self, protocol: Protocol, lr: float) -> Evaluation:
-        """Trains networks by ``protocol`` at learning rate ``lr``, and tests them on the test images."""
+    def evaluation(self, protocol: Protocol) -> Evaluation:
+        """Trains networks by ``protocol``, and tests them on the test images."""
         return Evaluation(
-            protocol=protocol, lr=lr, test_images=self.test_images, test_labels=self.test_labels, ranks=self.ranks
+            protocol=protocol, test_images=self.test_images, test_labels=self.test_labels, ranks=self.ranks
         )
 
     # experts

@@ -20,6 +20,7 @@ from pad.config import (
     SEED,
     Device,
     FilePath,
+    NetworkName,
     Settings,
     checkout,
     cuda_device,
@@ -29,10 +30,12 @@ from pad.data.augment import DSA, DSA_STRATEGY, Augmentation, NoAugmentation, re
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 from pad.experts.curriculum import ADD_SCHEDULES, REMOVALS, Curriculum
+from pad.nn.networks import evaluation_pool
+from pad.protocols import PROTOCOLS, Published
 
 log = logging.getLogger("pad")
 
-POOLS = ("S", "M", "W", "D", "A", "P", "N", "C", "BN")  # of pad.nn.networks.evaluation_pool
+POOLS = ("S", "M", "W", "D", "A", "P", "N", "C", "BN", "X")  # of pad.nn.networks.evaluation_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Common(Settings):
     data_path: FilePath = setting("data", "folder of the data set", PLACE)
     train_per_class: int | None = setting(None, "use the first so many training images of each class only", DATA, low=1)
     zca: bool = setting(False, "ZCA whitening instead of mean/std", DATA)
-    model: str = setting("ConvNet", "network", MODEL)
+    model: NetworkName = setting("ConvNet", "network: a name, torchvision:resnet18, or file.py:function", MODEL)
     seed: int = setting(0, "seed of every random decision", SEED, low=0, by_study=True)
     device: Device = setting("auto", "auto, cpu, cuda, cuda:1, or a list of CUDA devices as [0,1]", PLACE)
     # On, as torch has it for convolutions and so the published codes: factors are rounded to 10 bits. Of a matching
@@ -157,7 +160,7 @@ class Ranked(Scoring):
     convert_flat: bool = setting(
         False, "read a flat ranking file, hardest first: turn it round, group it by class", DETAIL
     )
-    score_model: str | None = setting(None, "network that scores difficulty; default: the model", DETAIL)
+    score_model: NetworkName | None = setting(None, "network that scores difficulty; default: the model", DETAIL)
     score_repeats: int = setting(10, "networks to average difficulty over", DETAIL, low=1)
     score_epochs: int = setting(40, "epochs to train a scoring network", DETAIL, low=1)
     score_lr: float = setting(0.1, "learning rate of the scoring networks", DETAIL, above=0)
@@ -209,18 +212,59 @@ class Evaluating(Training):
 
     batch_train: int = setting(256, "batch size for training networks", REPORT, low=1, memory=True)
     eval_mode: str = setting("S", f"evaluation pool: {', '.join(POOLS)}; anything else: the model itself", REPORT)
+    networks: NetworkName = setting(
+        "",
+        "networks to evaluate, as ConvNet,torchvision:resnet18,my.py:net; default: those of eval_mode",
+        REPORT,
+        later=True,
+    )
     num_eval: int = setting(5, "networks to train per evaluation", REPORT, low=1)
     epoch_eval_train: int = setting(1000, "epochs to train an evaluation network", REPORT, low=1)
     together: int | None = setting(  # changes rounding alone
         None, "evaluation networks to train at once; default: on CUDA all, on a CPU one", PLACE, low=1, memory=True
     )
 
+    @property
+    def published(self) -> Published:
+        """The evaluation that networks are trained by, but for what is set otherwise."""
+        return PROTOCOLS["mtt"]
+
+    @property
+    def pool(self) -> list[str]:
+        """The networks to evaluate."""
+        return words(self.networks) or evaluation_pool(self.eval_mode, self.model)
+
     def check(self) -> None:
         super().check()
-        if self.eval_mode not in POOLS:
+        if self.networks and "eval_mode" in self.given:
+            log.warning("eval_mode does nothing: networks names those to evaluate")
+        elif self.eval_mode not in POOLS:
             log.warning(
                 "eval_mode: %s is none of %s, so the model itself is evaluated", self.eval_mode, ", ".join(POOLS)
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByProtocol(Evaluating):
+    """Whose evaluation it is. What that says holds where nobody gives another value."""
+
+    protocol: str = setting(
+        "mtt", "evaluation of MTT, DATM and PAD, or another published one", REPORT, choices=tuple(PROTOCOLS), later=True
+    )
+
+    @property
+    def published(self) -> Published:
+        return PROTOCOLS[self.protocol]
+
+    def resolved(self) -> Self:
+        if self.protocol == "mtt":  # whose values are the defaults
+            return super().resolved()
+        said = self.published
+        values: dict = {"epoch_eval_train": said.epochs, "batch_train": said.batch_size}
+        if said.dsa_strategy is not None:
+            values |= {"dsa": True, "dsa_strategy": said.dsa_strategy}
+        others = {name: value for name, value in values.items() if name not in self.given}
+        return dataclasses.replace(super().resolved(), **others)
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,7 @@ Nothing here knows one of them by name.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -20,20 +21,22 @@ from typing_extensions import Self
 from pad.checkpoint import State
 from pad.commands.bench import Workbench, identity_of_set, set_up, use_tf32
 from pad.commands.common import Evaluating
-from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, setting
+from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, Role, setting
 from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.initialisation import Experts, initial_set
+from pad.evaluation import Case
+from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.matching.loss import span
 from pad.matching.objective import Objective
-from pad.nn import networks
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.store.files import refuse_unwritable
+from pad.store.identity import refuse_difference
 from pad.store.locks import only_writer
 from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
 from pad.store.trackers import TRACKERS
-from pad.synthetic import SyntheticSet
+from pad.synthetic import SyntheticSet, set_file
 
 log = logging.getLogger("pad")
 
@@ -108,6 +111,39 @@ class Distilling(Evaluating, ABC):
         """About how many derivatives of the network a run takes: what compiling has to pay for itself in."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfDepth(Distilling):
+    """What ways of matching ask that count parameters by their depth."""
+
+    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
+    match_from: float = setting(
+        0.0, "share of the depth at which matching begins, as depth_ratio", RECIPE, low=0, below=1, later=True
+    )
+    match_to: float = setting(1.0, "share of the depth at which it ends", RECIPE, above=0, high=1, later=True)
+
+    def check(self) -> None:
+        super().check()
+        first, last = self.match_from, self.match_to
+        if self.depth_ratio and (first, last) != (0, 1):
+            raise InputError(
+                f"depth_ratio: {self.depth_ratio:g} is short for match_from: {self.depth_ratio:g} and match_to: 1; "
+                f"give either it or the span, not also match_from: {first:g} and match_to: {last:g}"
+            )
+        if last <= first:
+            raise InputError(f"match_to: {last:g} leaves nothing to match from match_from: {first:g} on")
+
+    def matched_span(self, model: FlatModel) -> tuple[float, float]:
+        """The shares of the depth between which parameters are matched. Raises InputError where none lies there."""
+        shares = self.depth_ratio or self.match_from, self.match_to
+        first, last = span(*shares, model.num_parameters)
+        if first == last:
+            raise InputError(
+                f"match_from: {shares[0]:g} and match_to: {shares[1]:g} have none of the {model.num_parameters} "
+                f"parameters of {self.model} between them"
+            )
+        return shares
+
+
 def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Stage 2: optimise a synthetic set. What is matched goes by the kind of ``settings``. Returns the run folder.
 
@@ -148,7 +184,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     if ranks.on_main(is_finished):
         log.info("the run in %s is finished", folder)
         return folder
-    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
+    pool = settings.pool
     bench.refuse_unfit(pool)
     task = settings.task(bench, model, before)
     schedule = settings.fill(
@@ -160,7 +196,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         ema_decay=task.ema_decay,
     )
     protocol = bench.protocol(settings, len(task.images))
-    fixed = {name: value for name, value in settings.as_dict().items() if name not in place.may_differ}
+    fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
         classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
@@ -173,10 +209,9 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         return SyntheticSet(images, labels, lr, classes, metadata, preprocessing=bench.preprocessing)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
-        training_set = current.images, current.probabilities()
-        found = bench.evaluation(protocol, current.lr.item()).run(
-            [(network, lambda j: training_set) for network in pool], settings.num_eval
-        )
+        training_set, lr = (current.images, current.probabilities()), current.lr.item()
+        cases = [Case(network=network, training_set=lambda j: training_set, lr=lr) for network in pool]
+        found = bench.evaluation(protocol).run(cases, settings.num_eval)
         return {each.network: (each.mean, each.std, each.n) for each in found}
 
     recorded = settings.as_dict() | task.recorded
@@ -217,9 +252,40 @@ def _student(settings: Distilling, before: dict, bench: Workbench) -> FlatModel:
 
 def first_set(
     settings: Distilling, bench: Workbench, pix_init: str, experts: Experts | None = None, **labels
-) -> tuple[Tensor, Tensor]:
-    """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with: :func:`pad.initialisation.initial_set`."""
-    real = bench.images, bench.labels, bench.data.num_classes
-    return bench.ranks.on_main(
-        lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+) -> tuple[Tensor, Tensor, dict]:
+    """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with, and what they are of beside the settings.
+
+    ``pix_init``: a kind of :func:`pad.initialisation.initial_set`, or the path of a synthetic set. ``labels``: see
+    there. Raises InputError as it does, and for a set of other classes, sides or preprocessing.
+    """
+    if pix_init in INITIAL_IMAGES:
+        real = bench.images, bench.labels, bench.data.num_classes
+        found = bench.ranks.on_main(
+            lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+        )
+        return *found, {}
+    start = _start(pix_init, bench)
+    how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False)}
+    return *bench.ranks.on_main(lambda: from_set(start, settings.ipc, experts, **how)), {"start": start.digest}
+
+
+def _start(path: str, bench: Workbench) -> SyntheticSet:
+    """The set at ``path``. Raises InputError for one that does not fit."""
+    file = set_file(path)
+    if file.exists() and file.suffix != ".safetensors":
+        raise InputError(f"pix_init: {file} is no set of this toolkit's; scripts/import_set.py makes one of it")
+    start, data = SyntheticSet.load(file), bench.data
+    there: dict = {"classes": start.num_classes, "shape of images": list(start.images.shape[1:])}
+    here: dict = {"classes": data.num_classes, "shape of images": [data.channels, *data.size]}
+    if start.metadata.get("class_names"):
+        there["class"], here["class"] = dict(enumerate(start.class_names)), dict(enumerate(data.class_names))
+    refuse = functools.partial(
+        refuse_difference, there_is="the set", here_is="the data", remedy="begin with a set that was made for these"
     )
+    refuse(f"pix_init: {file}", there, here)
+    if start.preprocessing_identity is None:
+        raise InputError(f"pix_init: {file} does not say how its images were preprocessed")
+    seen = bench.preprocessing.identity
+    there, here = {key: start.preprocessing_identity.get(key) for key in seen}, seen
+    refuse(f"pix_init: {file}", {"preprocessing": there}, {"preprocessing": here})
+    return start

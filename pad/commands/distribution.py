@@ -14,7 +14,7 @@ from pad.commands.real import RealMatching
 from pad.config import PACE, RECIPE, setting
 from pad.matching.distribution import DistributionObjective, matched_blocks
 from pad.nn.flat import FlatModel
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork, refuse_without_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class DMSettings(RealMatching):
     refused = {
         **RealMatching.refused,
         **dict.fromkeys(("outer_loop", "inner_loop"), "it belongs to gradient matching, distill/DC.py"),
+        **dict.fromkeys(("match_from", "match_to"), "whole blocks are matched here: depth_ratio says how many"),
         "micro_batch": "a class at a time is all that is computed on here",
     }
     program = "dm"
@@ -53,9 +54,12 @@ class DMSettings(RealMatching):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Match the mean features of real images."""
+        plain = bench.network(self.model, self.seed)
+        refuse_without_features(plain)
+        blocks = matched_blocks(self.depth_ratio, 1 if self.depth_ratio is None else plain.depth)
         real, made_from = self.real_batches(bench, model)
 
-        def network(it: int) -> Network:
+        def network(it: int) -> AnyNetwork:
             fresh = bench.network(self.model, self.seed, "distribution matching", it)
             return fresh.to(bench.device).requires_grad_(False)
 
@@ -64,7 +68,7 @@ class DMSettings(RealMatching):
             network=network,
             real=real,
             augmentation=self.matching_augmentation,
-            blocks=matched_blocks(self.depth_ratio, len(network(0).body)),
+            blocks=blocks,
             separable=model.separable,
             ranks=bench.ranks,
         )

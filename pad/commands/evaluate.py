@@ -7,40 +7,42 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pad.commands.bench import Workbench, progress_bar, set_up
-from pad.commands.common import Evaluating, Ranked, words
-from pad.config import DATA, DETAIL, MODEL, PLACE, RECIPE, REPORT, SEED, FilePath, setting
+from pad.commands.common import ByProtocol, Ranked, words
+from pad.commands.kept import Kept
+from pad.commands.results import as_text, scores_of
+from pad.commands.rows import TITLES, Row, Rows, held_out, missing_for, row_names
+from pad.config import DATA, DETAIL, MODEL, PLACE, RECIPE, REPORT, SEED, FilePath, checkout, setting
 from pad.data.augment import DC
-from pad.difficulty.ranking import first_of_each_class
+from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Accuracies, Protocol, TrainingSet, TrainingSets
-from pad.initialisation import Experts, WeakExperts, class_order, initial_set, refuse_small_classes
-from pad.nn import networks
-from pad.show.tables import result_table
-from pad.store.files import refuse_unwritable, write_text
+from pad.evaluation import Accuracies, Case, Protocol
+from pad.initialisation import Experts, WeakExperts, refuse_small_classes
+from pad.metrics import NEEDS
+from pad.store.files import refuse_unwritable, unreadable, write_text
 from pad.store.identity import digest, refuse_difference
-from pad.store.locks import only_writer
-from pad.store.run import append_line
+from pad.store.locks import in_turn, only_writer
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Evaluating, Ranked):
+class EvaluationSettings(ByProtocol, Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
 
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
@@ -60,6 +62,34 @@ class EvaluationSettings(Evaluating, Ranked):
         "rows beside the synthetic set: random real images with hard and soft labels, and the first of a "
         "difficulty method, as in hard,soft,Herding; or none",
         REPORT,
+        by_study=True,
+    )
+    rows: str = setting(
+        "",
+        f"rows of the table: all, or a list of {', '.join(TITLES)} and difficulty methods; default: syn, and beside "
+        "baselines syn_hard and these",
+        REPORT,
+        later=True,
+    )
+    metrics: str = setting(
+        "",
+        f"of {', '.join(NEEDS)}, scores that there must be rows for; default: those that there are",
+        REPORT,
+        later=True,
+    )
+    tune_lr: bool = setting(
+        False, "also train at a learning rate for each row, chosen on held-out training images", REPORT, later=True
+    )
+    lr_grid: str = setting("0.001,0.005,0.01,0.05,0.1", "learning rates to choose from", REPORT, later=True)
+    held_out: float = setting(
+        0.1, "share of each class of the training images to choose on", REPORT, above=0, below=1, later=True
+    )
+    full_epochs: int = setting(100, "epochs to train a network on the whole training set", REPORT, low=1, later=True)
+    full_lr: float = setting(0.01, "learning rate on the whole training set", REPORT, above=0, later=True)
+    full_path: FilePath | None = setting(
+        None,
+        "folder that keeps the scores of networks that the whole set has trained; default: runs/whole in the checkout",
+        PLACE,
         by_study=True,
     )
     out: FilePath | None = setting(None, "JSON file of the results; default: beside the set", PLACE, by_study=True)
@@ -87,10 +117,49 @@ class EvaluationSettings(Evaluating, Ranked):
                 raise InputError("lr_dir: the set's learning rate is missing; give its file, or the number itself")
             raise InputError(f"no synthetic set to evaluate: give --synthetic, or --{' and --'.join(missing)}")
 
+        self.grid  # noqa: B018
+        for metric in words(self.metrics):
+            if metric not in NEEDS:
+                raise InputError(f"metrics: {metric!r} is not one of {', '.join(NEEDS)}")
+
     @property
     def baseline_kinds(self) -> list[str]:
         """``hard``, ``soft``, and names of difficulty methods, each once."""
         return [] if self.baselines in ("", "none") else words(self.baselines)
+
+    @property
+    def grid(self) -> list[float]:
+        """Learning rates to choose from, each once, in order. Raises InputError for what is none."""
+        rates = []
+        for word in words(self.lr_grid):
+            try:
+                rates.append(float(word))
+            except ValueError:
+                rates.append(math.nan)
+            if not 0 < rates[-1] < math.inf:
+                raise InputError(f"lr_grid: {word!r} is not a learning rate")
+        if not rates:
+            raise InputError("lr_grid: there is no learning rate in it")
+        return sorted(set(rates))
+
+    def asked_rows(self, hard: bool) -> list[str]:
+        """The rows of a set whose labels are ``hard``, or not. Raises InputError where these cannot be had."""
+        experts = self.buffer_path is not None
+        if not self.rows:
+            beside = ["syn_hard"] * (not hard) + self.baseline_kinds if self.baseline_kinds else []
+            names = row_names(beside, hard=hard, experts=experts)
+            if "random_soft" in names and not experts:
+                log.info("no --buffer_path: real images with the experts' soft labels are left out")
+                names.remove("random_soft")
+            return names
+        names = row_names(words(self.rows), hard=hard, experts=experts)
+        soft = [name for name in names if name == "random_soft" or (name == "random_plain" and not hard)]
+        if soft and not experts:
+            raise InputError(f"rows: {soft[0]} has labels of the experts: give --buffer_path")
+        plain = [name for name in names if name.endswith("_plain")]
+        if plain and not self.dsa and self.rows != "all":
+            raise InputError(f"rows: {plain[0]} is to compare with augmentation, and dsa is False")
+        return [name for name in names if self.dsa or name not in plain]
 
 
 def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> dict:
@@ -112,95 +181,70 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbenc
 
 def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, bench: Workbench) -> dict:
     ranks = bench.ranks
+    hard = synthetic.is_hard
+    names = settings.asked_rows(hard)
+    if missing := missing_for(words(settings.metrics), names, hard):
+        raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     _refuse_other_data(synthetic, bench)
-    pool = networks.evaluation_pool(settings.eval_mode, settings.model)
-    bench.refuse_unfit(pool)
-    sets: dict[str, TrainingSets] = {
-        "synthetic": lambda j: (synthetic.images.to(bench.device), synthetic.probabilities().to(bench.device))
-    }
+    bench.refuse_unfit(settings.pool)
+    real = [name for name in names if not name.startswith("syn")]
+    if set(real) - {"full"}:
+        refuse_small_classes(bench.labels, bench.data.num_classes, synthetic.ipc)
+    held = held_out(bench.classes, settings.held_out, settings.seed, synthetic.ipc) if settings.tune_lr else None
+    methods = [name for name in real if name not in TITLES]
+    stems = dict(zip(methods, bench.ranking_stems(settings, methods))) if methods else {}
     experts = None
-    if "soft" in settings.baseline_kinds and settings.buffer_path is not None:
+    if any(name == "random_soft" or (name == "random_plain" and not hard) for name in names):
         experts = bench.labellers(str(settings.buffer_path), settings.model)
-    sets |= dict(_baselines(settings, bench, synthetic.ipc, experts))
     _refuse_other("preprocessing", synthetic, bench.preprocessing.identity)
     about = _about(settings, synthetic, bench, experts)
     if not settings.overwrite:
         ranks.on_main(lambda: _refuse_other_results(out, about))
-    sets = _drawable(sets, ranks)
-    protocol = bench.protocol(settings, len(synthetic.images), len(sets))
 
-    @functools.lru_cache(maxsize=protocol.together)  # these are wanted twice: for their digests, and to train on
-    def draw(name: str, j: int) -> TrainingSet:
-        return sets[name](j)
+    @functools.cache  # one training for all of them, when the first is asked for
+    def rankings() -> dict[str, Ranking]:
+        found = bench.rankings(settings, list(stems.values()), convert_flat=settings.convert_flat)
+        return {name: found[stem] for name, stem in stems.items()}
 
-    cases = [(network, name, functools.partial(draw, name)) for network in pool for name in sets]
-    lr = synthetic.lr.item()
-    fixed = {
-        "protocol": _plain(protocol, settings, pool),
-        "lr": lr,
-        "data": bench.data.identity,
-        "preprocessing": bench.preprocessing.identity,
-        "torch": torch.__version__,
-        "device": bench.device.type,
-        "tf32": settings.tf32,
-    }
-    finished = _Finished(out, fixed, cases, ranks=ranks, about=digest(about))
-    known = finished.read(settings.num_eval)
-    total = math.ceil((len(cases) * settings.num_eval - len(known)) / ranks.size)
-    with progress_bar(ranks, total, "evaluating", "network") as bar:
-
-        def progress(case: int, j: int, so_far: Accuracies) -> None:
-            network, name, _ = cases[case]
-            finished.keep(case, j, so_far.accuracies[-1])
-            bar.set_postfix(set=name, network=network, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
-            bar.update()
-
-        draws = [(network, training_set) for network, _, training_set in cases]
-        found = bench.evaluation(protocol, lr).run(draws, settings.num_eval, progress=progress, known=known)
-    results: dict = {
+    rows = Rows(bench=bench, synthetic=synthetic, seed=settings.seed, experts=experts, rankings=rankings)
+    drawable = _drawable([rows.make(name) for name in names], ranks)
+    kept = Kept(out.with_name(f"{out.name}.networks-"), ranks, digest(about))
+    training = _Training(settings, bench, synthetic, len(drawable), kept)
+    tuned: dict[tuple[str, str], float] = {}
+    if held is not None:
+        tried, left = held
+        without = dataclasses.replace(rows, left=left)
+        tuned = training.tune(_drawable([without.make(row.name) for row in drawable], ranks), tried)
+    results = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
-        "lr": lr,
+        "lr": synthetic.lr.item(),
+        "protocol": settings.protocol,
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
-        "results": [{"set": name, **each.as_dict()} for (_, name, _), each in zip(cases, found)],
+        "results": training.score(drawable, tuned),
         **about,
     }
+    results |= scores_of(results["results"], hard)
     if ranks.is_main:
         write_text(out, json.dumps(results, indent=2, sort_keys=True) + "\n")
     ranks.barrier()
-    finished.remove()
+    kept.remove()
     ranks.barrier()  # before another process may write there
     if ranks.is_main:
-        print(
-            f"\n{bench.data.name}, {synthetic.ipc} images per class, accuracy on {len(bench.test_images)} test images"
-        )
-        print(_table(results["results"]))
+        count = len(bench.test_images)
+        print(f"\n{bench.data.name}, {synthetic.ipc} images per class, accuracy on {count} test images")
+        print(as_text(results))
         log.info("results are in %s", out)
     return results
-
-
-def _table(rows: list[dict]) -> str:
-    lines = [
-        {
-            "training set": row["set"],
-            "network": row["network"],
-            "accuracy %": f"{100 * row['mean']:.2f}",
-            "std": f"{100 * row['std']:.2f}",
-            "n": row["n"],
-        }
-        for row in rows
-    ]
-    return result_table(lines, list(lines[0]))
 
 
 def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]) -> dict:
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
     of_dc = sorted({augmentation.strategy for augmentation in drawn if isinstance(augmentation, DC)})
-    plain = {name: value for name, value in vars(protocol).items() if name != "own"}
-    return plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
+    return protocol.plain | {"augmentation": [settings.dsa, settings.dsa_strategy, settings.siamese, *of_dc]}
 
 
 def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
@@ -208,13 +252,15 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
     if not settings.synthetic:
         return settings, SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
     path = Path(settings.synthetic)
-    if path.is_dir():  # of a run: the last set, since the best one was picked by test accuracy
+    if os.path.isdir(path):  # of a run: the last set, since the best one was picked by test accuracy
         last = path / "synthetic_last.safetensors"
-        path = last if last.exists() else path / "Normal" / last.name
+        path = last if os.path.exists(last) else path / "Normal" / last.name
         settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
-    if path.suffix == ".pt" or not path.exists():
-        reason = "is a published file" if path.exists() else "does not exist"
-        raise InputError(f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}")
+    if reason := unreadable(path) or "is a published file" * (path.suffix in (".pt", ".npz")):
+        raise InputError(
+            f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}, "
+            "or become such a file by scripts/import_set.py"
+        )
     synthetic = SyntheticSet.load(str(settings.synthetic))
     made_with = synthetic.metadata.get("settings") or {}
     own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
@@ -249,12 +295,12 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
 def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
     elsewhere = ("synthetic", *EvaluationSettings.trio)
-    names = [name for name in settings.names(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT) if name not in elsewhere]
     iteration = synthetic.metadata.get("iteration")
     tensors = synthetic.images, synthetic.labels, synthetic.lr
+    told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     return {
         "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
-        "settings": {name: getattr(settings, name) for name in names},
+        "settings": {name: value for name, value in told.items() if name not in elsewhere},
         "data": dict(bench.data.identity),
         "experts": experts.digest if experts else None,
     }
@@ -273,154 +319,170 @@ def _refuse_other_results(out: Path, about: dict) -> None:
         raise InputError(f"{out} is there and does not say what set and settings it is of; {remedy}")
     here = json.loads(json.dumps(about))
     there = {key: there[key] for key in here}
+    for told in (there, here):
+        if isinstance(told["settings"], dict):
+            told["settings"] = EvaluationSettings.untold() | told["settings"]
     refuse_difference(out, there, here, there_is="these results", here_is="this command", remedy=remedy, every=True)
 
 
-def _drawable(sets: dict[str, TrainingSets], ranks: Ranks) -> dict[str, TrainingSets]:
-    """The sets that can be had, found before a network is trained; a line says of others why: weak experts."""
+def _drawable(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
+    """The rows that can be had, found before a network is trained; a line says of others why: weak experts."""
 
-    def why_not(training_set: TrainingSets) -> str:
+    def why_not(row: Row) -> str:
         try:
-            training_set(0)
+            row.sets(0)
         except WeakExperts as error:
             return str(error)
         return ""
 
-    reasons = {name: max(ranks.gather(why_not(training_set))) for name, training_set in sets.items()}
-    for name, reason in reasons.items():
+    reasons = [max(ranks.gather(why_not(row))) for row in rows]
+    for row, reason in zip(rows, reasons):
         if reason:
-            log.warning("%s are left out: %s", name, reason)
-    return {name: training_set for name, training_set in sets.items() if not reasons[name]}
+            log.warning("%s are left out: %s", row.title, reason)
+    return [row for row, reason in zip(rows, reasons) if not reason]
 
 
-def _baselines(
-    settings: EvaluationSettings, bench: Workbench, ipc: int, experts: Experts | None
-) -> Iterator[tuple[str, TrainingSets]]:
-    """Real images of the same number, by name.
+@dataclass(frozen=True)
+class _Job:
+    """Networks of one architecture, trained on one row at one learning rate."""
 
-    Random ones, for each network another draw, with hard labels, and with soft ones as distillation starts from; with
-    hard labels those that come first in difficulty rankings, the same for each network.
-    """
-    num_classes = bench.data.num_classes
-    methods = [kind for kind in settings.baseline_kinds if kind not in ("hard", "soft")]
-    if settings.baseline_kinds:
-        refuse_small_classes(bench.labels, num_classes, ipc)
+    network: str
+    row: Row
+    lr: float
 
-    def hard_labelled(chosen: Tensor) -> TrainingSet:
-        chosen = chosen.to(bench.device)
-        return bench.images[chosen], F.one_hot(bench.labels[chosen], num_classes).to(bench.images.dtype)
 
-    if "hard" in settings.baseline_kinds:
+class _Training:
+    """Trains the networks of a table. What each scores is kept: until the table is written, or for good."""
 
-        def hard(j: int) -> TrainingSet:
-            rows = class_order(bench.labels, num_classes, ipc, settings.seed, "baseline", j)
-            return hard_labelled(first_of_each_class(rows, ipc))
+    def __init__(self, settings: EvaluationSettings, bench: Workbench, synthetic: SyntheticSet, rows: int, kept: Kept):
+        self._settings, self._bench, self._kept = settings, bench, kept
+        self._pool = settings.pool
+        self._protocol = bench.protocol(settings, len(synthetic.images), rows)
+        self._lr = synthetic.lr.item() if self._protocol.lr is None else self._protocol.lr
+        self._draw = functools.lru_cache(maxsize=self._protocol.together)(lambda row, j: row.sets(j))
+        self._digests: dict[tuple[Row, int], str] = {}
+        self._whole = Path(settings.full_path or checkout() / "runs" / "whole")
 
-        yield "random real, hard labels", hard
-    if "soft" in settings.baseline_kinds and experts is None:
-        log.info("no --buffer_path: real images with the experts' soft labels are left out")
-    if experts is not None:
-
-        def soft(j: int) -> TrainingSet:
-            images, logits = initial_set(
-                "samples_predicted_correctly",
-                bench.images,
-                bench.labels,
-                num_classes,
-                ipc,
-                experts,
-                seed=settings.seed,
-                stream=("baseline", j),
+    def tune(self, rows: Sequence[Row], tried: Tensor) -> dict[tuple[str, str], float]:
+        """The learning rate, by network and row, with which a network gets most of the images ``tried`` right."""
+        settings, bench = self._settings, self._bench
+        jobs = [_Job(network, row, lr) for network in settings.pool for row in rows for lr in settings.grid]
+        tested = bench.images[tried.to(bench.device)], bench.labels[tried.to(bench.device)]
+        found = self._run(jobs, 1, tested, {"tested": digest(tried.tolist())}, "tuning")
+        best: dict[tuple[str, str], tuple[float, float]] = {}
+        for job, accuracies in zip(jobs, found):  # the smaller of equal ones
+            best[job.network, job.row.name] = max(
+                best.get((job.network, job.row.name), (-1.0, 0.0)), (accuracies.mean, job.lr), key=lambda pair: pair[0]
             )
-            return images, logits.softmax(dim=1)
+        return {key: lr for key, (_, lr) in best.items()}
 
-        yield "random real, expert labels", soft
-    stems = bench.ranking_stems(settings, methods) if methods else []
+    def score(self, rows: Sequence[Row], tuned: Mapping[tuple[str, str], float]) -> list[dict]:
+        """The table's entries, for JSON: each network on each row, at the learning rate it has and at a tuned one."""
+        bench = self._bench
+        whole = self._settings.full_lr
+        if "full_lr" not in self._settings.given and self._protocol.lr is not None:
+            whole = self._protocol.lr
+        own = {row: whole if row.whole else self._lr for row in rows}
+        entries = [
+            (_Job(network, row, lr), chosen)
+            for network in self._pool
+            for row in rows
+            for lr, chosen in ((own[row], False), (tuned.get((network, row.name)), True))
+            if lr is not None
+        ]
+        jobs = list(dict.fromkeys(job for job, _ in entries))
+        found = self._run(jobs, self._settings.num_eval, (bench.test_images, bench.test_labels), {}, "evaluating")
+        scored = dict(zip(jobs, found))
+        return [
+            {
+                "set": job.row.title,
+                "row": job.row.name,
+                "augmented": job.row.augmented and self._settings.dsa,
+                "lr": job.lr,
+                "tuned": chosen,
+                **scored[job].as_dict(),
+            }
+            for job, chosen in entries
+        ]
 
-    @functools.cache  # one training for all of them, when the first is asked for
-    def rankings() -> dict:
-        return bench.rankings(settings, stems, convert_flat=settings.convert_flat)
+    def _run(self, jobs: Sequence[_Job], count: int, tested: tuple, about: dict, doing: str) -> list[Accuracies]:
+        """``count`` networks for each job. Those on the whole set first; no other process trains them meanwhile."""
+        ranks = self._bench.ranks
+        lasting = [job for job in jobs if job.row.whole]
+        found: dict[_Job, Accuracies] = {}
+        if lasting:
+            ranks.on_main(lambda: refuse_unwritable(self._whole))
+            lock = in_turn(self._whole / ".lock", "networks on the whole training set")
+            with lock if ranks.is_main else contextlib.nullcontext():
+                ranks.barrier()
+                kept = Kept(self._whole / "accuracies-", ranks)
+                found |= zip(lasting, self._train(lasting, count, tested, about, kept, f"{doing}, whole set"))
+        others = [job for job in jobs if not job.row.whole]
+        found |= zip(others, self._train(others, count, tested, about, self._kept, doing))
+        return [found[job] for job in jobs]
 
-    def first(stem: str, j: int) -> TrainingSet:
-        return hard_labelled(first_of_each_class(rankings()[stem].rows, ipc))
+    def _train(self, jobs, count: int, tested: tuple, about: dict, kept: Kept, doing: str) -> list[Accuracies]:
+        bench, ranks = self._bench, self._bench.ranks
 
-    for method, stem in zip(methods, stems):
-        yield f"{method}, hard labels", functools.partial(first, stem)
+        def key(which: tuple[int, int]) -> str:
+            case, j = which
+            return self._key(jobs[case], j, about)
 
+        def state(case: int, j: int) -> Path:
+            return self._whole / f"{key((case, j))[:32]}.training.safetensors"
 
-class _Finished:
-    """The accuracies of single networks, kept beside the results until these are written.
+        cases = [
+            Case(
+                network=job.network,
+                training_set=functools.partial(self._draw, job.row),
+                lr=job.lr,
+                augmented=job.row.augmented,
+                epochs=self._settings.full_epochs if job.row.whole else None,
+                checkpoint=functools.partial(state, case) if job.row.whole else None,
+            )
+            for case, job in enumerate(jobs)
+        ]
+        known = kept.read(list(itertools.product(range(len(jobs)), range(count))), key)
+        evaluation = dataclasses.replace(bench.evaluation(self._protocol), test_images=tested[0], test_labels=tested[1])
+        total = math.ceil((len(jobs) * count - len(known)) / ranks.size)
+        with progress_bar(ranks, total, doing, "network") as bar:
 
-    Each process appends to a file of its own, a line for each network: its accuracy, under a key of all that it hangs
-    on: the numbers it is trained on, how, its architecture and number, the test images.
+            def progress(case: int, j: int, so_far: Accuracies) -> None:
+                kept.keep(key((case, j)), so_far.scores[-1])
+                if jobs[case].row.whole:
+                    state(case, j).unlink(missing_ok=True)
+                shown = {"set": jobs[case].row.title, "network": jobs[case].network, "lr": f"{jobs[case].lr:.3g}"}
+                bar.set_postfix(**shown, accuracy=f"{100 * so_far.mean:.2f}%", refresh=False)
+                bar.update()
 
-    Args:
-        fixed: of all that, what is the same for all networks, as plain values.
-        cases: architecture, name of the training set, and the set for network j.
-        about: digest of what the results are of. What was kept of others stays.
-    """
+            return evaluation.run(cases, count, progress=progress, known=known)
 
-    def __init__(self, out: Path, fixed: dict, cases: Sequence[tuple[str, str, Callable]], *, ranks: Ranks, about: str):
-        self._start = out.with_name(f"{out.name}.networks-")
-        self._own = out.with_name(f"{self._start.name}{ranks.rank}")
-        self._fixed, self._cases, self._ranks, self._about = fixed, cases, ranks, about
-        self._digests: dict[tuple[str, int], str] = {}
-        self._begun = False
+    def _key(self, job: _Job, j: int, about: dict) -> str:
+        """Of all that the score of network j hangs on."""
+        settings, bench, row = self._settings, self._bench, job.row
+        protocol = _plain(self._protocol, settings, self._pool)
+        more = dict(about)
+        if row.whole:  # which settings of the set's evaluation do not change
+            protocol |= {"epochs": settings.full_epochs, "compile": "", "together": 0}
+            more |= {"test": bench.data.test_fingerprint}  # kept for good, whatever becomes of the folder
+        if not row.augmented:
+            more["augmented"] = False
+        fixed = {
+            "protocol": protocol,
+            "lr": job.lr,
+            "data": bench.data.identity,
+            "preprocessing": bench.preprocessing.identity,
+            "torch": torch.__version__,
+            "device": bench.device.type,
+            "tf32": settings.tf32,
+        }
+        return digest({**fixed, **more, "network": job.network, "index": j, "set": self._set_digest(row, j)}, 64)
 
-    def read(self, count: int) -> dict[tuple[int, int], float]:
-        """Accuracies of networks (case, j), j below ``count``, that any of the processes finds."""
-        kept: dict[str, float] = {}
-        lines = (line for path in self._files() for line in _lines(path))
-        for part in self._ranks.gather({line["key"]: line["accuracy"] for line in lines}):
-            kept |= part
-        known: dict[tuple[int, int], float] = {}
-        for case in range(len(self._cases)) if kept else ():
-            keys = {j: self._key(case, j) for j in range(count)}
-            known |= {(case, j): kept[key] for j, key in keys.items() if key in kept}
-        # Soft labels, which each process computes, may differ in their last bits between machines, and so the keys.
-        known = {case: accuracy for part in self._ranks.gather(known) for case, accuracy in part.items()}
-        if known:
-            log.info("going on with %d networks that were trained before", len(known))
-        return known
-
-    def keep(self, case: int, j: int, accuracy: float) -> None:
-        """Note a network's accuracy."""
-        line = json.dumps({"key": self._key(case, j), "accuracy": accuracy, "about": self._about}) + "\n"
-        append_line(self._own, line if self._begun else f"\n{line}")  # a kill may have cut the last line short
-        self._begun = True
-
-    def remove(self) -> None:
-        """The results are written: there is nothing to go on with, but for those of other settings."""
-        for path in self._files():
-            others = [line for line in _lines(path) if line.get("about", self._about) != self._about]
-            if others:
-                write_text(path, "".join(json.dumps(line) + "\n" for line in others))
-            else:
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        folder, start = self._start.parent, self._start.name
-        there = folder.iterdir() if folder.is_dir() else ()
-        return [path for path in there if path.name.startswith(start) and path.name.removeprefix(start).isdigit()]
-
-    def _key(self, case: int, j: int) -> str:
-        network, name, training_set = self._cases[case]
-        one = name, 0 if name == "synthetic" else j  # which is the same for every network
+    def _set_digest(self, row: Row, j: int) -> str:
+        one = row, 0 if row.one else j
         if one not in self._digests:
-            self._digests[one] = _digest_of(training_set(j))
-        return digest({**self._fixed, "network": network, "index": j, "set": self._digests[one]}, 64)
-
-
-def _lines(path: Path) -> Iterator[dict]:
-    """Each whole line of a file of :class:`_Finished`, which another process may have removed."""
-    data = b""
-    with contextlib.suppress(FileNotFoundError):
-        data = path.read_bytes()
-    for line in data.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            if isinstance(entry["key"], str) and 0 <= entry["accuracy"] <= 1:
-                yield entry
+            self._digests[one] = row.about if row.whole else _digest_of(self._draw(row, j))
+        return self._digests[one]
 
 
 def _digest_of(tensors: Sequence[Tensor]) -> str:

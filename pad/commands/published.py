@@ -13,6 +13,7 @@ from pad.config import DETAIL, PLACE, FilePath, Settings, setting
 from pad.data.sources import data_set
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
+from pad.store.files import refuse_unwritable
 from pad.store.published import export_published, import_published, importable_files
 from pad.store.trajectories import TrajectoryStore, buffer_folder
 
@@ -55,6 +56,7 @@ def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
     folder = buffer_folder(settings.buffer_path, settings.dataset, settings.model, settings.zca, subset, res)
     source = settings.source or folder
     importable_files(source, folder)  # before the data set is read and whitened, which can take minutes
+    refuse_unwritable(folder)
     bench = set_up(settings, ranks)
     description = bench.describe(settings.model, bench.flat_model(settings.model))
     count = ranks.on_main(lambda: import_published(source, folder, description))
@@ -65,6 +67,7 @@ def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
 def export_buffer(settings: ExportSettings, ranks: Ranks = ALONE) -> list[Path]:
     """Export recorded trajectories; returns the files."""
     store = TrajectoryStore.open(str(settings.folder))
+    refuse_unwritable(str(settings.out))
     paths = ranks.on_main(lambda: export_published(store, str(settings.out), settings.save_interval))
     print(f"exported {len(store)} experts to {len(paths)} files in {settings.out}")
     return paths

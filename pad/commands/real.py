@@ -9,7 +9,7 @@ from typing_extensions import Self
 from pad.commands.bench import Workbench
 from pad.commands.common import Ranked
 from pad.commands.distil import Distilling, Task, first_set
-from pad.config import RECIPE, setting
+from pad.config import RECIPE, FilePath, setting
 from pad.data.augment import DSA, Augmentation, NoAugmentation
 from pad.errors import InputError
 from pad.initialisation import refuse_small_classes
@@ -31,7 +31,7 @@ class RealMatching(Distilling, Ranked):
     sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
     drop_easy: float = setting(0.0, "share of each class, easiest first, to leave out", RECIPE, low=0, below=1)
     drop_hard: float = setting(0.0, "share of each class, hardest first, to leave out", RECIPE, low=0, below=1)
-    pix_init: str = setting("real", "initial images", RECIPE, choices=("real", "noise"))
+    pix_init: FilePath = setting("real", "initial images; or the path of a set", RECIPE, choices=("real", "noise"))
     lr_net: float = setting(0.01, "learning rate of networks trained on the synthetic set", RECIPE, above=0)
 
     refused = {
@@ -69,7 +69,7 @@ class RealMatching(Distilling, Ranked):
 
     def real_batches(self, bench: Workbench, model: FlatModel) -> tuple[RealBatches, dict]:
         """The real batches, filtered by difficulty where that is asked for, and what they come from."""
-        if self.pix_init != "noise":
+        if self.pix_init == "real":
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
         rows = bench.classes
         kept = without_ends(rows, self.drop_easy, self.drop_hard)  # what it refuses needs no ranking
@@ -82,7 +82,8 @@ class RealMatching(Distilling, Ranked):
 
     def hard_labelled(self, bench: Workbench, objective: Objective, made_from: dict) -> Task:
         """The task of matching by ``objective``, from real images or noise with one-hot labels on."""
-        images, labels = first_set(self, bench, self.pix_init, hard=True)
+        images, labels, begun_with = first_set(self, bench, self.pix_init, hard=True)
+        made_from = {**made_from, **begun_with}
         return Task(
             objective=objective,
             images=images,
@@ -90,5 +91,5 @@ class RealMatching(Distilling, Ranked):
             lr=self.lr_net,
             rates=[self.lr_img, 0.0, 0.0],
             made_from=made_from,
-            provenance={key: value for key, value in made_from.items() if key == "ranking"},
+            provenance={key: value for key, value in made_from.items() if key in ("ranking", "start")},
         )

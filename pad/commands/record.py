@@ -21,6 +21,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
+from pad.matching.real import without_ends
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
@@ -52,6 +53,12 @@ class BufferSettings(Training, Ranked, OnCurriculum):
         None, "compute on so many images at a time: less memory, same result", DETAIL, low=1, memory=True
     )
 
+    drop_easy: float = setting(
+        0.0, "share of each class, easiest first, to leave out of all epochs", RECIPE, low=0, below=1, later=True
+    )
+    drop_hard: float = setting(
+        0.0, "share of each class, hardest first, to leave out of all epochs", RECIPE, low=0, below=1, later=True
+    )
     sort_method: str = setting("", "difficulty method, or file's stem as CIFAR10_GraNd; default: GraNd", RECIPE)
 
     dead = {
@@ -71,6 +78,15 @@ class BufferSettings(Training, Ranked, OnCurriculum):
                 "so rho has nothing to follow; give both the same value"
             )
 
+    @property
+    def uses_ranking(self) -> bool:
+        """Whether any epoch leaves an image out."""
+        return self.drop_easy + self.drop_hard > 0 or self.curriculum.uses_ranking(self.train_epochs)
+
+    def window(self, rows: list[Tensor]) -> list[Tensor]:
+        """What drop_easy and drop_hard leave of a ranking's ``rows``. Raises InputError where that is nothing."""
+        return without_ends(rows, self.drop_easy, self.drop_hard)
+
 
 def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbench | None = None) -> Path:
     """Train and record the experts that are missing. Returns the folder of trajectories.
@@ -84,7 +100,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     folder = bench.experts_folder(settings.buffer_path, settings.model)
     refuse_unwritable(folder)
     remove_leftovers(folder)
-    uses_ranking = settings.curriculum.uses_ranking(settings.train_epochs)
+    uses_ranking = settings.uses_ranking
     if settings.sort_method and not uses_ranking:
         log.warning("sort_method does nothing: in %d epochs the curriculum takes all images", settings.train_epochs)
     stems = bench.ranking_stems(settings, [settings.sort_method or "GraNd"]) if uses_ranking else [""]
@@ -102,7 +118,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     rows = bench.classes
     if uses_ranking:
         ranking = bench.rankings(settings, stems, convert_flat=settings.convert_flat)[stems[0]]
-        rows = ranking.rows
+        rows = settings.window(ranking.rows)
         buffer.recipe["ranking"] = ranking.digest
     mine = ranks.deal(missing)
     with progress_bar(ranks, len(mine) * settings.train_epochs, "experts", "epoch") as bar:
@@ -137,19 +153,23 @@ def _refuse_too_few_images(settings: BufferSettings, bench: Workbench) -> None:
         raise InputError(
             f"batch_train: {settings.batch_train} is more than the {count} training images of {bench.data.name}"
         )
-    if not all(len(settings.curriculum.indices(epoch, bench.classes)) for epoch in range(settings.train_epochs)):
+    rows = settings.window(bench.classes)
+    if not all(len(settings.curriculum.indices(epoch, rows)) for epoch in range(settings.train_epochs)):
         raise InputError("the curriculum leaves an epoch without images: the classes are too small for its ratios")
 
 
 def recipe_of(settings: BufferSettings) -> dict:
     """What makes an expert what it is, but for its number and its ranking."""
-    return settings.of(RECIPE) | {"seed": settings.seed} | ({} if settings.dsa else {"augmentation": "DC's"})
+    return settings.telling(RECIPE) | {"seed": settings.seed} | ({} if settings.dsa else {"augmentation": "DC's"})
 
 
 def refuse_other_recipe(store: TrajectoryStore, recipe: dict) -> None:
     """Raise InputError, naming the first difference, where an expert in ``store`` was made with another recipe."""
-    # A buffer that is older than a setting was made as its default has it, and without DSA not with DC's augmentation.
-    defaults = BufferSettings().as_dict() | {"augmentation": "an approximation of DC's"}
+    # What a recipe does not name is at its default: later settings are left out there, and a buffer may be older than a
+    # setting. Without DSA, one that does not name the augmentation was not made with DC's.
+    usual = BufferSettings().of(RECIPE)
+    recipe = usual | recipe
+    defaults = usual | {"augmentation": "an approximation of DC's"}
     for expert in store.experts:
         header = store.header(expert)
         if "imported" in header["settings"]:

@@ -17,6 +17,7 @@ from pad.commands.published import ExportSettings, ImportSettings, export_buffer
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
 from pad.commands.trajectory import DistillSettings
+from pad.commands.travel import ExportSetSettings, ImportSetSettings, export_synthetic, import_synthetic
 from pad.config import Settings
 
 
@@ -44,4 +45,6 @@ COMMANDS: dict[str, Command] = {
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),
     "import": Command("import_buffer.py", ImportSettings, import_buffer),
     "export": Command("export_buffer.py", ExportSettings, export_buffer),
+    "import_set": Command("import_set.py", ImportSetSettings, import_synthetic),
+    "export_set": Command("export_set.py", ExportSetSettings, export_synthetic),
 }

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing_extensions import Self
 
 from pad.commands.bench import Workbench, experts_at
-from pad.commands.distil import Distilling, Task, first_set
-from pad.config import DATA, DETAIL, PLACE, RECIPE, FilePath, setting
+from pad.commands.distil import OfDepth, Task, first_set
+from pad.config import DATA, DETAIL, PLACE, RECIPE, REPORT, FilePath, NetworkName, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.initialisation import WeakExperts, refuse_small_classes
+from pad.initialisation import INITIAL_IMAGES, WeakExperts, refuse_small_classes
 from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
@@ -35,7 +35,7 @@ SYSTEMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(Distilling):
+class DistillSettings(OfDepth):
     """Stage 2, ``distill/PAD.py``: optimise synthetic images, soft labels and a learning rate along experts.
 
     MTT, FTD, DATM, TESLA and PAD are settings of it (configs/CIFAR-10).
@@ -57,7 +57,6 @@ class DistillSettings(Distilling):
     Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually", RECIPE)
     current_max_start_epoch: int = setting(20, "upper bound of the start epochs at iteration 0", RECIPE, low=1)
     expansion_end_epoch: int = setting(3000, "iteration at which the bound reaches max_start_epoch", RECIPE, low=1)
-    depth_ratio: float = setting(0.0, "share of parameters, shallow to deep, to leave out", RECIPE, low=0, below=1)
     loss_ratio: float = setting(0.0, "share of parameters of the smallest error to leave out", RECIPE, low=0, below=1)
     threshold: float | None = setting(
         1.0, "iterations with a larger loss change nothing; none: all do", RECIPE, above=0
@@ -67,6 +66,9 @@ class DistillSettings(Distilling):
         "through all inner steps, or TESLA's: each step's own share alone",
         RECIPE,
         choices=("exact", "truncated"),
+    )
+    layer_losses: bool = setting(
+        False, "record and draw what each layer of the network adds to the loss", REPORT, later=True
     )
     no_aug: bool = setting(False, "no augmentation while matching", RECIPE)
     micro_batch: int | None = setting(
@@ -82,15 +84,12 @@ class DistillSettings(Distilling):
         0.0, "FTD: decay per update of the images' moving average, which is the set", RECIPE, low=0, below=1
     )
 
-    pix_init: str = setting(
-        "samples_predicted_correctly",
-        "initial images",
-        RECIPE,
-        choices=("samples_predicted_correctly", "real", "noise"),
+    pix_init: FilePath = setting(
+        "samples_predicted_correctly", "initial images; or the path of a set", RECIPE, choices=INITIAL_IMAGES
     )
     noise_logit: float = setting(10.0, "pix_init noise: logit of the class in the labels (others 0)", RECIPE, above=0)
     Initialize_Label_With_Another_Model: bool = setting(False, "labels by other experts", RECIPE)
-    Initialize_Label_Model: str = setting("", "that other network", RECIPE)
+    Initialize_Label_Model: NetworkName = setting("", "that other network", RECIPE)
     Label_Model_Timestamp: int = setting(-1, "epoch of the experts that choose and label images; -1: the last", RECIPE)
     max_files: int | None = setting(None, "use the first files only, of save_interval experts each", RECIPE, low=1)
     max_experts: int | None = setting(None, "use the first experts of each file only", RECIPE, low=1)
@@ -111,8 +110,7 @@ class DistillSettings(Distilling):
     }
     refused = {
         **dict.fromkeys(
-            ("drop_easy", "drop_hard"),
-            "the curriculum of the experts leaves real images out, buffer/buffer_CL.py --rm_easy_ratio_first",
+            ("drop_easy", "drop_hard"), "real images are left out where experts are trained, buffer/buffer_CL.py"
         ),
         **dict.fromkeys(("outer_loop", "inner_loop", "lr_net"), "it belongs to gradient matching, distill/DC.py"),
     }
@@ -155,7 +153,8 @@ class DistillSettings(Distilling):
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Follow experts. A resumed run follows those it began with."""
-        if self.pix_init != "noise":
+        depth = self.matched_span(model)
+        if self.pix_init in ("samples_predicted_correctly", "real"):
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
         experts = _selected_experts(self, store, before)
@@ -169,7 +168,7 @@ class DistillSettings(Distilling):
             labellers = experts_at(store, model, experts, self.Label_Model_Timestamp, bench.device)
         store.refuse_other(bench.describe(self.model, model))
         try:
-            images, labels = first_set(
+            images, labels, begun_with = first_set(
                 self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
             )
         except WeakExperts as error:
@@ -191,10 +190,11 @@ class DistillSettings(Distilling):
             batch_syn=batch_syn,
             ranks=bench.ranks,
             truncated=self.gradient == "truncated",
+            depth=depth,
             replay=replay_on(bench.device),
         )
         recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}
-        made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers)}
+        made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers), **begun_with}
         del made_from["parameters"]  # the model's, of which there can be hundreds
         return Task(
             objective=objective,
@@ -203,7 +203,7 @@ class DistillSettings(Distilling):
             lr=self.lr_teacher,
             rates=[self.lr_img, self.lr_y, self.lr_lr],
             made_from=made_from,
-            provenance={"buffer": recipe},
+            provenance={"buffer": recipe, **begun_with},
             momentum_y=self.Momentum_y,
             threshold=math.inf if self.threshold is None else self.threshold,
             ema_decay=self.ema_decay,

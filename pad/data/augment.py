@@ -309,3 +309,50 @@ class NoAugmentation:
 
     def draw(self, n: int, generator: torch.Generator) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One batch's CutMix: image i gets a rectangle of image ``partner[i]``, int64 ``[n]`` on the CPU.
+
+    ``u``: three numbers in [0, 1): the rectangle's share of the image, and where its centre is, down and across.
+    """
+
+    partner: Tensor
+    u: tuple[float, float, float]
+
+
+class CutMix:
+    """CutMix (Yun et al., arXiv 1905.04899), as distillation papers use it: of ``p`` of the batches, beta 1.
+
+    A batch has one rectangle. Its share of the image is uniform in [0, 1), its centre uniform over the pixels; what
+    lies outside is clipped. Each image's partner is another of the batch, or itself, by a random permutation.
+    """
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def draw(self, n: int, generator: torch.Generator) -> Mix | None:
+        """That of ``n`` images, from ``generator`` on the CPU; None leaves them as they are."""
+        chance, *u = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        return Mix(torch.randperm(n, generator=generator), (u[0], u[1], u[2])) if chance < self.p else None
+
+
+def cutmix(x: Tensor, p: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
+    """Images ``[n, C, H, W]`` with their partners' rectangle, and targets ``[n, K]`` mixed by what each image gave.
+
+    ``None`` returns them as they are.
+    """
+    if mix is None:
+        return x, p
+    area, *centre = mix.u
+    spans = []
+    for u, side in zip(centre, x.shape[2:]):
+        middle, half = int(u * side), int(side * math.sqrt(area)) // 2
+        spans.append((max(middle - half, 0), min(middle + half, side)))
+    (top, bottom), (left, right) = spans
+    given = (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
+    partner = to_device(mix.partner, x.device)
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x[partner, :, top:bottom, left:right]
+    return mixed, (1 - given) * p + given * p[partner]

@@ -84,7 +84,7 @@ def load_tree(
 
 def image_folder(root: Path, subset: str | None) -> Tree:
     """``train/<class>/``, and ``<class>/`` in the first of test, val, valid and validation that holds images so."""
-    classes = _class_folders(root / "train")
+    classes = class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; a data set has at least two classes")
     labels = {name: label for label, name in enumerate(classes)}
@@ -95,7 +95,7 @@ def image_folder(root: Path, subset: str | None) -> Tree:
                 log.warning("%s: class %d is %r, and not %r", here, label, name, number)
                 break
     test = _test_files(root, labels)
-    return Tree(train=_labelled_files(root / "train", labels), test=test, classes=classes, published=False)
+    return Tree(train=labelled_files(root / "train", labels), test=test, classes=classes, published=False)
 
 
 def _test_files(root: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
@@ -106,14 +106,14 @@ def _test_files(root: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
     first, listed = parts[0], root / "val"
     part = next((part for part in parts if _is_sorted(part, labels)), None)
     if part is None and not (listed / _ANNOTATIONS).is_file():
-        if odd := sorted(labels.keys() ^ set(_class_folders(first))):
+        if odd := sorted(labels.keys() ^ set(class_folders(first))):
             same = len({unicodedata.normalize("NFC", name) for name in odd}) < len(odd)
             only = f"{odd[0]!r} is only in one" + ", the other writes it in other Unicode characters" * same
             raise InputError(f"{first} and {root / 'train'} differ in their class folders: {only}")
         raise InputError(f"{first} holds no image in its class folders")
     if (chosen := part or listed) != first:
         log.info("%s: the test images are those in %s, since here none lies in a folder of its class", first, chosen)
-    return _labelled_files(part, labels) if part else _listed_files(listed, labels)
+    return labelled_files(part, labels) if part else _listed_files(listed, labels)
 
 
 def _is_sorted(part: Path, labels: dict[str, int]) -> bool:
@@ -122,7 +122,7 @@ def _is_sorted(part: Path, labels: dict[str, int]) -> bool:
     def any_image(names: Iterable[str]) -> bool:
         return any(_scan(part / name).images for name in names)
 
-    names = set(_class_folders(part))
+    names = set(class_folders(part))
     return labels.keys() <= names and any_image(labels) and not any_image(names - labels.keys())
 
 
@@ -130,23 +130,23 @@ def tiny(root: Path, subset: str | None) -> Tree:
     """Tiny ImageNet: ``train/<wnid>/``, and ``val/images/<wnid>/``, ``val/<wnid>/`` or as it is in its zip archive."""
     if not (root / "train").is_dir() and (root / "tiny-imagenet-200" / "train").is_dir():
         root = root / "tiny-imagenet-200"
-    classes = _class_folders(root / "train")
+    classes = class_folders(root / "train")
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} holds {len(classes)} class folders; Tiny ImageNet has 200")
     labels = {wnid: label for label, wnid in enumerate(classes)}
     parts = [part for part in (root / "val" / "images", root / "val") if part.is_dir()]
-    if sorted_part := next((part for part in parts if not labels.keys().isdisjoint(_class_folders(part))), None):
-        test = _labelled_files(sorted_part, labels)
+    if sorted_part := next((part for part in parts if not labels.keys().isdisjoint(class_folders(part))), None):
+        test = labelled_files(sorted_part, labels)
     elif (root / "val" / _ANNOTATIONS).is_file():
         test = _listed_files(root / "val", labels)
     else:
         raise InputError(f"{root / 'val'} holds neither folders of the classes nor a {_ANNOTATIONS}")
-    return Tree(train=_labelled_files(root / "train", labels), test=test, classes=classes)
+    return Tree(train=labelled_files(root / "train", labels), test=test, classes=classes)
 
 
 def imagenet(root: Path, subset: str | None) -> Tree:
     """``train/<wnid>/`` and ``val/<wnid>/`` of all 1,000 classes; of a subset's ten alone are the files read."""
-    wnids = _class_folders(root / "train")
+    wnids = class_folders(root / "train")
     if len(wnids) != 1000:
         raise InputError(
             f"{root / 'train'} holds {len(wnids)} class folders, but the ImageNet index is a place among all 1000; "
@@ -154,11 +154,11 @@ def imagenet(root: Path, subset: str | None) -> Tree:
         )
     classes = [wnids[index] for index in IMAGENET_SUBSETS[subset]] if subset else wnids
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    train, test = (_labelled_files(root / part, labels) for part in ("train", "val"))
+    train, test = (labelled_files(root / part, labels) for part in ("train", "val"))
     return Tree(train=train, test=test, classes=classes)
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
     """Names of the sub-folders in sorted order, without what is no class: litter, and links that lead back."""
     if not folder.is_dir():
         there = [*folder.parent.glob(folder.name.capitalize()), *sorted(folder.parent.glob(f"*/{folder.name}"))]
@@ -172,9 +172,9 @@ def _class_folders(folder: Path) -> list[str]:
     )
 
 
-def _labelled_files(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+def labelled_files(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
     """(file, label) of the classes in ``labels``, in ImageFolder's order: classes by name, then files by path."""
-    missing = sorted(set(labels) - set(_class_folders(folder)))
+    missing = sorted(set(labels) - set(class_folders(folder)))
     if missing:
         raise InputError(f"{folder} has no folder {missing[0]!r}, which is one of the classes")
     files = []

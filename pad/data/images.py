@@ -46,10 +46,12 @@ class ImageData:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of the training images and labels, whatever their device. Computed once, a second per GB."""
-        digest = hashlib.blake2b(str(tuple(self.train_images.shape)).encode(), digest_size=16)
-        for tensor in (self.train_images, self.train_labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return _digest(self.train_images, self.train_labels)
+
+    @functools.cached_property
+    def test_fingerprint(self) -> str:
+        """That of the test images and labels."""
+        return _digest(self.test_images, self.test_labels)
 
     @property
     def identity(self) -> dict:
@@ -77,6 +79,13 @@ class ImageData:
         place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         kept = order[place < count].sort().values
         return dataclasses.replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
+
+
+def _digest(images: Tensor, labels: Tensor) -> str:
+    digest = hashlib.blake2b(str(tuple(images.shape)).encode(), digest_size=16)
+    for tensor in (images, labels):
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def mean_std(images: Tensor) -> Statistics:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pad.data.placement import Images, fits
 from pad.difficulty.scores import error_vectors
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Evidence:
 
 
 @torch.no_grad()
-def collect_evidence(network: Network, images: Images, labels: Tensor, batch: int = 512) -> Evidence:
+def collect_evidence(network: AnyNetwork, images: Images, labels: Tensor, batch: int = 512) -> Evidence:
     """The evidence of all ``images [N, C, H, W]`` with ``labels [N]``, from one forward pass.
 
     The network must be in eval mode; then ``batch`` changes speed and memory only. The evidence lies on the device of

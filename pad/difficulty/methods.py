@@ -24,7 +24,7 @@ from pad.difficulty.ranking import Ranking, by_class
 from pad.difficulty.training import Progress, ScoringSettings, ScoringTraining
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork, refuse_without_features
 from pad.rng import generator
 from pad.store.identity import nearest
 from pad.store.tensors import load_tensors, save_tensors
@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "Uncertainty-Entropy": Method("score", "low entropy of the prediction", lambda of: formulas.entropy(of.logits)),
     "Uncertainty-Margin": Method("score", "wide margin between two classes", lambda of: formulas.margin(of.logits)),
     "Forgetting": Method("score", "seldom forgotten in training", formulas.ForgettingEvents, "training"),
+    "Loss": Method("score", "small loss all through training", formulas.TrainingLosses, "training"),
     "CAL": Method("score", "predicted as its neighbours are", lambda of: formulas.cal(of.features, of.logits)),
     "DeepFool": Method("score", "far from the decision boundary", formulas.deepfool, "network"),
     "Herding": Method("order", "those that keep the mean of the features", orderings.herding),
@@ -146,7 +147,7 @@ class Findings:
 
 def score_network(
     methods: Sequence[str],
-    network: Network,
+    network: AnyNetwork,
     images: Images,
     labels: Tensor,
     *,
@@ -307,6 +308,8 @@ def compute_rankings(
     for name in methods:
         if name not in METHODS:
             raise InputError(f"there is no difficulty method {name!r}; the nearest name is {nearest(name, METHODS)}")
+    if any(METHODS[name].needs == "evidence" for name in methods):
+        refuse_without_features(source.task.network(0))
     data = source.data
     classes = by_class(torch.arange(len(data.train_labels)), data.train_labels, data.num_classes)
     scorers = [name for name in methods if METHODS[name].kind == "score"]

@@ -1,15 +1,15 @@
 """Per-image difficulty as numbers, low = easy: the formulas. Which end is easy, and why, stands with each.
 
 They take what one trained network says (:mod:`pad.difficulty.evidence`), except DeepFool, which asks the network
-itself, and Forgetting, which watches it being trained. Costs are for n images, K classes and D features, beside the
-forward pass that all share. Everything is computed in float64, and small differences are never taken from large
-numbers: of the easiest images, which the curriculum adds first, most have a p_y that rounds to 1.
+itself, and Forgetting and Loss, which watch it being trained. Costs are for n images, K classes and D features,
+beside the forward pass that all share. Everything is computed in float64, and small differences are never taken from
+large numbers: of the easiest images, which the curriculum adds first, most have a p_y that rounds to 1.
 """
 
 import torch
 from torch import Tensor
 
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork
 
 # --------------------------------------------------------------------------- of the label and what is predicted
 
@@ -38,6 +38,13 @@ def grand(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     logits ``[n, K]``, features h ``[n, D]``, labels ``[n]`` int64 -> ``[n]`` float64, at least 0.
     """
     return el2n(logits, labels) * (1 + features.double().square().sum(dim=1)).sqrt()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y of each image: logits ``[n, K]``, labels ``[n]`` int64 -> ``[n]`` float64, at least 0. Cost n K."""
+    gaps = logits.double() - logits.double().gather(1, labels[:, None])
+    rest = gaps.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)  # log of (1 - p_y) / p_y
+    return rest.logaddexp(torch.zeros_like(rest))
 
 
 # ------------------------------------------------------------------------------- of what is predicted, label or not
@@ -112,7 +119,7 @@ def cal(features: Tensor, logits: Tensor, neighbours: int = 10) -> Tensor:
 _OVERSHOOT = 1.02  # the paper's: a step to the linearised boundary is carried on a little, to come out behind it
 
 
-def deepfool(network: Network, images: Tensor, labels: Tensor, max_steps: int = 50) -> Tensor:
+def deepfool(network: AnyNetwork, images: Tensor, labels: Tensor, max_steps: int = 50) -> Tensor:
     """DeepFool: the distance to the decision boundary, signed (arXiv 1511.04599, algorithm 2).
 
     ``-||r||`` for an image that the network classifies as its label says, with r from :func:`deepfool_perturbation`:
@@ -128,7 +135,7 @@ def deepfool(network: Network, images: Tensor, labels: Tensor, max_steps: int = 
     return torch.where(predicted == labels, -length, length)
 
 
-def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50) -> tuple[Tensor, Tensor]:
+def deepfool_perturbation(network: AnyNetwork, images: Tensor, max_steps: int = 50) -> tuple[Tensor, Tensor]:
     """A small r ``[n, C, H, W]`` that takes each image to the boundary of its predicted class ``[n]`` int64; both.
 
     Each step goes to the nearest boundary of the network linearised where the image is: to class k of the least
@@ -151,7 +158,7 @@ def deepfool_perturbation(network: Network, images: Tensor, max_steps: int = 50)
 
 
 @torch.enable_grad()
-def _to_boundary(network: Network, x: Tensor, own: Tensor) -> Tensor:
+def _to_boundary(network: AnyNetwork, x: Tensor, own: Tensor) -> Tensor:
     """The step from ``x [n, C, H, W]`` to the nearest boundary of class ``own [n]``, by the gradients at x."""
     x = x.detach().requires_grad_()
     logits = network(x)
@@ -200,3 +207,25 @@ class ForgettingEvents:
     def scores(self, epochs: int) -> Tensor:
         """``[n]`` float64 after training for ``epochs``: the number of events, or ``epochs`` if never learned."""
         return torch.where(self._learned == 1, self._events, epochs).double()
+
+
+class TrainingLosses:
+    """Loss: the mean over the epochs of training of the image's cross-entropy (a scorer of arXiv 2408.03360, table 4a).
+
+    Taken when training meets the image, from the logits of the step itself, so it costs n K an epoch and no pass of its
+    own. Low is easy: it was learned early, and is known well. What the paper calls Loss it does not say; this is ours.
+
+    An observer of :class:`pad.difficulty.training.ScoringTraining`. labels: ``[n]`` int64, on the device.
+    """
+
+    def __init__(self, labels: Tensor):
+        self._labels = labels
+        self._total = torch.zeros_like(labels, dtype=torch.float64)
+
+    def __call__(self, indices: Tensor, logits: Tensor) -> None:
+        """Add what a training step says, ``logits [B, K]``, of the images ``indices [B]``, each at most once."""
+        self._total[indices] += cross_entropy(logits, self._labels[indices])
+
+    def scores(self, epochs: int) -> Tensor:
+        """``[n]`` float64 after training for ``epochs``; 0 for all, where there were none."""
+        return self._total / max(1, epochs)

@@ -10,8 +10,8 @@ from torch import Tensor
 from pad.data.augment import DSA, NoAugmentation, augment
 from pad.data.placement import Images, batches, to_device
 from pad.nn.fused import forward_of
-from pad.nn.networks import Network, build
-from pad.rng import generator
+from pad.nn.networks import AnyNetwork, build
+from pad.rng import generator, seeded
 
 Progress = Callable[[int, int], None]  # called with (number of the network, epoch) after each epoch
 
@@ -61,7 +61,12 @@ class ScoringTraining:
     settings: ScoringSettings
     seed: int
 
-    def epochs(self, repeat: int, observers: Sequence[Observer] = ()) -> Iterator[Network]:
+    def network(self, repeat: int) -> AnyNetwork:
+        """Network ``repeat`` as initialised, on the CPU. Raises InputError as :func:`pad.nn.networks.build`."""
+        channels, height, width = self.images.shape[1:]
+        return build(self.settings.model, channels, self.num_classes, (height, width), self.seed, *("score", repeat))
+
+    def epochs(self, repeat: int, observers: Sequence[Observer] = ()) -> Iterator[AnyNetwork]:
         """Network ``repeat`` as initialised, and after each epoch on everything; always the same module, in eval mode.
 
         Up to an epoch it does not depend on how many follow. ``observer(indices, logits)`` is called with each step's
@@ -69,11 +74,8 @@ class ScoringTraining:
         device. Raises InputError as :func:`pad.nn.networks.build` and :class:`pad.data.augment.DSA` do.
         """
         settings = self.settings
-        channels, height, width = self.images.shape[1:]
         # The module itself, not its flat form: what scores is eval mode, which needs BatchNorm's running statistics
-        shape = channels, self.num_classes, (height, width)
-        network = build(settings.model, *shape, self.seed, "score", repeat)
-        network.to(self.images.device)
+        network = self.network(repeat).to(self.images.device)
         forward = forward_of(network)
         optimiser = torch.optim.SGD(
             network.parameters(),
@@ -89,17 +91,18 @@ class ScoringTraining:
             rng = generator(self.seed, "score", repeat, epoch)
             order = torch.randperm(len(self.images), generator=rng)
             indices = to_device(order, self.labels.device).split(settings.batch)
-            for x, seen in zip(batches(self.images, order, settings.batch), indices):
-                x = augment(x, augmentation.draw(len(x), rng))
-                optimiser.zero_grad()
-                logits = forward(x)
-                F.cross_entropy(logits, self.labels[seen]).backward()
-                optimiser.step()
-                for observer in observers:
-                    observer(seen, logits.detach())
+            with seeded(self.seed, "score", repeat, epoch, "dropout", device=self.images.device):
+                for x, seen in zip(batches(self.images, order, settings.batch), indices):
+                    x = augment(x, augmentation.draw(len(x), rng))
+                    optimiser.zero_grad()
+                    logits = forward(x)
+                    F.cross_entropy(logits, self.labels[seen]).backward()
+                    optimiser.step()
+                    for observer in observers:
+                        observer(seen, logits.detach())
             yield network.eval()
 
-    def train(self, repeat: int, progress: Progress | None = None, observers: Sequence[Observer] = ()) -> Network:
+    def train(self, repeat: int, progress: Progress | None = None, observers: Sequence[Observer] = ()) -> AnyNetwork:
         """The last of :meth:`epochs`. ``progress(repeat, epoch)`` is called after each epoch."""
         epochs = self.epochs(repeat, observers)
         network = next(epochs)

@@ -12,7 +12,7 @@ from pad.distributed import ALONE, Ranks
 from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
 from pad.nn.fused import blocks_of
-from pad.nn.networks import Network
+from pad.nn.networks import AnyNetwork
 from pad.rng import generator
 from pad.shares import exact_share
 
@@ -40,7 +40,7 @@ class DistributionObjective(Objective):
         ranks: share the classes.
     """
 
-    network: Callable[[int], Network]
+    network: Callable[[int], AnyNetwork]
     real: RealBatches
     augmentation: Augmentation
     blocks: int

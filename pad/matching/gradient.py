@@ -16,7 +16,7 @@ from torch import Tensor
 from pad.data.augment import Augmentation, augment, augment_and_back
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
-from pad.matching.loss import shallow
+from pad.matching.loss import span
 from pad.matching.objective import Gradients, Objective
 from pad.matching.real import RealBatches
 from pad.nn.flat import FlatModel
@@ -25,16 +25,19 @@ from pad.rng import generator
 STATISTICS = 16  # real images of a class that BatchNorm's running statistics see before each step, as published
 
 
-def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...]], depth_ratio: float = 0.0) -> Tensor:
+def gradient_distance(
+    g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...]], match_from: float = 0.0, match_to: float = 1.0
+) -> Tensor:
     """D(g, target) of flat gradients ``[P]`` of parameters of these shapes: a scalar (arXiv 2006.05929).
 
     The sum, over the output units of every parameter of two or more dimensions, of 1 - <a, b> / (|a| |b| + 1e-6), with
-    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out. With ``depth_ratio`` the
-    first floor(depth_ratio P) coordinates, shallow to deep, are, too: where the cut falls into a row, its rest counts.
+    a and b the unit's rows of g and target. Vectors, such as biases and norms, are left out. So are the coordinates
+    outside :func:`pad.matching.loss.span`: where a cut falls into a row, the rest of the row counts.
     """
-    dropped = shallow(depth_ratio, len(g))
-    if dropped:
-        kept = torch.arange(len(g), device=g.device) >= dropped
+    first, last = span(match_from, match_to, len(g))
+    if (first, last) != (0, len(g)):
+        place = torch.arange(len(g), device=g.device)
+        kept = (place >= first) & (place < last)
         g, target = g * kept, target * kept
     total = g.new_zeros(())
     at = 0
@@ -42,8 +45,9 @@ def gradient_distance(g: Tensor, target: Tensor, shapes: Sequence[tuple[int, ...
         size = math.prod(shape)
         if len(shape) > 1:
             width = size // shape[0]
-            whole = min(shape[0], max(0, dropped - at) // width)  # rows of which nothing is left
-            a, b = (flat[at : at + size].view(-1, width)[whole:] for flat in (g, target))
+            # without the rows of which nothing is left
+            rows = slice(max(0, first - at) // width, max(0, math.ceil((last - at) / width)))
+            a, b = (flat[at : at + size].view(-1, width)[rows] for flat in (g, target))
             total = total + (1 - (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
         at += size
     return total
@@ -63,6 +67,7 @@ class GradientObjective(Objective):
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
         training: augmentation of the inner training.
         lr_net, batch_train: of that training, plain SGD.
+        depth: shares of the depth between which parameters count (:func:`pad.matching.loss.span`).
         ranks: share the classes; each does the training.
         real_model: the same network for the real batches. Compiled code is for batches of a size, and ``model``'s
             would be filled up to theirs.
@@ -77,7 +82,7 @@ class GradientObjective(Objective):
     inner: int
     lr_net: float
     batch_train: int
-    depth_ratio: float
+    depth: tuple[float, float]
     seed: int
     ranks: Ranks = ALONE
     real_model: FlatModel | None = None
@@ -116,7 +121,7 @@ class GradientObjective(Objective):
             x, back = augment_and_back(images[mine], draw)
             with torch.enable_grad():
                 g = model.grad(theta, x, p[mine]).requires_grad_()
-                distance = gradient_distance(g, target, model.shapes, self.depth_ratio)
+                distance = gradient_distance(g, target, model.shapes, *self.depth)
                 v = torch.autograd.grad(distance, g)[0]
             d_images[mine] = back(model.hvp(theta, x, p[mine], v)[2])
             loss += distance.detach()

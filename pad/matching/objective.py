@@ -1,7 +1,7 @@
 """What a way of matching is: gradients of a synthetic set, and nothing about settings, files or the loop."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,12 +11,16 @@ class Gradients:
     """The loss (scalar) and its gradients: ``images [N, C, H, W]``, ``labels [N, K]`` (logits), ``lr`` (scalar).
 
     All of them are on the device of the set, and zero where the loss does not depend on a variable.
+
+    layers: for each layer of the network by name, where that was asked for, ``[2]``: what it adds to the loss, and what
+    it would add to that of the parameters at the start.
     """
 
     loss: Tensor
     images: Tensor
     labels: Tensor
     lr: Tensor
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:

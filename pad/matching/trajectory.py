@@ -4,7 +4,8 @@ MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's seq
 PAD's depth filter (2408.03360).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from pad.data.augment import Augmentation
 from pad.data.placement import to_device
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.matching.loss import matching_loss
+from pad.matching.loss import loss_by_layer, matching_loss
 from pad.matching.objective import Gradients, Objective
 from pad.matching.unroll import inner_steps, unrolled_gradients
 from pad.nn.flat import FlatModel
@@ -81,8 +82,10 @@ class TrajectoryObjective(Objective):
 
     Args:
         augmentation: of the ``syn_steps`` inner steps, on ``batch_syn`` synthetic images each.
+        depth: shares of the depth between which parameters count (:func:`pad.matching.loss.span`).
         ranks: share the mini-batches. Those of a network with BatchNorm do not split: rank 0 then does the work.
         truncated: TESLA's gradients, see :func:`pad.matching.unroll.adjoint`.
+        layer_losses: also say what each layer adds to the loss (:func:`pad.matching.loss.loss_by_layer`).
         replay: how inner steps are done; shared ones at once.
     """
 
@@ -92,11 +95,12 @@ class TrajectoryObjective(Objective):
     augmentation: Augmentation
     syn_steps: int
     batch_syn: int
-    depth_ratio: float
+    depth: tuple[float, float]
     loss_ratio: float
     seed: int
     ranks: Ranks = ALONE
     truncated: bool = False
+    layer_losses: bool = False
     replay: Replay = AT_ONCE
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
@@ -111,15 +115,34 @@ class TrajectoryObjective(Objective):
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)
-        return unrolled_gradients(
+        filters = dict(zip(("match_from", "match_to"), self.depth), loss_ratio=self.loss_ratio)
+        layers: dict[str, Tensor] = {}
+
+        def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
+            if self.layer_losses:
+                sizes = layers_of(self.model)
+                layers.update(zip(sizes, loss_by_layer(theta, start, target, list(sizes.values()), **filters)))
+            return matching_loss(theta, start, target, **filters)
+
+        found = unrolled_gradients(
             self.model,
             start,
             images,
             labels,
             lr,
             steps,
-            objective=lambda theta: matching_loss(theta, start, target, self.depth_ratio, self.loss_ratio),
+            objective=loss,
             ranks=ranks,
             truncated=self.truncated,
             replay=self.replay if ranks.size == 1 else AT_ONCE,
         )
+        return replace(found, layers=layers)
+
+
+def layers_of(model: FlatModel) -> dict[str, int]:
+    """How many parameters each layer has, shallow to deep: a layer is a module with parameters of its own, by name."""
+    sizes: dict[str, int] = {}
+    for name, shape in zip(model.names, model.shapes):
+        layer = name.rpartition(".")[0]
+        sizes[layer] = sizes.get(layer, 0) + math.prod(shape)
+    return sizes

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pad.errors import is_of_memory
 from pad.nn.fused import FusedConvNet
 from pad.nn.kernels.devices import kernels_of
 
@@ -164,8 +166,8 @@ class Compiled:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.forward = formula.forward
         self.grads = torch.compile(formula.grads, fullgraph=True, dynamic=False)
-        self._grad = torch.compile(formula.grad, fullgraph=True, dynamic=False)
-        self._hvp = torch.compile(formula.hvp, fullgraph=True, dynamic=False)
+        self._grad = _compiled(formula.grad, Eager(f).grad)
+        self._hvp = _compiled(formula.hvp, Eager(f).hvp)
         self._may_fill = f.separable
         self._sizes: set[int] = set()  # of the batches that have graphs
 
@@ -289,6 +291,25 @@ def compiler_available() -> bool:
 def contains(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a layer of ``module`` is of one of these kinds."""
     return any(isinstance(child, kinds) for child in module.modules())
+
+
+def _compiled(function: Callable, otherwise: Callable) -> Callable:
+    """``function`` by torch.compile; ``otherwise``, after a warning, where that cannot take the code of a network."""
+    way = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*tensors: Tensor):
+        nonlocal way
+        try:
+            return way(*tensors)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_of_memory(error):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            log.warning("torch.compile cannot take this network, which runs uncompiled: %s", reason)
+            way = otherwise
+        return way(*tensors)
+
+    return call
 
 
 def _owned(theta: Tensor) -> Tensor:

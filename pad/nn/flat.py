@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pad.data.placement import Images
 from pad.errors import InputError
 from pad.nn.derivatives import Derivatives, Eager, Hvp, choose, contains
+from pad.nn.foreign import Foreign, flat_problem
 
 
 def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
@@ -25,9 +26,10 @@ def cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
 
 
 class FlatModel:
-    """``f(theta, x)`` and its derivatives, for a module without dropout.
+    """``f(theta, x)`` and its derivatives, for a module of which :func:`pad.nn.foreign.flat_problem` finds none.
 
     BatchNorm layers use the statistics of the batch: running ones are not part of a trajectory (but :meth:`running`).
+    Other buffers are constants, and stay on the device where the module has them.
 
     Args:
         module: gives the structure; its own numbers are not used (see :meth:`flatten`).
@@ -36,7 +38,7 @@ class FlatModel:
         micro_batch: work on at most so many images at a time and add up: the same result up to rounding, in less
             memory. A network with BatchNorm takes every batch whole, since its images depend on each other.
 
-    Raises InputError for a module with dropout.
+    Raises InputError for a module with dropout, or another such problem.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class FlatModel:
 
     def grads(self, thetas: Tensor, xs: Tensor, ps: Tensor) -> Tensor:
         """:meth:`grad` of J networks at once: ``[J, P]``, ``[J, B, C, H, W]``, ``[J, B, K]`` -> ``[J, P]``."""
+        if isinstance(self.module, Foreign):  # its code may not do for several networks at once
+            return torch.stack([self.grad(theta, x, p) for theta, x, p in zip(thetas, xs, ps)])
         return self.derivatives.grads(thetas, xs, ps / xs.shape[1])
 
     def hvp(self, theta: Tensor, x: Tensor, p: Tensor, lam: Tensor) -> Hvp:
@@ -150,11 +154,20 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def _stateless(module: nn.Module) -> nn.Module:
-    """The structure of ``module`` on the meta device: batch statistics only, no numbers of its own."""
-    module = copy.deepcopy(module).to("meta")
+    """The structure of ``module``, parameters on the meta device: batch statistics only, no numbers but constants."""
+    if problem := flat_problem(module):
+        made = getattr(module, "made", None)
+        called = made.name if made else "the network"
+        raise InputError(
+            f"{called} can be evaluated, but be no expert and no student, whose gradients are functions of their "
+            f"parameters: it {problem}"
+        )
+    module = copy.deepcopy(module)
+    meta: dict[nn.Parameter, nn.Parameter] = {}
     for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            raise InputError("networks with dropout cannot be used: their gradient is not a function of the parameters")
+        for name, parameter in child._parameters.items():
+            if parameter is not None:  # one that several layers share stays one
+                child._parameters[name] = meta.setdefault(parameter, nn.Parameter(parameter.to("meta")))
     for norm in _batch_norms(module):
         norm.track_running_stats = False
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pad.nn.kernels.devices import Kernels, kernels_of
-from pad.nn.networks import InstanceNorm, Network
+from pad.nn.networks import AnyNetwork, InstanceNorm, Network
 
 _LANES = 8  # the kernels work on as many channels at a time
 
@@ -205,7 +205,7 @@ def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return module if network is None else partial(network, dict(module.named_parameters()))
 
 
-def blocks_of(module: Network) -> Callable[[Tensor], list[Tensor]]:
+def blocks_of(module: AnyNetwork) -> Callable[[Tensor], list[Tensor]]:
     """The same of ``module.blocks``."""
     network = _fused(module)
     return module.blocks if network is None else partial(network.blocks, dict(module.named_parameters()))

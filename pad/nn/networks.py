@@ -3,7 +3,8 @@
 A network is a list of blocks followed by one linear layer. Published trajectories are bare lists of tensors, so the
 order in which layers are created below, shallow to deep, and their shapes are part of a file format.
 
-A network of one's own is one line more in ``FAMILIES``, before a command is called:
+Others are torchvision's, ``torchvision:resnet18``, and those that a function of a file makes, ``file.py:function``
+(:mod:`pad.nn.foreign`). A network whose blocks are known is one line more in ``FAMILIES``, before a command is called:
 
     FAMILIES["MyNet"] = lambda name, channels, size: [nn.Sequential(nn.Conv2d(channels, 32, 3), nn.ReLU())]
 """
@@ -17,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pad.errors import InputError
+from pad.nn.foreign import Foreign, Made, is_foreign, make_foreign
+from pad.nn.foreign import flat_problem as flat_problem
 from pad.rng import seeded
 from pad.store.identity import nearest
+from pad.store.naming import network_name
 
 Size = tuple[int, int]  # (H, W)
 Family = Callable[[str, int, Size], Sequence[nn.Module]]
@@ -68,12 +72,22 @@ _CONVNET = re.compile(  # widths 8 and 16 are ours, for trials on a laptop; so a
 
 
 class Network(nn.Module):
-    """Blocks one after the other, then a linear layer: ``forward(x) = classifier(features(x))``, x ``[N, C, H, W]``."""
+    """Blocks one after the other, then a linear layer: ``forward(x) = classifier(features(x))``, x ``[N, C, H, W]``.
+
+    ``made``: what it comes from, where that is a function of a file.
+    """
+
+    made: Made | None = None
 
     def __init__(self, body: Sequence[nn.Module], num_features: int, num_classes: int):
         super().__init__()
         self.body = nn.ModuleList(body)
         self.classifier = nn.Linear(num_features, num_classes)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(self.body)
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """The outputs of all blocks, shallow to deep, each ``[N, ...]``."""
@@ -93,14 +107,26 @@ class Network(nn.Module):
         return self.classifier(self.features(x))
 
 
-def build(name: str, channels: int, num_classes: int, size: Size, seed: int, *index: int | str) -> Network:
+AnyNetwork = Network | Foreign
+
+
+def build(name: str, channels: int, num_classes: int, size: Size, seed: int, *index: int | str) -> AnyNetwork:
     """A freshly initialised network for images ``[N, channels, H, W]``, ``size = (H, W)``, on the CPU.
 
     Layers have torch's default initialisation, as published, drawn from the stream (seed, "network", index); the global
     generator is left as it was. When both sides have 64 pixels or more, LeNet, AlexNet, VGG11 and ResNet18 take their
     published 64-pixel form, whatever the name; a name ending in _Tiny is for 64 x 64 only. The classifier's input size
-    follows from the image size. Raises InputError for a name that is not a network's and for images too small for it.
+    follows from the image size. A :class:`Network` that a function of a file gives is given as it is, other modules as
+    a :class:`Foreign`. Raises InputError for a name that is not a network's, and for images that it does not fit.
     """
+    name = network_name(name)
+    if is_foreign(name):
+        made = Made(name, channels, num_classes, (size[0], size[1]))
+        net = make_foreign(made, seed, *index)
+        if type(net) is not Network:  # a class derived from it may compute something else
+            return Foreign(net, made)
+        net.made = made
+        return net
     base = name.removesuffix(_TINY)
     family = FAMILIES.get(base) or (_convnet if _CONVNET.fullmatch(base) else None)
     if family is None:
@@ -113,15 +139,21 @@ def build(name: str, channels: int, num_classes: int, size: Size, seed: int, *in
         return Network(body, _flat_size(base, body, channels, size), num_classes)
 
 
+def refuse_without_features(network: AnyNetwork) -> None:
+    """Raise InputError for a network that has no features."""
+    _ = network.classifier
+
+
 def evaluation_pool(mode: str, name: str) -> list[str]:
     """The networks that evaluation mode ``mode`` trains on a synthetic set made with network ``name``.
 
-    S: the network itself without batch normalisation (the name cut at "BN"); C: it and ConvNet; M: four architectures;
-    W, D, A, P, N: ConvNets of several widths, depths, activations, poolings, norms; BN: networks with and without
-    batch normalisation; any other mode: the network itself.
+    S: the network itself without batch normalisation (a published name cut at "BN"); C: it and ConvNet; M: four
+    architectures; W, D, A, P, N: ConvNets of several widths, depths, activations, poolings, norms; BN: networks with
+    and without batch normalisation; X: the eight of PAD's table across architectures (arXiv 2408.03360, Table 2); any
+    other mode: the network itself.
     """
     pools = {
-        "S": [name.partition("BN")[0]],
+        "S": [name if ":" in name else name.partition("BN")[0]],
         "C": list(dict.fromkeys([name, "ConvNet"])),
         "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
         "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
@@ -130,6 +162,7 @@ def evaluation_pool(mode: str, name: str) -> list[str]:
         "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
         "BN": ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"],
+        "X": ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "VGG11", "AlexNet", "LeNet", "MLP"],
     }
     return pools.get(mode, [name])
 

@@ -1,6 +1,12 @@
-"""Results as a table of plain text."""
+"""Results as a table of plain text, and how sure a mean is."""
 
+import statistics
 from collections.abc import Mapping, Sequence
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values: their sample standard deviation over sqrt(n); NaN for one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def result_table(rows: Sequence[Mapping], columns: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,42 @@ TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r".+\.\d+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))  # <name>.<process>-<random>.partial
 
 
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+
+
 def refuse_unwritable(folder: Path | str) -> None:
     """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
     folder = Path(folder)
-    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         reason = "may not be written to" if parent.is_dir() else "is not a folder"
         raise InputError(f"nothing can be written to {folder}: {parent} {reason}")
+
+
+def unreadable(path: Path | str) -> str:
+    """Why ``path`` is no file that can be read, in words that follow its name; nothing where it is one."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return "is a folder" if stat.S_ISDIR(mode) else "is a device or a pipe"
+        with open(path, "rb"):
+            return ""
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def names_in(folder: Path | str) -> list[str]:
+    """The names in a folder, sorted; none where it does not exist. Raises InputError when they cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -68,6 +98,30 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """A folder to fill, which gets its name ``path``, flushed to disk, when the block ends, or is removed.
+
+    Raises InputError when something else than an empty folder has that name.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} is there already; name another folder, or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path), temporary_folder(path.parent) as inside:
+        made = inside / "made"
+        made.mkdir()
+        yield made
+        for file in sorted(made.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                _sync_folder(file)
+        os.replace(made, path)
+    _sync_folder(path.parent)
 
 
 def put_in_place(source: Path, path: Path) -> None:

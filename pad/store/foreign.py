@@ -1,5 +1,6 @@
-"""``.pt`` files, which others write and read: only ever data."""
+"""``.pt`` and ``.npz`` files, which others write and read: only ever data."""
 
+import contextlib
 import pickle
 import re
 import warnings
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pad.errors import InputError
-from pad.store.files import atomic_file
+from pad.store.files import atomic_file, unreadable
 
 # What torch.load says of files that others wrote: a tensor's indices are checked; an old file was pickled otherwise.
 _OF_NO_ACCOUNT = ("Validating sparse tensor invariants", "Detected pickle protocol")
+
+_MOST_COMPRESSED = 100  # times; images come to less than 10
 
 _SIGNATURES = {
     b"\x93NUMPY": "a NumPy file",
@@ -71,8 +74,8 @@ def load_pt(path: Path | str):
     or claims more than its size.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    if reason := unreadable(path):
+        raise InputError(f"{path} {reason}")
     try:
         with open(path, "rb") as handle:
             zipped = handle.read(4) == b"PK\x03\x04"
@@ -92,6 +95,53 @@ def load_pt(path: Path | str):
         raise InputError(f"{path} {_other_kind(path) or reason}; it was not loaded") from None
     _check_extent(path, value)
     return value
+
+
+def load_numbers(path: Path | str) -> Tensor:
+    """The tensor of real numbers that a ``.pt`` file holds. Raises as :func:`load_pt` and :func:`numbers`."""
+    return numbers(load_pt(path), path)
+
+
+def numbers(value, where: Path | str) -> Tensor:
+    """The tensor of real numbers that a value is, on the CPU; what is alone in a list or dict counts as it.
+
+    Raises InputError, which begins with ``where`` it came from, when it is anything else.
+    """
+    for _ in range(3):
+        if isinstance(value, (list, tuple, dict)) and len(value) == 1:
+            [value] = value.values() if isinstance(value, dict) else value
+    flat = isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        elif flat or isinstance(value, (int, float)):
+            value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        inside = f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else ""
+        names = f" ({', '.join(map(str, value))[:80]})" if isinstance(value, dict) else ""
+        raise InputError(f"{where} holds a {type(value).__name__}{inside}{names}, not one tensor of numbers")
+    if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+        raise InputError(f"{where} holds a tensor of {value.dtype}, {value.layout}; plain numbers are needed")
+    return value.detach().contiguous()
+
+
+def load_npz(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of a ``.npz`` file, by name. Raises InputError when it is missing, damaged or holds Python objects."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+        if claimed > _MOST_COMPRESSED * path.stat().st_size:
+            raise InputError(f"{path} claims to hold {claimed} bytes in {path.stat().st_size}; it was not loaded")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except InputError:
+        raise
+    except Exception as error:  # as for .pt: damage surfaces as almost any
+        reason = f"is damaged, no .npz file, or holds more than numbers ({type(error).__name__})"
+        raise InputError(f"{path} {reason}; it was not loaded") from None
 
 
 def _other_kind(path: Path) -> str:

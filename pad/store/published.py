@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pad.errors import InputError
+from pad.store.files import names_in
 from pad.store.foreign import load_pt, save_pt
 from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
 
@@ -63,7 +64,7 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
 
 
 def _published_files(folder: Path | str) -> list[Path]:
-    matches = (re.fullmatch(r"replay_buffer_(\d+)\.pt", path.name) for path in Path(folder).glob("replay_buffer_*"))
+    matches = (re.fullmatch(r"replay_buffer_(\d+)\.pt", name) for name in names_in(folder))
     return [Path(folder) / match[0] for match in sorted((m for m in matches if m), key=lambda match: int(match[1]))]
 
 

@@ -19,20 +19,22 @@ from torch import Tensor
 from pad.errors import InputError
 from pad.store.files import save_picture, write_text
 from pad.store.identity import refuse_difference
+from pad.store.naming import folder_of
 from pad.store.trackers import Tracker, open_tracker, refuse_tracker
 
 
 def run_folder(log_dir: Path | str, dataset: str, ipc: int, model: str, name: str) -> Path:
     """The place of a run, ``<log_dir>/<dataset>/<ipc>/<model>/<name>``.
 
-    A data set "ImageNet/imagenette" becomes the folder "ImageNet-imagenette". Raises InputError for a name that is
+    A data set "ImageNet/imagenette" becomes the folder "ImageNet-imagenette", a network the one that
+    :func:`pad.store.naming.folder_of` says. Raises InputError for a name that is
     not the name of one folder.
     """
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise InputError(f"the run name {name!r} is not the name of a folder; it may hold no / and no \\")
     if name != name.encode(errors="ignore").decode():
         raise InputError(f"the run name {name!r} is not UTF-8; give another --name")
-    return Path(log_dir) / dataset.replace("/", "-") / str(ipc) / model / name
+    return Path(log_dir) / dataset.replace("/", "-") / str(ipc) / folder_of(model) / name
 
 
 def run_state(folder: Path | str) -> str:

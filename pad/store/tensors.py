@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pad.errors import InputError
-from pad.store.files import atomic_file
+from pad.store.files import atomic_file, unreadable
 
 _CHECKSUMS = "checksums"
 
@@ -187,10 +187,10 @@ def open_tensors(
     to do about a damaged file. Raises InputError when the file is missing, damaged, of another kind or format, or was
     not written by this toolkit. That the file is as long as its header says is checked before anything is read.
     """
+    if reason := unreadable(path):
+        raise InputError(f"{path} {reason}")
     try:
         handle = safe_open(str(path), framework="pt")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not a whole safetensors file ({reason}); {remedy}") from None

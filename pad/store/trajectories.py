@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from pad.errors import InputError
+from pad.store.files import names_in
 from pad.store.identity import refuse_difference
+from pad.store.naming import folder_of
 from pad.store.tensors import Layout, TensorFile, open_tensors, tensor_writer
 
 KIND = "trajectory"
@@ -33,14 +35,15 @@ def buffer_folder(
 ) -> Path:
     """The folder of one setting's experts, ``<buffer_path>/<dataset>[_NO_ZCA][/<subset>/<res>]/<model>``, as published.
 
-    ``subset`` and ``res`` (pixels) count for ImageNet only. Raises InputError when ImageNet comes without them.
+    ``<model>`` is what :func:`pad.store.naming.folder_of` says. ``subset`` and ``res`` (pixels) count for ImageNet
+    only. Raises InputError when ImageNet comes without them.
     """
     folder = Path(buffer_path) / (dataset if zca or dataset in WITHOUT_ZCA_SUFFIX else f"{dataset}_NO_ZCA")
     if dataset == "ImageNet":
         if subset is None or res is None:
             raise InputError(f"the data set ImageNet needs a subset and a res, got subset {subset} and res {res}")
         folder = folder / subset / str(res)
-    return folder / model
+    return folder / folder_of(model)
 
 
 def describe(data: dict, model: str, parameters: Iterable[tuple[str, Iterable[int]]], preprocessing: dict) -> dict:
@@ -58,8 +61,8 @@ def expert_path(folder: Path | str, expert: int) -> Path:
 
 
 def recorded(folder: Path | str) -> list[int]:
-    """Sorted indices of the experts that lie complete in ``folder`` (none when it does not exist)."""
-    matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", path.name) for path in Path(folder).glob("expert_*"))
+    """Sorted indices of the experts that lie complete in ``folder``; none, and errors, as of :func:`names_in`."""
+    matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names_in(folder))
     return sorted({int(match[1]) for match in matches if match and expert_path("", int(match[1])).name == match[0]})
 
 

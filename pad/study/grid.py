@@ -1,7 +1,7 @@
 """A study's file: methods x images per class x seeds, each cell with the settings of all commands it takes, checked."""
 
 import itertools
-import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.commands.table import COMMANDS
 from pad.config import (
+    DATA,
     MODEL,
     PLACE,
     RECIPE,
@@ -29,7 +30,7 @@ from pad.config import (
     setting,
 )
 from pad.errors import InputError
-from pad.nn.networks import evaluation_pool
+from pad.store.files import slug
 from pad.store.identity import digest, nearest
 
 _KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates")
@@ -65,6 +66,14 @@ class StudySettings(Settings):
             if not all(word.isascii() and word.isdigit() for word in words(text)):
                 raise InputError(f"{name}: {text!r} is not a list of whole numbers, as 0,1,2")
 
+    def command(self, grid: "Grid") -> str:
+        """The command line that makes the whole study in the folder that it is in."""
+        words = ["python", "scripts/study.py", str(self.study), "--out", str(grid.out)]
+        for name in ("data_path", "device"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", value]
+        return shlex.join(words)
+
     @property
     def wanted(self) -> dict[str, list]:
         """The methods, seeds and sizes that are asked for; none where all are meant."""
@@ -84,7 +93,7 @@ class Cell:
     seed: int
     buffer: BufferSettings | None
     distilling: MakesSet
-    evaluation: dict  # all settings but the set to evaluate, which is yet to be made
+    evaluation: dict  # what is given, and what stage 3 takes over from a set otherwise; the set is yet to be made
     name: str  # of its files: says all settings
     recipe: dict  # what the name stands for
 
@@ -99,6 +108,7 @@ class Grid:
     """What a study's file says, and where."""
 
     where: str
+    text: str  # of the file
     out: Path
     seeds: list[int]
     sizes: list[int]
@@ -139,6 +149,7 @@ class Grid:
             raise InputError(f"{where}: {error}") from None
         return cls(
             where=where,
+            text=Path(where).read_text(encoding="utf-8", errors="replace"),
             out=Path(settings.out or out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
             seeds=_numbers(content.get("seeds", [0]), f"{where}: seeds", low=0),
             sizes=_numbers(content.get("ipc"), f"{where}: ipc", low=1),
@@ -193,10 +204,14 @@ class Grid:
         made = self._resolve(kind, own, about, decided)
         if buffer is not None and buffer.model != made.model:
             raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
-        evaluation = f"{self.where}: evaluation"
-        scored = self._resolve(EvaluationSettings, self.evaluation, evaluation, {"seed": seed, **_SCORED})
-        if len(evaluation_pool(scored.eval_mode, scored.model)) > 1:
-            raise InputError(f"{evaluation}: eval_mode: {scored.eval_mode} is of several networks; a cell has one")
+        where = f"{self.where}: evaluation"
+        scored = self._resolve(EvaluationSettings, self.evaluation, where, {"seed": seed, **_SCORED})
+        evaluation = {key: getattr(scored, key) for key in {*scored.names(DATA, MODEL, RECIPE), *scored.given}}
+        del evaluation["synthetic"]
+        if scored.rows:  # of real images, which may be ranked, or labelled by the cell's own experts
+            evaluation["ranking_path"] = self._rankings(scored)
+            if buffer is not None and buffer.model == scored.model:
+                evaluation["buffer_path"] = buffer.buffer_path
         recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
         name = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
         if kind is CoresetSettings:
@@ -211,7 +226,7 @@ class Grid:
             seed=seed,
             buffer=buffer,
             distilling=self._resolve(kind, own, about, decided),
-            evaluation={key: value for key, value in scored.as_dict().items() if key != "synthetic"},
+            evaluation=evaluation,
             name=name,
             recipe=recipe,
         )
@@ -244,9 +259,9 @@ class Grid:
             if key in decided_by_study:
                 raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
         common = {key: value for key, value in self.common.as_dict().items() if key in _SHARED}
-        common |= {key: value for key, value in self.shared.items() if key in kind.fields()}
+        given = {**{key: value for key, value in self.shared.items() if key in kind.fields()}, **given}
         try:
-            return kind.resolve({**common, **given, **decided})
+            return kind.resolve({**common, **kind.with_paths(given, path_base(Path(self.where))), **decided})
         except InputError as error:
             raise InputError(f"{about}: {error}") from None
 
@@ -265,12 +280,7 @@ def _names(by_study: bool) -> set[str]:
 
 def _recipe(settings: Settings) -> dict:
     """All settings that say what comes out."""
-    return settings.of(*(role for role in Role if role not in UNNAMED))
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+    return settings.telling(*(role for role in Role if role not in UNNAMED))
 
 
 def _refuse_bad_names(entries: Mapping, where: str) -> None:

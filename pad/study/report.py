@@ -1,16 +1,18 @@
-"""The report of a study: one table, as Markdown and as CSV, and one plot."""
+"""The report of a study: tables, as Markdown and as CSV, and one plot."""
 
 import csv
 import io
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pad.show.figures import BLUE, GREY, draw_figure, new_figure
 from pad.show.names import short, widest
+from pad.show.results import SCORES, plus_minus, title
+from pad.show.tables import standard_error
 from pad.store.files import write_text
 
 
@@ -26,6 +28,8 @@ class Outcome:
     _: KW_ONLY
     seconds: float | None = None
     made: str | None = None  # the set's file, relative to the study's folder
+    results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
+    metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
 
     @property
     def percent(self) -> float:
@@ -58,9 +62,69 @@ class Row:
         return standard_error(list(self.values.values()))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values: their sample standard deviation over sqrt(n); NaN for one."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A figure of one method at one size, of each seed that has it: mean accuracies in %, or scores.
+
+    column: what it is of, beside the method. own: accuracies on the training images, in %, where they are known.
+    """
+
+    method: str
+    ipc: int
+    column: str
+    values: list[float]
+    own: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def error(self) -> float:
+        return standard_error(self.values)
+
+    @property
+    def mean_own(self) -> float:
+        return statistics.mean(self.own) if self.own else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossed:
+    """A table of methods x networks, training sets or scores, for each size."""
+
+    title: str  # in Markdown
+    column: str  # and in CSV
+    entries: list[Entry]
+    note: str = "Accuracy in %: mean ± standard error over n seeds; in brackets that on the images trained on."
+    form: str = ".2f"
+
+    def markdown(self) -> Iterator[str]:
+        """Its parts, size by size."""
+        columns = list(dict.fromkeys(each.column for each in self.entries))
+        for ipc in dict.fromkeys(each.ipc for each in self.entries):
+            cells = {(each.method, each.column): each for each in self.entries if each.ipc == ipc}
+            lines = []
+            for method in dict.fromkeys(method for method, _ in cells):
+                own = [cells.get((method, column)) for column in columns]
+                n = max(len(each.values) for each in own if each)
+                lines.append([_in_markdown(method), *map(self._shown, own), str(n)])
+            yield f"## {_size(ipc)}: {self.title}"
+            yield self.note
+            yield _table(["method", *map(_in_markdown, columns), "n"], lines)
+
+    def _shown(self, entry: Entry | None) -> str:
+        if entry is None:
+            return "-"
+        own = f" ({entry.mean_own:{self.form}})" if entry.own else ""
+        return plus_minus(entry.mean, entry.error, form=self.form) + own
+
+    def comma_separated(self) -> str:
+        """One line per method, size and column."""
+        lines = [["method", "ipc", self.column, "mean", "standard_error", "n", "on_its_own_images"]]
+        for each in self.entries:
+            figures = [_text(value, ".4f") for value in (each.mean, each.error, each.mean_own)]
+            lines.append([each.method, str(each.ipc), each.column, *figures[:2], str(len(each.values)), figures[2]])
+        return _csv(lines)
 
 
 def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list[Row]:
@@ -92,22 +156,63 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
     return rows
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
-    """Write ``results.md`` and ``results.csv``, print the table, then draw ``results.png``, if that can be drawn.
+def crossed(outcomes: Sequence[Outcome]) -> dict[str, Crossed]:
+    """What stage 3 found beside the first network on the set as it is, by the name of its CSV file.
 
-    ``reference``: a method that others are compared with.
+    Networks are compared on that set, training sets by the first network; scores are the first network's.
     """
-    rows = summarise(outcomes, reference)
-    text = markdown(rows, reference)
+    results = [(outcome, result) for outcome in outcomes for result in outcome.results or ()]
+    metrics = [(outcome, *item) for outcome in outcomes for item in (outcome.metrics or {}).items()]
+    network, row = (results[0][1]["network"], title(results[0][1])) if results else ("", "")
+    networks = [(each, str(found["network"]), found) for each, found in results if title(found) == row]
+    sets = [(each, title(found), found) for each, found in results if found["network"] == network]
+    scores = [(each, SCORES[name][0] if name in SCORES else name, found) for each, name, found in metrics]
+    tables = {
+        "networks.csv": Crossed(title="networks", column="network", entries=_entries(networks)),
+        "rows.csv": Crossed(title="training sets", column="training_set", entries=_entries(sets)),
+    }
+    tables = {name: each for name, each in tables.items() if len({entry.column for entry in each.entries}) > 1}
+    note = "Fractions: mean ± standard error over n seeds."
+    of_scores = Crossed(title="scores", column="score", entries=_entries(scores, 1), note=note, form=".3f")
+    return tables | ({"metrics.csv": of_scores} if scores else {})
+
+
+def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) -> list[Entry]:
+    """By size, and in order otherwise."""
+    by_key: dict[tuple[int, str, str], list[Mapping]] = {}
+    for outcome, column, figures in found:
+        by_key.setdefault((outcome.ipc, outcome.method, column), []).append(figures)
+    entries = []
+    for ipc, method, column in sorted(by_key, key=lambda key: key[0]):
+        every = by_key[ipc, method, column]
+        values = [scale * each["mean"] for each in every]
+        own = [scale * each["train"] for each in every if each.get("train") is not None]
+        entries.append(Entry(method=method, ipc=ipc, column=column, values=values, own=own))
+    return entries
+
+
+def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
+    """Write ``results.md`` and ``results.csv``, print the tables, then draw ``results.png``, if that can be drawn.
+
+    Where cells have several results, also what :func:`crossed` makes of them. ``reference``: a method that others are
+    compared with.
+    """
+    rows, tables = summarise(outcomes, reference), crossed(outcomes)
+    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()])
     write_text(folder / "results.md", text)
     write_text(folder / "results.csv", comma_separated(rows))
+    for name in ("networks.csv", "rows.csv", "metrics.csv"):
+        if name in tables:
+            write_text(folder / name, tables[name].comma_separated())
+        else:  # of an earlier form of the study
+            (folder / name).unlink(missing_ok=True)
     print(f"\n{text}", flush=True)
     if any(row.values for row in rows):
         draw_figure(folder / "results.png", plot, rows)
 
 
-def markdown(rows: Sequence[Row], reference: str | None = None) -> str:
-    """A table for each size, best first, and what failed."""
+def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = ()) -> str:
+    """A table for each size, best first, ``more`` parts, and what failed."""
     compared = any(row.difference for row in rows)
     minus = [f"minus {_in_markdown(reference)}, by seed"] * compared
     head = ["method", "accuracy %", "standard error", "n", *minus, "networks each"]
@@ -121,13 +226,21 @@ def markdown(rows: Sequence[Row], reference: str | None = None) -> str:
             pair = [" ± ".join(_text(value, form, "-") for value, form in forms)] * compared
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
             lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks)])
-        cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
-        table = [f"| {' | '.join(line)} |" for line in cells]
-        parts.append(f"## {ipc} image{'s' * (ipc > 1)} per class\n\n" + "\n".join(table))
+        parts += [f"## {_size(ipc)}", _table(head, lines)]
+    parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
     if failed:
-        parts.append("## Failed\n\n" + "\n".join(failed))
+        parts += ["## Failed", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
+
+
+def _size(ipc: int) -> str:
+    return f"{ipc} image{'s' * (ipc > 1)} per class"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _in_markdown(text: object) -> str:
@@ -138,15 +251,18 @@ def _in_markdown(text: object) -> str:
 
 def comma_separated(rows: Sequence[Row]) -> str:
     """One line per method and size."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    columns = "method ipc accuracy standard_error n networks difference difference_error seconds failed"
-    writer.writerow(columns.split())
+    lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
         rest = [f"{row.seconds:.1f}", "; ".join(row.failed)]
-        writer.writerow([row.method, row.ipc, *figures, len(row.values), row.networks, *pair, *rest])
+        lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
 
 
@@ -168,7 +284,7 @@ def plot(rows: Sequence[Row]):
             panel.plot(list(row.values.values()), [y] * len(row.values), ".", color=GREY, markersize=4)
             error = row.error if len(row.values) > 1 else 0
             panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
-        panel.set_title(f"{ipc} image{'s' * (ipc > 1)} per class", fontsize=10)
+        panel.set_title(_size(ipc), fontsize=10)
         panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
         panel.set_yticks(range(len(methods)), names, parse_math=False)
         panel.grid(axis="x", alpha=0.3)

@@ -21,10 +21,10 @@ from pad.commands.record import record_experts
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
 from pad.show.pictures import save_grid, unless_it_fails
-from pad.store.files import refuse_unwritable, write_text
+from pad.store.files import refuse_unwritable, slug, write_text
 from pad.store.locks import each_once, remove_leftovers
 from pad.streams import silence
-from pad.study.grid import Cell, Grid, StudySettings, slug
+from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.report import Outcome, write_report
 from pad.synthetic import SyntheticSet
 
@@ -55,6 +55,8 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
         outcomes = [work.outcome(cell) for cell in cells]
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
             write_report(grid.out, outcomes, grid.reference)
+            if not (asked := grid.out / "asked.yaml").exists() or not asked.samefile(grid.where):
+                write_text(asked, f"# {settings.command(grid)}\n{grid.text}")
             _pictures(grid.out, outcomes)
     log.info("tables, plot and pictures are in %s", grid.out)
     if failed := sum(outcome.failed is not None for outcome in outcomes):
@@ -106,6 +108,8 @@ class _Work:
             failed=record.get("failed"),
             seconds=record.get("seconds"),
             made=record.get("set"),
+            results=record.get("results"),
+            metrics=record.get("metrics"),
         )
 
     def obtain(self, cell: Cell) -> None:
@@ -119,8 +123,9 @@ class _Work:
         bench = self.bench  # those of another study are no cell's failure
         try:
             with silence():  # a line is said of it below
-                made, accuracies = _run(cell, bench)
-            record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies}
+                made, found = _run(cell, bench)
+            accuracies = found["results"][0]["accuracies"]
+            record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
         except Stopped as stop:
             if stop.code > 128:  # a signal
@@ -142,8 +147,8 @@ class _Work:
             print(f"{cell.about}: {said} ({record['seconds']:.0f} s)", flush=True)
 
 
-def _run(cell: Cell, bench: Workbench) -> tuple[Path, list[float]]:
-    """Experts, set and evaluation. Returns the set's file, and the accuracies of the networks trained on it."""
+def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
+    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it."""
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
@@ -151,7 +156,14 @@ def _run(cell: Cell, bench: Workbench) -> tuple[Path, list[float]]:
     else:
         made = distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
     settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
-    return made, evaluate(settings, bench=bench)["results"][0]["accuracies"]
+    return made, evaluate(settings, bench=bench)
+
+
+def _more(found: dict) -> dict:
+    """What a record keeps of results that are more than the accuracies of one network on one training set."""
+    if len(found["results"]) == 1 and "last" not in found["results"][0]:
+        return {}
+    return {"results": found["results"], "metrics": found.get("metrics") or {}}
 
 
 def _pictures(out: Path, outcomes: list[Outcome]) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pad.data.augment import DSA, augment
 from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
-from pad.evaluation import Evaluation, Protocol, accuracy
+from pad.evaluation import Case, Evaluation, Protocol, accuracy
 from pad.nn.networks import build
 from pad.rng import generator
 
@@ -85,8 +85,9 @@ def competitors(args: argparse.Namespace) -> list[Competitor]:
         return accuracies
 
     def ours(protocol: Protocol) -> list[float]:
-        by = Evaluation(protocol=protocol, lr=LR, test_images=test_images, test_labels=test_labels)
-        *_, last = by.train(name, range(args.networks), lambda j: (images, p))
+        by = Evaluation(protocol=protocol, test_images=test_images, test_labels=test_labels)
+        case = Case(network=name, training_set=lambda j: (images, p), lr=LR)
+        *_, last = by.train(case, range(args.networks))
         return last.accuracies
 
     settings = {

@@ -571,6 +571,7 @@ class Cell:
             sampler=settings.fill(SegmentSampler, experts=[0], sequential=settings.Sequential_Generation),
             augmentation=settings.augmentation(),
             batch_syn=self.batch,
+            depth=settings.matched_span(model),
             truncated=settings.gradient == "truncated",
             replay=replay_on(device),
         )

@@ -294,7 +294,7 @@ def test_a_signal_in_an_evaluation_of_the_second_stage(
 ):
     argv = distil_args(images, buffer, tmp_path)
     with monkeypatch.context() as patch:
-        signal_at(patch, evaluation, "accuracy", number, call=call)
+        signal_at(patch, evaluation.Evaluation, "_tested", number, call=call)
         said = stopped(capfd, patch, cli.distill, "PAD.py", argv, number)
     assert f"stopped in the evaluation before iteration {iteration}; the state is saved" in said
     assert cli.distill([*argv, "--resume"]) == 0
@@ -307,19 +307,19 @@ def test_a_signal_in_the_third_stage(images, buffer, finished, tmp_path, *, monk
     assert cli.evaluate(evaluation_args(images, buffer, finished, whole)) == 0
     argv = evaluation_args(images, buffer, finished, out)
     with monkeypatch.context() as patch:
-        calls = signal_at(patch, evaluation, "accuracy", number, call=4)
+        calls = signal_at(patch, evaluation.Evaluation, "_tested", number, call=4)
         said = stopped(capfd, patch, cli.evaluate, "evaluation.py", argv, number)
     assert "interrupted; what was finished is kept" in said and len(calls) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json.networks-0", "whole.json"]
     with open(tmp_path / "out.json.networks-0", "a") as handle:
         handle.write('{"key": "ab')  # a line a kill cut short
     with monkeypatch.context() as patch:
-        calls = signal_at(patch, evaluation, "accuracy", number, call=2)
+        calls = signal_at(patch, evaluation.Evaluation, "_tested", number, call=2)
         stopped(capfd, patch, cli.evaluate, "evaluation.py", argv, number)
     with monkeypatch.context() as patch:
-        calls = signal_at(patch, evaluation, "accuracy", number, call=99)
+        calls = signal_at(patch, evaluation.Evaluation, "_tested", number, call=99)
         assert cli.evaluate(argv) == 0
-    assert len(calls) == 9 - 4 - 2, "no network is trained again"
+    assert len(calls) == 12 - 4 - 2, "no network is trained again"
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "whole.json"]
 
@@ -331,7 +331,7 @@ def test_scores_of_other_networks_are_not_taken_for_these(images, buffer, finish
     others = ("--seed=1", "--epoch_eval_train=3", "--batch_train=2", "--dsa=False")
     for more in ([], *([other] for other in others), ["--num_eval=4"]):
         with monkeypatch.context() as patch:
-            calls = signal_at(patch, evaluation, "accuracy", signal.SIGINT, call=2)
+            calls = signal_at(patch, evaluation.Evaluation, "_tested", signal.SIGINT, call=2)
             cli.evaluate([*argv, *more])
             networks.append(len(calls))
     assert networks == [3, 3, 3, 3, 3, 2], "but for the last, which knows two of its four"

@@ -176,10 +176,8 @@ def test_the_published_form_scores_like_our_own_file(images, finished, tmp_path)
     trio, ours = (json.loads((tmp_path / name).read_text()) for name in ("trio", "ours"))
     assert ours["synthetic"].pop("iteration") == 8  # which the trio does not say
     assert trio == ours
-    assert [row["set"] for row in ours["results"]] == [
-        "synthetic",
-        "random real, hard labels",
-    ]  # no buffer: no expert labels
+    titles = ["synthetic", "synthetic, hard labels", "random real, hard labels"]
+    assert [row["set"] for row in ours["results"]] == titles, "no buffer: no expert labels"
 
 
 def test_zca_from_end_to_end(images, tmp_path):
@@ -216,6 +214,17 @@ def test_pictures_and_artifacts_of_a_run(finished):
     assert not any(name.startswith("images_zca") for name in names)
     assert json.loads((folder / "finished.json").read_text())["iterations"] == 8
     assert not list(finished.rglob("*.partial"))
+
+
+def test_the_loss_by_layer_changes_nothing_else(images, buffer, finished, tmp_path):
+    assert cli.distill(distil_args(images, buffer, tmp_path, "--layer_losses")) == 0
+    plain, asked = (events_in(run_folder(runs), "match") for runs in (finished, tmp_path))
+    for event in asked:
+        assert sum(added for added, _ in event["layers"].values()) == pytest.approx(event["loss"], rel=1e-5)
+        del event["layers"]
+    assert asked == plain and list((run_folder(tmp_path) / "pictures").glob("layers_*.png"))
+    last = Path("Normal", "synthetic_last.safetensors")
+    assert (run_folder(tmp_path) / last).read_bytes() == (run_folder(finished) / last).read_bytes()
 
 
 def test_a_runs_own_config_makes_it_again(finished, tmp_path):

@@ -160,6 +160,7 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
     "system, more",
     [
         ("DC", ["--depth_ratio", "0.5"]),
+        slow("DC", ["--match_to", "0.5"]),
         slow("DC", ["--dsa", "False"]),
         slow("DC", ["--pix_init", "real"]),
         slow("DC", ["--inner_loop", "2"]),
@@ -228,6 +229,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
         ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
         ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
+        slow("DC", ["--match_to", "0.5"], "match_to: 1.0 in the run, 0.5 in the config"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
@@ -325,6 +327,8 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
             None,
         ),
         ("DM", ["--threshold", "1"], "threshold: it belongs to trajectory matching"),
+        ("DM", ["--match_to", "0.5"], "match_to: whole blocks are matched here"),
+        ("DC", ["--match_from", "0.5", "--match_to", "0.5001"], "parameters of"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):

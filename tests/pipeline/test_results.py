@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import EXPERTS, assert_refused, command_line, contents, slow
 
 from pad import cli
-from pad.commands import evaluate as stage_3
+from pad.commands import rows
 from pad.evaluation import Evaluation
 from pad.synthetic import SyntheticSet
 
@@ -81,7 +81,7 @@ def test_probabilities_are_the_targets_that_networks_are_trained_on(images, made
     run = Evaluation.run
 
     def watched(self, cases, *args, **more):
-        seen.extend(training_set(0)[1] for _, training_set in cases)
+        seen.extend(case.training_set(0)[1] for case in cases)
         return run(self, cases, *args, **more)
 
     monkeypatch.setattr(Evaluation, "run", watched)
@@ -143,7 +143,7 @@ def test_results_say_what_they_are_of_and_the_same_command_gives_them_again(imag
 OTHERS = ("epoch_eval_train=1", "seed=1", "batch_train=2", "dsa=False", "baselines=hard")
 
 
-@pytest.mark.parametrize("other", ["eval_mode=W", "num_eval=1", *map(slow, OTHERS)])
+@pytest.mark.parametrize("other", ["eval_mode=W", "num_eval=1", "protocol=dm", *map(slow, OTHERS)])
 def test_results_by_other_settings_are_replaced_only_when_told(images, made, tmp_path, refused, other):
     assert cli.evaluate(evaluation_args(images, made)) == 0
     out = made.with_suffix(".evaluation.json")
@@ -155,6 +155,23 @@ def test_results_by_other_settings_are_replaced_only_when_told(images, made, tmp
     assert out.read_bytes() == first
     assert cli.evaluate([*argv, "--overwrite"]) == 0
     assert out.read_bytes() == (tmp_path / "other.json").read_bytes() != first
+
+
+def test_results_by_a_published_protocol_say_so(images, made, refused):
+    argv = evaluation_args(images, made, protocol="ncfm")
+    assert cli.evaluate(argv) == 0
+    results = results_in(made.with_suffix(".evaluation.json"))
+    said = results["settings"]
+    assert (said["protocol"], said["epoch_eval_train"], said["dsa_strategy"]) == (
+        "ncfm",
+        2,
+        "color_crop_flip_scale_rotate",
+    )
+    assert results["results"][0]["last"].keys() == {"mean", "std", "se"}
+    refused(cli.evaluate, evaluation_args(images, made), "settings dsa_strategy", "--overwrite")
+    dm = made.with_name("dm.json")
+    assert cli.evaluate(evaluation_args(images, made, protocol="dm", out=dm)) == 0
+    refused(cli.evaluate, evaluation_args(images, made, out=dm), "settings protocol: dm in these results, mtt in")
 
 
 @pytest.mark.parametrize("changed", ["images", "labels", "lr", "iteration"])
@@ -213,8 +230,8 @@ def test_networks_of_a_stopped_evaluation_outlive_one_by_other_settings(images, 
 
 def test_sets_of_real_images_are_drawn_once_however_many_networks_train_at_once(images, made, monkeypatch):
     drawn = []
-    draw = stage_3.class_order
-    monkeypatch.setattr(stage_3, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
+    draw = rows.class_order
+    monkeypatch.setattr(rows, "class_order", lambda *of: drawn.append(of[-1]) or draw(*of))
     assert cli.evaluate(evaluation_args(images, made, baselines="hard", num_eval=3, together=3)) == 0
     assert drawn == [0, 0, 1, 2]  # the first one also to see whether there are images enough
 

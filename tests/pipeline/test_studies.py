@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,10 @@ def outcome_of(folder: Path) -> dict[str, bytes]:
     return {
         name: plain(name, data)
         for name, data in contents(folder).items()
-        if data != b"folder" and not name.startswith("results") and "timing" not in name and "config.yaml" not in name
+        if data != b"folder"
+        and not name.startswith(("results", "asked"))
+        and "timing" not in name
+        and "config.yaml" not in name
     }
 
 
@@ -225,6 +229,63 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
     assert table(tmp_path / "out")["DM"]["failed"] == ""
 
 
+def entry(network: str, row: str, accuracies: list[float], **more) -> dict:
+    mean = sum(accuracies) / len(accuracies)
+    return {"set": row, "row": row, "network": network, "accuracies": accuracies, "mean": mean, "train": 0.75, **more}
+
+
+def test_several_networks_and_training_sets_are_recorded_and_reported(tmp_path, monkeypatch, capsys):
+    found = [entry("N1", "syn", [0.5, 0.75]), entry("N1", "random", [0.25]), entry("N2", "syn", [1.0])]
+    metrics = {"ior": {"mean": 0.375, "se": 0.125}}
+    monkeypatch.setattr(studying, "evaluate", lambda *_, **__: {"results": found, "metrics": metrics})
+    real = yaml.safe_load(STUDY)["methods"]["random real"]
+    asked = {"methods": {"random real": real}, "reference": None}
+    assert run(tmp_path, **asked) == 0
+    [record, _] = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "cells").glob("*.json"))]
+    assert (record["accuracies"], record["results"], record["metrics"]) == ([0.5, 0.75], found, metrics)
+    out = tmp_path / "out"
+    assert {"networks.csv", "rows.csv", "metrics.csv"} <= {path.name for path in out.iterdir()}
+    assert "| random real | 62.50 ± 0.00 (75.00) | 100.00 ± 0.00 (75.00) | 2 |" in (out / "results.md").read_text()
+    assert run(tmp_path, **asked) == 0, "what is recorded is read again"
+    assert "| random real | 0.375 ± 0.000 | 2 |" in capsys.readouterr().out.split("scores")[-1]
+
+
+def test_results_of_one_network_on_one_training_set_are_recorded_as_before(done):
+    for path in (done / "cells").glob("*.json"):
+        known = {"method", "ipc", "seed", "recipe", "set", "accuracies", "seconds"}
+        assert json.loads(path.read_text()).keys() == known
+
+
+def test_rows_of_real_images_are_labelled_by_the_cells_own_experts(tmp_path):
+    plain = {"num_eval": 2, "epoch_eval_train": 1}
+
+    def cells(evaluation: dict) -> dict:
+        study = StudySettings.resolve({"study": str(write(tmp_path, evaluation=evaluation))})
+        return {(cell.method, cell.seed): cell for cell in Grid.read(study).cells()}
+
+    for (method, _), cell in cells(plain | {"rows": "syn,random_soft,Herding"}).items():
+        own = method in ("DATM", "PAD")
+        assert cell.evaluation.get("buffer_path") == (cell.buffer.buffer_path if own else None)
+        assert cell.evaluation["rows"] == "syn,random_soft,Herding"
+    ranked = {cell.evaluation["ranking_path"] for cell in cells(plain | {"rows": "Herding"}).values()}
+    assert len(ranked) == 2, "by seed"
+    for cell in cells(plain).values():
+        assert not {"buffer_path", "ranking_path"} & cell.evaluation.keys()
+
+
+def test_the_study_s_file_is_kept_below_its_command(done):
+    command, asked = (done / "asked.yaml").read_text().split("\n", 1)
+    assert yaml.safe_load(asked) == yaml.safe_load(STUDY)
+    words = shlex.split(command)
+    assert words[:3] == ["#", "python", "scripts/study.py"] and words[-2:] == ["--out", str(done)]
+
+
+def test_a_study_has_a_page(done, tmp_path):
+    assert cli.report([str(done), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert text.count('class="pixels"') == len(METHODS) and "is not there" not in text
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_cells(done, tmp_path):
     command = [sys.executable, CHECKOUT / "scripts" / "study.py", write(tmp_path), "--out", tmp_path / "out"]
@@ -285,7 +346,6 @@ def change(path: str, value):
         ("methods/DM/zca", True, ("DM: zca", "belongs in common")),
         ("methods/PAD/model", "ConvNetD1W16", ("model: ConvNetD1W16, but its buffer's is ConvNetD1W8",)),
         ("evaluation/baselines", "hard", ("baselines",)),
-        ("evaluation/eval_mode", "M", ("eval_mode: M",)),
         ("common/out", "x", ("common: unknown key 'out'",)),
         ("methods/A, B", {"by": "DM"}, ("'A, B' is no name",)),
         ("methods", {1: {"by": "DM"}}, ("1 is no name",)),
@@ -317,5 +377,5 @@ def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
 
 
 def test_the_shipped_studies_are_studies():
-    for path in (CHECKOUT / "configs" / "studies").glob("*.yaml"):
+    for path in (CHECKOUT / "configs" / "studies").rglob("*.yaml"):
         assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()

@@ -128,7 +128,7 @@ def test_evaluation_gives_the_same_accuracies(one, tmp_path):
     assert (tmp_path / "scores.json").read_bytes() == (one / "scores.json").read_bytes()
     scores = json.loads((tmp_path / "scores.json").read_text())["results"]
     assert [(row["set"], row["network"], row["n"]) for row in scores] == [
-        (name, MODEL, 3) for name in ("synthetic", "random real, hard labels")
+        (name, MODEL, 3) for name in ("synthetic", "synthetic, hard labels", "random real, hard labels")
     ]
     assert len({accuracy for row in scores for accuracy in row["accuracies"]}) > 3, "an order would be seen"
 

@@ -1,0 +1,1 @@
+"""Synthetic sets from and to the files of others."""
