@@ -39,7 +39,9 @@ class Estimate:
         return {"mean": self.mean, "se": None if math.isnan(self.se) else self.se}
 
 
-def scores(found: Mapping[str, Estimate], weight: float = WEIGHT) -> dict[str, Estimate]:
+def scores(
+    found: Mapping[str, Estimate], weight: float = WEIGHT, *, same: Mapping[str, str] = {}
+) -> dict[str, Estimate]:
     """Those of HLR, IOR, LRS and ARS (keys hlr, ior, lrs, ars) whose accuracies, of :data:`NEEDS`, are there.
 
     Beside ARS stands the second gap it is made of, that without augmentation, as ior_plain.
@@ -48,6 +50,7 @@ def scores(found: Mapping[str, Estimate], weight: float = WEIGHT) -> dict[str, E
         found: accuracies as fractions, with standard errors, which are taken as independent. ``random`` and
             ``random_plain`` have labels of the same kind as ``syn``; ``_plain`` is without augmentation.
         weight: w and g.
+        same: accuracies that are another one, by name: of a set with hard labels ``syn_hard`` is ``syn``.
 
     The standard error of a score is that of its argument times the slope of s there.
     """
@@ -58,8 +61,13 @@ def scores(found: Mapping[str, Estimate], weight: float = WEIGHT) -> dict[str, E
         "ior_plain": {"syn_plain": 1.0, "random_plain": -1.0},
         "ars": {"syn": weight, "random": -weight, "syn_plain": 1 - weight, "random_plain": weight - 1},
     }
-    there = {name: part for name, part in parts.items() if found.keys() >= part.keys()}
-    gaps = {name: _combined(found, part) for name, part in there.items()}
+    gaps = {}
+    for name, part in parts.items():
+        factors: dict[str, float] = {}
+        for need, factor in part.items():
+            factors[same.get(need, need)] = factors.get(same.get(need, need), 0.0) + factor
+        if found.keys() >= factors.keys():
+            gaps[name] = _combined(found, factors)
     return {name: _scaled(gap) if name in ("lrs", "ars") else gap for name, gap in gaps.items()}
 
 

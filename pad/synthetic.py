@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -229,10 +230,10 @@ class SyntheticSet:
 def set_file(path: Path | str) -> Path:
     """The file of the set at ``path``: that one, or a run's last, since its best was picked by test accuracy."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which, unlike Path's, gives an answer about folders that may not be entered
         return path
     last = path / "synthetic_last.safetensors"
-    return last if last.exists() else path / "Normal" / last.name
+    return last if os.path.exists(last) else path / "Normal" / last.name
 
 
 def _class_order(count: int, num_classes: int) -> Tensor:

@@ -59,6 +59,15 @@ def test_standard_errors_are_those_of_many_draws(weight):
         assert estimate.se == pytest.approx(statistics.stdev(one[name].mean for one in each), rel=0.03)
 
 
+def test_an_accuracy_that_counts_twice_is_one():
+    """Of a set with hard labels: in alpha, half of its accuracy and half of it again."""
+    few = {"syn": Estimate(0.65, 0.02), "random": Estimate(0.5, 0.0), "full": Estimate(0.8, 0.0)}
+    span = math.e - math.exp(-1)
+    found = scores(few, same={"syn_hard": "syn"})
+    assert found["lrs"].se == pytest.approx(math.exp(found["ior"].mean / 2 - found["hlr"].mean / 2) / span * 0.02)
+    assert found["hlr"].se == found["ior"].se == 0.02
+
+
 def test_one_network_has_no_standard_error():
     lone = {name: Estimate(value, float("nan")) for name, value in ACCURACIES.items()}
     assert scores(lone)["lrs"].as_dict()["se"] is None

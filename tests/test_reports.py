@@ -152,14 +152,15 @@ def listed(folder, name: str) -> list[dict]:
 def test_networks_are_compared_on_the_set_as_it_is(several, tmp_path):
     write_report(tmp_path, several)
     lines = listed(tmp_path, "networks.csv")
-    assert [(line["method"], line["network"]) for line in lines] == [(m, n) for m in "AB" for n in ("N1", "N2")]
+    names = ["N1", "N1, tuned", "N2", "N2, tuned"]
+    assert [(line["method"], line["network"]) for line in lines] == [(m, name) for m in "AB" for name in names]
     for k, line in enumerate(lines):
-        expected = in_percent(k // 2, k % 2, 0, False)
+        expected = in_percent(k // 4, k % 4 // 2, 0, bool(k % 2))
         assert (float(line["mean"]), float(line["standard_error"])) == pytest.approx(expected, abs=1e-4)
-        assert line["n"] == "3" and line["on_its_own_images"] == ("" if k // 2 else "60.0000")
-    mean, error = in_percent(0, 1, 0, False)
+        assert line["n"] == "3" and line["on_its_own_images"] == ("" if k // 4 else "60")
+    mean, error = in_percent(0, 1, 0, True)
     text = (tmp_path / "results.md").read_text()
-    assert "## 10 images per class: networks" in text and "| method | N1 | N2 | n |" in text
+    assert "## 10 images per class: networks" in text and "| method | N1 | N1, tuned | N2 | N2, tuned | n |" in text
     assert f"{mean:.2f} ± {error:.2f} (60.00) | 3 |" in text
 
 
@@ -202,3 +203,15 @@ def test_tables_of_an_earlier_form_of_the_study_go(several, tmp_path):
     write_report(tmp_path, several)
     write_report(tmp_path, outcomes())
     assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.csv", "results.png"}
+
+
+def test_what_the_last_epoch_gives_stands_beside_the_best(several, tmp_path):
+    for outcome in several:
+        for each in outcome.results:
+            each |= {"lr": 0.25, "last": {"mean": each["mean"] - 0.05, "se": None}}
+    del several[0].results[4:]  # the first seed's network N2 on the sets of method A
+    write_report(tmp_path, several)
+    first = listed(tmp_path, "networks.csv")[0]
+    assert float(first["last_epoch"]) == pytest.approx(float(first["mean"]) - 5, abs=1e-2) and first["lr"] == "0.25"
+    text = (tmp_path / "results.md").read_text()
+    assert "; last epoch 1" in text and "; n = 2)" in text, "of fewer seeds than the others"

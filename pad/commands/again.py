@@ -7,6 +7,7 @@ from pathlib import Path
 from pad.commands.distil import Distilling
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
+from pad.commands.rows import TITLES
 from pad.commands.table import COMMANDS, Command
 from pad.config import DATA, MODEL, RECIPE, Settings
 
@@ -95,6 +96,8 @@ def stage_3(config: Mapping, run: str, file: Path | None = None, results: Mappin
         settings = own | {name: value for name, value in said.items() if value is not None}
     labelled = results.get("experts") or any("expert" in str(row.get("set")) for row in results.get("results", []))
     paths = ("data_path", *["buffer_path"] * bool(labelled or not results))
+    if any(row.get("row") not in (None, *TITLES) for row in results.get("results", [])):
+        paths += ("ranking_path",)
     values = places | differing(EvaluationSettings, settings, adopted)
     values |= differing(EvaluationSettings, {name: config[name] for name in paths if name in config})
     return command_line("evaluation.py", values)

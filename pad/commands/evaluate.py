@@ -11,14 +11,14 @@ import itertools
 import json
 import logging
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from pad.commands.bench import Workbench, progress_bar, set_up
 from pad.commands.common import ByProtocol, Ranked, words
@@ -30,13 +30,13 @@ from pad.data.augment import DC
 from pad.difficulty.ranking import Ranking
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.evaluation import Accuracies, Case, Protocol
+from pad.evaluation import Accuracies, Case, Protocol, Score
 from pad.initialisation import Experts, WeakExperts, refuse_small_classes
 from pad.metrics import NEEDS
 from pad.store.files import refuse_unwritable, unreadable, write_text
 from pad.store.identity import digest, refuse_difference
 from pad.store.locks import in_turn, only_writer
-from pad.synthetic import SyntheticSet
+from pad.synthetic import SyntheticSet, set_file
 
 log = logging.getLogger("pad")
 
@@ -142,6 +142,17 @@ class EvaluationSettings(ByProtocol, Ranked):
             raise InputError("lr_grid: there is no learning rate in it")
         return sorted(set(rates))
 
+    @property
+    def whole_folder(self) -> Path:
+        """Where it is kept what networks score that the whole training set has trained."""
+        return Path(self.full_path or checkout() / "runs" / "whole")
+
+    def resolved(self) -> Self:
+        settings = super().resolved()
+        if "full_lr" in self.given or self.published.lr is None:
+            return settings
+        return dataclasses.replace(settings, full_lr=self.published.lr)
+
     def asked_rows(self, hard: bool) -> list[str]:
         """The rows of a set whose labels are ``hard``, or not. Raises InputError where these cannot be had."""
         experts = self.buffer_path is not None
@@ -157,7 +168,7 @@ class EvaluationSettings(ByProtocol, Ranked):
         if soft and not experts:
             raise InputError(f"rows: {soft[0]} has labels of the experts: give --buffer_path")
         plain = [name for name in names if name.endswith("_plain")]
-        if plain and not self.dsa and self.rows != "all":
+        if not self.dsa and {*plain} & {*words(self.rows)}:
             raise InputError(f"rows: {plain[0]} is to compare with augmentation, and dsa is False")
         return [name for name in names if self.dsa or name not in plain]
 
@@ -182,19 +193,10 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbenc
 def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, bench: Workbench) -> dict:
     ranks = bench.ranks
     hard = synthetic.is_hard
-    names = settings.asked_rows(hard)
-    if missing := missing_for(words(settings.metrics), names, hard):
-        raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     _refuse_other_data(synthetic, bench)
-    bench.refuse_unfit(settings.pool)
-    real = [name for name in names if not name.startswith("syn")]
-    if set(real) - {"full"}:
-        refuse_small_classes(bench.labels, bench.data.num_classes, synthetic.ipc)
-    held = held_out(bench.classes, settings.held_out, settings.seed, synthetic.ipc) if settings.tune_lr else None
-    methods = [name for name in real if name not in TITLES]
-    stems = dict(zip(methods, bench.ranking_stems(settings, methods))) if methods else {}
+    asked = what_is_asked(settings, bench, hard=hard, ipc=synthetic.ipc)
     experts = None
-    if any(name == "random_soft" or (name == "random_plain" and not hard) for name in names):
+    if any(name == "random_soft" or (name == "random_plain" and not hard) for name in asked.rows):
         experts = bench.labellers(str(settings.buffer_path), settings.model)
     _refuse_other("preprocessing", synthetic, bench.preprocessing.identity)
     about = _about(settings, synthetic, bench, experts)
@@ -203,18 +205,18 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
 
     @functools.cache  # one training for all of them, when the first is asked for
     def rankings() -> dict[str, Ranking]:
-        found = bench.rankings(settings, list(stems.values()), convert_flat=settings.convert_flat)
-        return {name: found[stem] for name, stem in stems.items()}
+        found = bench.rankings(settings, list(asked.stems.values()), convert_flat=settings.convert_flat)
+        return {name: found[stem] for name, stem in asked.stems.items()}
 
     rows = Rows(bench=bench, synthetic=synthetic, seed=settings.seed, experts=experts, rankings=rankings)
-    drawable = _drawable([rows.make(name) for name in names], ranks)
-    kept = Kept(out.with_name(f"{out.name}.networks-"), ranks, digest(about))
+    drawable = _drawable([rows.make(name) for name in asked.rows], ranks, "left out")
+    kept = Kept(out.with_name(f"{out.name}.networks-"), ranks, bench.data.test_fingerprint, digest(about))
     training = _Training(settings, bench, synthetic, len(drawable), kept)
     tuned: dict[tuple[str, str], float] = {}
-    if held is not None:
-        tried, left = held
+    if asked.held is not None:
+        tried, left = asked.held
         without = dataclasses.replace(rows, left=left)
-        tuned = training.tune(_drawable([without.make(row.name) for row in drawable], ranks), tried)
+        tuned = training.tune(_drawable([without.make(row.name) for row in drawable], ranks, "not tuned"), tried)
     results = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
@@ -240,6 +242,61 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     return results
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What an evaluation is asked for.
+
+    rows: their names. held: the images to choose learning rates on, and the others, where rates are chosen. stems: the
+    names in files of the rankings, by row.
+    """
+
+    rows: list[str]
+    held: tuple[Tensor, Tensor] | None
+    stems: dict[str, str]
+
+
+def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool, ipc: int) -> Asked:
+    """What is asked for, of a set with ``ipc`` images of each class whose labels are ``hard``, or not.
+
+    Raises InputError for all that can be refused before there is a set.
+    """
+    names = settings.asked_rows(hard)
+    if missing := missing_for(words(settings.metrics), names, hard):
+        raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
+    bench.refuse_unfit(settings.pool)
+    classes = bench.data.num_classes
+    counts = {ipc * classes} | ({len(bench.labels)} if "full" in names else set())
+    drawn = [name for name in names if not name.startswith("syn") and name != "full"]
+    if drawn:
+        refuse_small_classes(bench.labels, classes, ipc)
+    held = None
+    if settings.tune_lr:
+        held = held_out(bench.classes, settings.held_out, settings.seed, ipc if drawn else 1)
+        counts |= {len(held[1])} if "full" in names else set()
+    _refuse_lone_images(settings, bench, counts)
+    methods = [name for name in drawn if name not in TITLES]
+    stems = dict(zip(methods, bench.ranking_stems(settings, methods))) if methods else {}
+    if "full" in names:
+        bench.ranks.on_main(lambda: refuse_unwritable(settings.whole_folder))
+    return Asked(rows=names, held=held, stems=stems)
+
+
+def _refuse_lone_images(settings: EvaluationSettings, bench: Workbench, counts: Collection[int]) -> None:
+    """Raise InputError where a last batch has one image only, of which a network has no statistics."""
+    for count in sorted(counts):
+        if count % settings.batch_train != 1:
+            continue
+        for name in settings.pool:
+            with torch.no_grad():
+                try:
+                    bench.network(name, 0).train()(torch.zeros(1, bench.data.channels, *bench.data.size))
+                except ValueError as error:  # BatchNorm's
+                    raise InputError(
+                        f"batch_train: of {count} images the last batch of {settings.batch_train} has one, with which "
+                        f"{name} cannot be trained: {error}"
+                    ) from None
+
+
 def _plain(protocol: Protocol, settings: EvaluationSettings, pool: Sequence[str]) -> dict:
     """How the networks of a pool are trained, as plain values."""
     drawn = [protocol.of(network).augmentation for network in pool]
@@ -251,11 +308,8 @@ def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Synthet
     """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
     if not settings.synthetic:
         return settings, SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
-    path = Path(settings.synthetic)
-    if os.path.isdir(path):  # of a run: the last set, since the best one was picked by test accuracy
-        last = path / "synthetic_last.safetensors"
-        path = last if os.path.exists(last) else path / "Normal" / last.name
-        settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
+    path = set_file(settings.synthetic)
+    settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
     if reason := unreadable(path) or "is a published file" * (path.suffix in (".pt", ".npz")):
         raise InputError(
             f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}, "
@@ -296,10 +350,9 @@ def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workben
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
     elsewhere = ("synthetic", *EvaluationSettings.trio)
     iteration = synthetic.metadata.get("iteration")
-    tensors = synthetic.images, synthetic.labels, synthetic.lr
     told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     return {
-        "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
+        "synthetic": {"digest": synthetic.digest} | ({} if iteration is None else {"iteration": iteration}),
         "settings": {name: value for name, value in told.items() if name not in elsewhere},
         "data": dict(bench.data.identity),
         "experts": experts.digest if experts else None,
@@ -325,7 +378,7 @@ def _refuse_other_results(out: Path, about: dict) -> None:
     refuse_difference(out, there, here, there_is="these results", here_is="this command", remedy=remedy, every=True)
 
 
-def _drawable(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
+def _drawable(rows: Sequence[Row], ranks: Ranks, otherwise: str) -> list[Row]:
     """The rows that can be had, found before a network is trained; a line says of others why: weak experts."""
 
     def why_not(row: Row) -> str:
@@ -338,8 +391,11 @@ def _drawable(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
     reasons = [max(ranks.gather(why_not(row))) for row in rows]
     for row, reason in zip(rows, reasons):
         if reason:
-            log.warning("%s are left out: %s", row.title, reason)
+            log.warning("%s are %s: %s", row.title, otherwise, reason)
     return [row for row, reason in zip(rows, reasons) if not reason]
+
+
+_FORMAT = 1  # of how networks are trained on the whole set: what another one scored is trained anew
 
 
 @dataclass(frozen=True)
@@ -361,7 +417,6 @@ class _Training:
         self._lr = synthetic.lr.item() if self._protocol.lr is None else self._protocol.lr
         self._draw = functools.lru_cache(maxsize=self._protocol.together)(lambda row, j: row.sets(j))
         self._digests: dict[tuple[Row, int], str] = {}
-        self._whole = Path(settings.full_path or checkout() / "runs" / "whole")
 
     def tune(self, rows: Sequence[Row], tried: Tensor) -> dict[tuple[str, str], float]:
         """The learning rate, by network and row, with which a network gets most of the images ``tried`` right."""
@@ -379,10 +434,7 @@ class _Training:
     def score(self, rows: Sequence[Row], tuned: Mapping[tuple[str, str], float]) -> list[dict]:
         """The table's entries, for JSON: each network on each row, at the learning rate it has and at a tuned one."""
         bench = self._bench
-        whole = self._settings.full_lr
-        if "full_lr" not in self._settings.given and self._protocol.lr is not None:
-            whole = self._protocol.lr
-        own = {row: whole if row.whole else self._lr for row in rows}
+        own = {row: self._settings.full_lr if row.whole else self._lr for row in rows}
         entries = [
             (_Job(network, row, lr), chosen)
             for network in self._pool
@@ -407,19 +459,25 @@ class _Training:
 
     def _run(self, jobs: Sequence[_Job], count: int, tested: tuple, about: dict, doing: str) -> list[Accuracies]:
         """``count`` networks for each job. Those on the whole set first; no other process trains them meanwhile."""
-        ranks = self._bench.ranks
+        bench, ranks, folder = self._bench, self._bench.ranks, self._settings.whole_folder
         lasting = [job for job in jobs if job.row.whole]
         found: dict[_Job, Accuracies] = {}
         if lasting:
-            ranks.on_main(lambda: refuse_unwritable(self._whole))
-            lock = in_turn(self._whole / ".lock", "networks on the whole training set")
-            with lock if ranks.is_main else contextlib.nullcontext():
+            kept = Kept(folder / "accuracies-", ranks, bench.data.test_fingerprint)
+            name = digest([bench.data.identity, bench.data.test_fingerprint, self._settings.seed], 8)
+            lock = in_turn(folder / f".{name}.lock", "networks on the whole training set")
+            some_missing = len(self._known(lasting, count, about, kept)) < len(lasting) * count
+            with lock if some_missing and ranks.is_main else contextlib.nullcontext():
                 ranks.barrier()
-                kept = Kept(self._whole / "accuracies-", ranks)
                 found |= zip(lasting, self._train(lasting, count, tested, about, kept, f"{doing}, whole set"))
         others = [job for job in jobs if not job.row.whole]
         found |= zip(others, self._train(others, count, tested, about, self._kept, doing))
         return [found[job] for job in jobs]
+
+    def _known(self, jobs: Sequence[_Job], count: int, about: dict, kept: Kept) -> dict[tuple[int, int], Score]:
+        """What is kept of networks (job, j)."""
+        every = list(itertools.product(range(len(jobs)), range(count)))
+        return kept.read(every, lambda which: self._key(jobs[which[0]], which[1], about))
 
     def _train(self, jobs, count: int, tested: tuple, about: dict, kept: Kept, doing: str) -> list[Accuracies]:
         bench, ranks = self._bench, self._bench.ranks
@@ -429,7 +487,7 @@ class _Training:
             return self._key(jobs[case], j, about)
 
         def state(case: int, j: int) -> Path:
-            return self._whole / f"{key((case, j))[:32]}.training.safetensors"
+            return self._settings.whole_folder / f"{key((case, j))[:32]}.training.safetensors"
 
         cases = [
             Case(
@@ -442,7 +500,9 @@ class _Training:
             )
             for case, job in enumerate(jobs)
         ]
-        known = kept.read(list(itertools.product(range(len(jobs)), range(count))), key)
+        known = self._known(jobs, count, about, kept)
+        if known:
+            log.info("going on with %d networks that were trained before", len(known))
         evaluation = dataclasses.replace(bench.evaluation(self._protocol), test_images=tested[0], test_labels=tested[1])
         total = math.ceil((len(jobs) * count - len(known)) / ranks.size)
         with progress_bar(ranks, total, doing, "network") as bar:
@@ -464,7 +524,8 @@ class _Training:
         more = dict(about)
         if row.whole:  # which settings of the set's evaluation do not change
             protocol |= {"epochs": settings.full_epochs, "compile": "", "together": 0}
-            more |= {"test": bench.data.test_fingerprint}  # kept for good, whatever becomes of the folder
+            # Kept for good, whatever becomes of the folder of images and of the code
+            more |= {"test": bench.data.test_fingerprint, "code": _FORMAT, "built": self._built(job.network)}
         if not row.augmented:
             more["augmented"] = False
         fixed = {
@@ -477,6 +538,12 @@ class _Training:
             "tf32": settings.tf32,
         }
         return digest({**fixed, **more, "network": job.network, "index": j, "set": self._set_digest(row, j)}, 64)
+
+    @functools.cache  # noqa: B019
+    def _built(self, network: str) -> str:
+        """Tells networks of one name apart: what they are made of, and their first numbers."""
+        built = self._bench.network(network, self._settings.seed)
+        return digest([repr(built), _digest_of([*built.state_dict().values()])])
 
     def _set_digest(self, row: Row, j: int) -> str:
         one = row, 0 if row.one else j

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from pad.distributed import Ranks
 from pad.evaluation import Score
 from pad.store.files import write_text
 from pad.store.run import append_line
-
-log = logging.getLogger("pad")
 
 Key = tuple[int, int]  # (case, number of the network)
 
@@ -23,11 +20,12 @@ class Kept:
 
     Args:
         start: path of the files, without the rank.
+        tested: digest of the images they are tested on: scores on others count for nothing.
         about: digest of what the results are of, for :meth:`remove`: what was kept of others stays.
     """
 
-    def __init__(self, start: Path, ranks: Ranks, about: str = ""):
-        self._start, self._ranks, self._about = start, ranks, about
+    def __init__(self, start: Path, ranks: Ranks, tested: str, about: str = ""):
+        self._start, self._ranks, self._tested, self._about = start, ranks, tested, about
         self._own = start.with_name(f"{start.name}{ranks.rank}")
         self._begun = False
 
@@ -37,21 +35,21 @@ class Kept:
         Soft labels, which each process computes, may differ in their last bits between machines, and so keys: what one
         of them finds counts for all.
         """
-        here = {line["key"]: line for path in self._files() for line in _lines(path)}
+        lines = (line for path in self._files() for line in _lines(path))
+        here = {line["key"]: line for line in lines if line.get("tested", self._tested) == self._tested}
         kept: dict[str, dict] = {}
         for part in self._ranks.gather(here):
             kept |= part
         keys = {case: key_of(case) for case in wanted} if kept else {}  # which may take as long as drawing the sets
         found = {case: _score(kept[key]) for case, key in keys.items() if key in kept}
         known = {case: score for part in self._ranks.gather(found) for case, score in part.items()}
-        if known:
-            log.info("going on with %d networks that were trained before", len(known))
         return known
 
     def keep(self, key: str, score: Score) -> None:
         """Note a network's."""
-        about = {"about": self._about} if self._about else {}
-        line = json.dumps({"key": key, **vars(score), **about}) + "\n"
+        said = {"tested": self._tested} | ({"about": self._about} if self._about else {})
+        line = json.dumps({"key": key, **vars(score), **said}) + "\n"
+        self._own.parent.mkdir(parents=True, exist_ok=True)  # of a machine that rank 0 does not write on
         append_line(self._own, line if self._begun else f"\n{line}")  # a kill may have cut the last line short
         self._begun = True
 

@@ -242,7 +242,8 @@ def _figures(run: _Run) -> Markup:
         first, *others = run.main["results"]
         networks = f"{first['n']} networks" if first["n"] > 1 else "one network"
         found[f"% accuracy of {networks} trained on the synthetic set"] = _accuracy_of(first)
-        others = [each for each in others if each["network"] == first["network"] and "random real" in each["set"]]
+        alike = [(each["network"], bool(each.get("tuned"))) == (first["network"], False) for each in others]
+        others = [each for each, same in zip(others, alike) if same and "random real" in each["set"]]
         if others:
             best = max(others, key=lambda each: each["mean"])
             found[f"% on {title(best)}"] = _accuracy_of(best)

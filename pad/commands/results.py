@@ -12,16 +12,21 @@ from pad.show.tables import result_table
 def scores_of(entries: Sequence[Mapping], hard: bool) -> dict:
     """HLR, IOR, LRS and ARS, as far as there are rows for them, as ``metrics`` (the first network's), ``metrics_of``.
 
-    Where a row has a tuned learning rate, the accuracy with that counts. ``hard``: the set's labels are.
+    Where all rows of a score have a tuned learning rate, the accuracies with these count. ``hard``: whether the set's
+    labels are.
     """
     networks = list(dict.fromkeys(entry["network"] for entry in entries))
     of = {}
     for network in networks:
-        found = {}
-        for entry in sorted((each for each in entries if each["network"] == network), key=lambda each: each["tuned"]):
-            found[entry["row"]] = Estimate(entry["mean"], math.nan if entry["se"] is None else entry["se"])
-        there = {need: found[row] for need, row in roles(hard).items() if row in found}
-        of[network] = {name: estimate.as_dict() for name, estimate in scores(there).items()}
+        found: dict[str, Estimate] = {}
+        for tuned in (False, True):
+            rows = {each["row"]: each for each in entries if each["network"] == network and each["tuned"] == tuned}
+            by_row = {
+                name: Estimate(each["mean"], math.nan if each["se"] is None else each["se"])
+                for name, each in rows.items()
+            }
+            found |= scores(by_row, same=roles(hard))
+        of[network] = {name: estimate.as_dict() for name, estimate in found.items()}
     return {"metrics": of[networks[0]], "metrics_of": of}
 
 
@@ -57,7 +62,7 @@ def _one_network(entries: Sequence[Mapping]) -> str:
 def _networks(entries: Sequence[Mapping], networks: Sequence[str]) -> str:
     rows = list(dict.fromkeys(title(entry) for entry in entries))
     cells = {(title(entry), entry["network"]): entry for entry in entries}
-    lines, trained = [], []
+    lines, trained, last = [], [], []
     for row in rows:
         line, own = {"accuracy %": row}, {"on its own images %": row}
         for network in networks:
@@ -66,9 +71,12 @@ def _networks(entries: Sequence[Mapping], networks: Sequence[str]) -> str:
             own[network] = _percent(entry["train"])
         lines.append(line)
         trained.append(own)
+        ends = [cells[row, network].get("last") for network in networks]
+        shown = ["-" if end is None else plus_minus(end["mean"], end["se"], 100) for end in ends]
+        last += [{"last epoch %": row} | dict(zip(networks, shown))] if any(ends) else []
     n = entries[0]["n"]
     said = f"mean ± standard error, n = {n} networks each" if n > 1 else "of one network each"
-    return "\n\n".join(result_table(each, list(each[0])) for each in (lines, trained)) + f"\n{said}"
+    return "\n\n".join(result_table(each, list(each[0])) for each in (lines, trained, last) if each) + f"\n{said}"
 
 
 def _scores(of: Mapping[str, Mapping]) -> str:

@@ -60,7 +60,8 @@ def row_names(asked: Sequence[str], *, hard: bool, experts: bool) -> list[str]:
     every = ["syn", *["syn_hard"] * (not hard), "random", *["random_soft"] * (experts or not hard)]
     every += ["full", "syn_plain", "random_plain"]
     expanded = (every if word == "all" else [ALSO.get(word, word)] for word in asked)
-    return list(dict.fromkeys(["syn", *(name for names in expanded for name in names)]))
+    names = dict.fromkeys(["syn", *(name for names in expanded for name in names)])
+    return [name for name in names if not (hard and name == "syn_hard")]  # it would be syn again
 
 
 def roles(hard: bool) -> dict[str, str]:

@@ -66,7 +66,8 @@ class Row:
 class Entry:
     """A figure of one method at one size, of each seed that has it: mean accuracies in %, or scores.
 
-    column: what it is of, beside the method. own: accuracies on the training images, in %, where they are known.
+    column: what it is of, beside the method. own: accuracies on the training images, in %, where they are known. last:
+    those after the last epoch, where the best one counts. rates: learning rates.
     """
 
     method: str
@@ -74,6 +75,8 @@ class Entry:
     column: str
     values: list[float]
     own: list[float]
+    last: list[float]
+    rates: list[float]
 
     @property
     def mean(self) -> float:
@@ -85,7 +88,7 @@ class Entry:
 
     @property
     def mean_own(self) -> float:
-        return statistics.mean(self.own) if self.own else math.nan
+        return statistics.mean(self.own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +110,26 @@ class Crossed:
             for method in dict.fromkeys(method for method, _ in cells):
                 own = [cells.get((method, column)) for column in columns]
                 n = max(len(each.values) for each in own if each)
-                lines.append([_in_markdown(method), *map(self._shown, own), str(n)])
+                lines.append([_in_markdown(method), *(self._shown(each, n) for each in own), str(n)])
             yield f"## {_size(ipc)}: {self.title}"
             yield self.note
             yield _table(["method", *map(_in_markdown, columns), "n"], lines)
 
-    def _shown(self, entry: Entry | None) -> str:
+    def _shown(self, entry: Entry | None, n: int) -> str:
         if entry is None:
             return "-"
-        own = f" ({entry.mean_own:{self.form}})" if entry.own else ""
-        return plus_minus(entry.mean, entry.error, form=self.form) + own
+        said = [f"{entry.mean_own:{self.form}}"] if entry.own else []
+        said += [f"last epoch {statistics.mean(entry.last):{self.form}}"] if entry.last else []
+        said += [f"n = {len(entry.values)}"] if len(entry.values) < n else []
+        return plus_minus(entry.mean, entry.error, form=self.form) + (f" ({'; '.join(said)})" if said else "")
 
     def comma_separated(self) -> str:
         """One line per method, size and column."""
-        lines = [["method", "ipc", self.column, "mean", "standard_error", "n", "on_its_own_images"]]
+        lines = [["method", "ipc", self.column, "mean", "standard_error", "n", "on_its_own_images", "last_epoch", "lr"]]
         for each in self.entries:
-            figures = [_text(value, ".4f") for value in (each.mean, each.error, each.mean_own)]
-            lines.append([each.method, str(each.ipc), each.column, *figures[:2], str(len(each.values)), figures[2]])
+            figures = [_text(value, ".4f") for value in (each.mean, each.error)]
+            more = [f"{statistics.mean(values):.4g}" if values else "" for values in (each.own, each.last, each.rates)]
+            lines.append([each.method, str(each.ipc), each.column, *figures, str(len(each.values)), *more])
         return _csv(lines)
 
 
@@ -163,8 +169,12 @@ def crossed(outcomes: Sequence[Outcome]) -> dict[str, Crossed]:
     """
     results = [(outcome, result) for outcome in outcomes for result in outcome.results or ()]
     metrics = [(outcome, *item) for outcome in outcomes for item in (outcome.metrics or {}).items()]
-    network, row = (results[0][1]["network"], title(results[0][1])) if results else ("", "")
-    networks = [(each, str(found["network"]), found) for each, found in results if title(found) == row]
+    network, row = (results[0][1]["network"], results[0][1]["set"]) if results else ("", "")
+    networks = [
+        (each, f"{found['network']}{', tuned' * bool(found.get('tuned'))}", found)
+        for each, found in results
+        if found["set"] == row and len({other["network"] for _, other in results}) > 1
+    ]
     sets = [(each, title(found), found) for each, found in results if found["network"] == network]
     scores = [(each, SCORES[name][0] if name in SCORES else name, found) for each, name, found in metrics]
     tables = {
@@ -187,7 +197,9 @@ def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) 
         every = by_key[ipc, method, column]
         values = [scale * each["mean"] for each in every]
         own = [scale * each["train"] for each in every if each.get("train") is not None]
-        entries.append(Entry(method=method, ipc=ipc, column=column, values=values, own=own))
+        last = [scale * each["last"]["mean"] for each in every if "last" in each]
+        rates = [each["lr"] for each in every if "lr" in each]
+        entries.append(Entry(method=method, ipc=ipc, column=column, values=values, own=own, last=last, rates=rates))
     return entries
 
 

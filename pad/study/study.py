@@ -16,7 +16,7 @@ from pathlib import Path
 from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
-from pad.commands.evaluate import EvaluationSettings, evaluate
+from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
 from pad.commands.record import record_experts
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
@@ -149,6 +149,9 @@ class _Work:
 
 def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
     """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it."""
+    scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
+    hard = getattr(cell.distilling, "labels", "hard") == "hard"
+    what_is_asked(scored, bench, hard=hard, ipc=cell.ipc)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):

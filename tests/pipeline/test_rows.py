@@ -1,5 +1,6 @@
 """Stage 3's table: rows, their learning rates, the whole training set, and the scores that are made of them."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,10 +12,12 @@ import torch
 from helpers import EXPERTS, assert_refused, command_line, make_images, slow
 
 from pad import cli
-from pad.commands.rows import ALSO, TITLES, held_out, missing_for, row_names
+from pad.commands.rows import ALSO, TITLES, Rows, held_out, missing_for, row_names
 from pad.errors import InputError
 from pad.evaluation import Evaluation
+from pad.initialisation import WeakExperts
 from pad.metrics import Estimate, scores
+from pad.nn.networks import FAMILIES
 from pad.store.trajectories import TrajectoryStore
 from pad.synthetic import SyntheticSet
 
@@ -120,9 +123,8 @@ def test_all_rows_and_the_scores_they_make(results, kind):
         assert entry["augmented"] == (not name.endswith("_plain")) and not entry["tuned"] and 0 <= entry["train"] <= 1
         assert entry["lr"] == pytest.approx(0.01 if name == "full" else 0.05)
     one = {name: Estimate(entry["mean"], entry["se"]) for name, entry in entries.items()}
-    same = "random_soft" if kind == "soft" else "random"
-    one |= {"syn_hard": one.get("syn_hard", one["syn"]), "random": one[same]}
-    assert found["metrics"] == {name: each.as_dict() for name, each in scores(one).items()}
+    same = {"random": "random_soft"} if kind == "soft" else {"syn_hard": "syn"}
+    assert found["metrics"] == {name: each.as_dict() for name, each in scores(one, same=same).items()}
     assert set(found["metrics"]) == {"hlr", "ior", "ior_plain", "lrs", "ars"}
     assert found["metrics_of"] == {MODEL: found["metrics"]}
 
@@ -258,6 +260,7 @@ def test_a_stopped_evaluation_goes_on_with_what_the_whole_set_has_trained(argv, 
         ({"rows": "random", "metrics": "lrs"}, ("lrs needs full, syn_hard, random_soft", "--rows all")),
         ({"metrics": "lrz"}, ("lrz", "hlr, ior, lrs, ars")),
         ({"rows": "all", "metrics": "ars", "dsa": False}, ("ars needs syn_plain, random_plain",)),
+        ({"rows": "all,syn_plain", "dsa": False}, ("syn_plain", "dsa")),
         ({"tune_lr": True, "lr_grid": "0.1,fast"}, ("lr_grid", "fast")),
         ({"tune_lr": True, "lr_grid": ","}, ("lr_grid",)),
         ({"tune_lr": True, "lr_grid": "0.1,-1"}, ("lr_grid", "-1")),
@@ -283,3 +286,52 @@ def test_weak_experts_leave_rows_out_and_the_scores_that_need_them(place, result
         name for name in ALL if name not in ("random_soft", "random_plain")
     ]
     assert set(found["metrics"]) == {"hlr"} and math.isfinite(found["metrics"]["hlr"]["mean"])
+
+
+def test_a_row_that_cannot_be_tuned_has_its_own_rate_and_scores_are_of_one_kind(results, monkeypatch):
+    """Experts may be right about enough images in all, not of those left: nothing is compared across rates."""
+    make = Rows.make
+    weak = WeakExperts("the experts are too weak")
+
+    def making(self, name):
+        row = make(self, name)
+        return dataclasses.replace(row, sets=raising) if self.left is not None and "random" in name else row
+
+    def raising(j):
+        raise weak
+
+    monkeypatch.setattr(Rows, "make", making)
+    found = results("soft", "--tune_lr", rows="syn,syn_hard,random_soft,full", lr_grid="0.001", num_eval=1)
+    entries = {(entry["row"], entry["tuned"]): entry["mean"] for entry in found["results"]}
+    assert ("random_soft", True) not in entries and ("syn", True) in entries
+    assert found["metrics"]["ior"]["mean"] == pytest.approx(entries["syn", False] - entries["random_soft", False])
+    assert found["metrics"]["hlr"]["mean"] == pytest.approx(entries["full", True] - entries["syn_hard", True])
+
+
+def test_a_protocols_rate_holds_for_the_whole_set_too(results):
+    assert results("hard", rows="full", protocol="dm", epoch_eval_train=1, num_eval=1)["results"][1]["lr"] == 0.01
+    said = results("hard", "--overwrite", rows="full", protocol="ncfm", epoch_eval_train=1, num_eval=1)
+    assert said["results"][1]["lr"] == 0.001 and said["settings"]["full_lr"] == 0.001
+    said = results("hard", "--overwrite", rows="full", protocol="ncfm", epoch_eval_train=1, num_eval=1, full_lr=0.01)
+    assert said["results"][1]["lr"] == 0.01
+
+
+def test_a_last_batch_of_one_image_is_refused_where_a_network_has_no_statistics_of_it(argv, trained, capfd, tmp_path):
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n\n\ndef norm(channels, classes, size):\n"
+        "    body = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(channels), nn.Flatten()\n"
+        "    return nn.Sequential(*body, nn.Linear(channels, classes))\n"
+    )
+    words = ("batch_train: of 6 images the last batch of 5 has one", "net.py:norm@")
+    assert_refused(capfd, cli.evaluate, argv("hard", networks=f"{net}:norm", batch_train=5), words, tmp_path)
+    assert trained == []
+
+
+def test_a_network_of_the_same_name_that_is_made_of_something_else_is_trained_anew(results, trained, monkeypatch):
+    results("hard", rows="full", num_eval=1)
+    convnet = FAMILIES["ConvNet"]
+    monkeypatch.setitem(FAMILIES, MODEL, lambda name, channels, size: convnet("ConvNetD1W16", channels, size))
+    trained.clear()
+    results("hard", "--overwrite", rows="full", num_eval=1)
+    assert len([case for _, case in trained if case.epochs is not None]) == 1
