@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from pad.data.formation import decoded
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
 from pad.store.foreign import load_numbers, save_pt
@@ -40,6 +42,8 @@ class SyntheticSet:
     preprocessing: inverts the images for viewing; may be left out, or set later.
     stored_pixels [N, C, H, W]: the inverted images found in a file. A file carries these few images and the
         identity of the preprocessing instead of its tensors, which for ZCA are D x D: 604 MB at 64 x 64 pixels.
+    stored [n, C, H, W]: in multi-formation the n = N / factor^2 images that ``images`` are decoded from
+        (:func:`pad.data.formation.decoded`); a file holds them in their place.
     """
 
     images: Tensor
@@ -50,6 +54,7 @@ class SyntheticSet:
     _: KW_ONLY
     preprocessing: Preprocessing | None = None
     stored_pixels: Tensor | None = None
+    stored: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -58,6 +63,23 @@ class SyntheticSet:
     @property
     def ipc(self) -> int:
         return len(self.images) // self.num_classes
+
+    @property
+    def kept(self) -> Tensor:
+        """The images that a file holds: the stored ones in multi-formation, else ``images``."""
+        return self.images if self.stored is None else self.stored
+
+    @property
+    def factor(self) -> int:
+        """Images a side that one of :attr:`kept` stands for; 1 without multi-formation."""
+        return math.isqrt(len(self.images) // len(self.kept))
+
+    @property
+    def size(self) -> str:
+        """How large the set is, in words."""
+        stored = len(self.kept) // self.num_classes
+        said = f", decoded from {stored} stored" if self.stored is not None else ""
+        return f"{self.ipc} images per class{said}"
 
     @property
     def class_names(self) -> list[str]:
@@ -71,9 +93,9 @@ class SyntheticSet:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of images, labels and learning rate, their shapes and numbers."""
+        """16 hexadecimal digits of the SHA-256 of kept images, labels and learning rate, their shapes and numbers."""
         numbers = hashlib.sha256()
-        for tensor in (self.images, self.labels, self.lr):
+        for tensor in (self.kept, self.labels, self.lr):
             numbers.update(f"{tuple(tensor.shape)}".encode())
             numbers.update(tensor.detach().cpu().contiguous().numpy().data)
         return numbers.hexdigest()[:16]
@@ -122,10 +144,12 @@ class SyntheticSet:
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")
-        tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
+        tensors = {"images": self.kept, "labels": self.labels, "lr": self.lr, "classes": self.classes}
         if self.preprocessing is not None or self.stored_pixels is not None:
             tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         metadata = {**self.metadata, "kind": KIND, "format": FORMAT, "ipc": self.ipc}
+        if self.stored is not None:
+            metadata["factor"] = self.factor
         if self.preprocessing_identity is not None:
             metadata["preprocessing"] = self.preprocessing_identity
         save_tensors(path, tensors, metadata)
@@ -138,7 +162,11 @@ class SyntheticSet:
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
         images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
-        loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"))
+        factor, stored = metadata.pop("factor", 1), None
+        if factor != 1:
+            _refuse_unfit_stored(images, labels, factor, str(path))
+            images, stored = decoded(images, factor, labels.shape[1]), images
+        loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored)
         loaded._refuse_unusable(str(path))
         return loaded
 
@@ -234,6 +262,21 @@ def set_file(path: Path | str) -> Path:
         return path
     last = path / "synthetic_last.safetensors"
     return last if os.path.exists(last) else path / "Normal" / last.name
+
+
+def _refuse_unfit_stored(images: Tensor, labels: Tensor, factor, where: str) -> None:
+    """Raise InputError unless images ``[n, C, H, W]`` can be decoded to one for each of the labels ``[N, K]``."""
+    usable = images.ndim == 4 and images.numel() and images.is_floating_point() and labels.ndim == 2 and labels.numel()
+    if (
+        not (usable and type(factor) is int and factor > 1)
+        or any(side % factor for side in images.shape[2:])
+        or len(labels) != factor**2 * len(images)
+        or len(images) % labels.shape[1]
+    ):
+        raise InputError(
+            f"{where}: stored images {list(images.shape)} of factor {factor!r} and labels {list(labels.shape)} do not "
+            "belong together"
+        )
 
 
 def _class_order(count: int, num_classes: int) -> Tensor:
