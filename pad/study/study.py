@@ -151,7 +151,8 @@ def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
     """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it."""
     scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
     hard = getattr(cell.distilling, "labels", "hard") == "hard"
-    what_is_asked(scored, bench, hard=hard, ipc=cell.ipc)  # what it refuses is refused before the set is made
+    ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
+    what_is_asked(scored, bench, hard=hard, ipc=ipc)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
