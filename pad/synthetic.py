@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from pad.bits import Cost
+from pad.data.preprocessing import known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
+from pad.quantise import Packed, Packing
 from pad.store.foreign import load_numbers, save_pt
 from pad.store.tensors import load_tensors, save_tensors
 
@@ -39,6 +42,7 @@ class SyntheticSet:
     preprocessing: inverts the images for viewing; may be left out, or set later.
     stored_pixels [N, C, H, W]: the inverted images found in a file. A file carries these few images and the
         identity of the preprocessing instead of its tensors, which for ZCA are D x D: 604 MB at 64 x 64 pixels.
+    packed: of a quantised set the few bits that images and labels were unpacked from, which a file holds instead.
     """
 
     images: Tensor
@@ -49,6 +53,7 @@ class SyntheticSet:
     _: KW_ONLY
     preprocessing: Preprocessing | None = None
     stored_pixels: Tensor | None = None
+    packed: Packed | None = None
 
     @property
     def num_classes(self) -> int:
@@ -77,6 +82,14 @@ class SyntheticSet:
             numbers.update(tensor.detach().cpu().contiguous().numpy().data)
         return numbers.hexdigest()[:16]
 
+    @property
+    def cost(self) -> Cost:
+        """The bits of images and labels: as packed, else 32 a number."""
+        if self.packed is not None:
+            return self.packed.packing.cost
+        labels = 0 if self.is_hard else 32 * self.labels.numel()
+        return Cost(32 * self.images.numel(), labels, self.num_classes, self.images[0].numel())
+
     def probabilities(self) -> Tensor:
         """The soft labels [N, K]: rows in [0, 1] that sum to 1."""
         return self.labels.softmax(dim=1)
@@ -100,6 +113,11 @@ class SyntheticSet:
             return self.preprocessing.invert(self.images)
         if self.stored_pixels is not None:
             return self.stored_pixels
+        if (self.preprocessing_identity or {}).get("kind") == "zca":
+            raise InputError(
+                "the set's pixels are not in its file, and the whitening that they come back by is not kept here; "
+                "evaluating the set, for one, keeps that of its data set"
+            )
         raise InputError(
             "the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
             "pixels; set its `preprocessing` to the one fitted on its data set"
@@ -118,13 +136,50 @@ class SyntheticSet:
         labels = {"hard_labels": self.classes} if self.is_hard else {"soft_labels": self.labels}
         return {"image_tensor": self.images, **labels, "syn_lr": self.lr.item()}
 
+    def quantised(
+        self, bits: int, group: str = "image", label_bits: int = 32, top_k: int | None = None
+    ) -> SyntheticSet:
+        """This set with images of ``bits`` bits a number, packed; see :class:`pad.quantise.Packing` for the rest.
+
+        Hard labels stay what they are, and cost nothing. Raises InputError on an unusable set, ValueError for what no
+        packing is.
+        """
+        self._refuse_unusable("the synthetic set to quantise")
+        packing = self.packing(bits, group, label_bits, top_k)
+        packed = Packed(packing, packing.pack(self.images, self.labels))
+        images, labels = packed.unpacked()
+        how = {name: value for name, value in packing.as_dict().items() if name not in ("shape", "labels")}
+        provenance = {**(self.metadata.get("provenance") or {}), "quantised": {**how, "from": self.digest}}
+        return SyntheticSet(
+            images,
+            labels,
+            self.lr.detach().cpu(),
+            self.classes.cpu(),
+            {**self.metadata, "provenance": provenance},
+            preprocessing=self.preprocessing or known_preprocessing(self.preprocessing_identity),
+            packed=packed,
+        )
+
+    def packing(self, bits: int, group: str, label_bits: int, top_k: int | None) -> Packing:
+        """How :meth:`quantised` packs this set, and so what that costs. Raises ValueError for what no packing is."""
+        if self.is_hard:
+            label_bits, top_k = 0, None
+        described = {"bits": bits, "group": group, "label_bits": label_bits, "top_k": top_k}
+        return Packing.of({**described, "shape": self.images.shape, "labels": self.labels.shape})
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")
-        tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
-        if self.preprocessing is not None or self.stored_pixels is not None:
-            tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         metadata = {**self.metadata, "kind": KIND, "format": FORMAT, "ipc": self.ipc}
+        if self.packed is not None:
+            if not all(map(torch.equal, self.packed.unpacked(), (self.images.cpu(), self.labels.cpu()))):
+                raise InputError(f"the synthetic set for {path}: images or labels are not those that it has packed")
+            tensors = {**self.packed.tensors, "lr": self.lr}
+            metadata["packing"] = self.packed.packing.as_dict()
+        else:
+            tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
+            if self.preprocessing is not None or self.stored_pixels is not None:
+                tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         if self.preprocessing_identity is not None:
             metadata["preprocessing"] = self.preprocessing_identity
         save_tensors(path, tensors, metadata)
@@ -133,11 +188,29 @@ class SyntheticSet:
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
         tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
+        if "packing" in metadata:
+            return cls._load_packed(path, tensors, metadata)
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
         images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
         loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"))
+        loaded._refuse_unusable(str(path))
+        return loaded
+
+    @classmethod
+    def _load_packed(cls, path: Path | str, tensors: dict[str, Tensor], metadata: dict) -> SyntheticSet:
+        if "lr" not in tensors:
+            raise InputError(f"{path} holds no lr")
+        lr = tensors.pop("lr")
+        try:
+            packed = Packed(Packing.of(metadata.pop("packing")), tensors)
+            images, labels = packed.unpacked()
+        except ValueError as error:
+            raise InputError(f"{path} is no packed set: {error}") from None
+        classes = _class_order(len(images), labels.shape[1])
+        seen = known_preprocessing(metadata.get("preprocessing"))
+        loaded = cls(images, labels, lr, classes, metadata, preprocessing=seen, packed=packed)
         loaded._refuse_unusable(str(path))
         return loaded
 

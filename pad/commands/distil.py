@@ -233,7 +233,8 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         distiller.distill()
         state = distiller.state
         run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
-    log.info("the synthetic set is in %s", folder)
+    made = wrap(state.images, state.labels, state.lr, state.iteration)
+    log.info("the synthetic set is in %s: %s", folder, made.cost)
     return folder
 
 

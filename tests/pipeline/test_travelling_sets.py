@@ -420,7 +420,7 @@ def distil(images: Path, folder: Path, system: str, *more: str, **settings) -> P
     asked |= {"outer_loop": 1, "inner_loop": 1} if system == "DC" else {}
     asked |= FOLDER | settings
     assert cli.door(system, command_line(*more, **asked)) == 0
-    return folder / "runs" / "ImageFolder" / str(asked["ipc"]) / FOLDER["model"] / asked["name"]
+    return folder / "runs" / asked["dataset"] / str(asked["ipc"]) / asked["model"] / asked["name"]
 
 
 @pytest.fixture
@@ -537,8 +537,41 @@ def test_a_start_in_a_file_of_settings_is_relative_to_what_its_paths_are(start, 
         assert f"pix_init: {expected}\n" in (run / "config.yaml").read_text()
 
 
+# ---- in fewer bits
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_a_quantised_set_is_scored_sent_out_taken_in_and_begun_with(zca, sets, tmp_path, capsys):
+    path = tmp_path / "small.safetensors"
+    asked = {"source": sets[zca], "bits": 4, "label_bits": 8, "group": "channel"}
+    assert cli.quantise(command_line(**asked, out=path)) == 0
+    small = SyntheticSet.load(path)
+    # an image of 784 values and one channel, a label of ten; each has a scale of 64 bits
+    assert (small.cost.images, small.cost.labels) == (50 * (784 * 4 + 64), 50 * (10 * 8 + 64))
+
+    argv = command_line(synthetic=path, num_eval=1, epoch_eval_train=1, baselines="none", compile="off")
+    assert cli.evaluate(argv) == 0
+    assert f"the set costs {small.cost}" in capsys.readouterr().out
+    results = json.loads(path.with_suffix(".evaluation.json").read_text())
+    assert results["bits"] == small.cost.as_dict() and results["synthetic"]["digest"] == small.digest
+
+    for form in FORMS:
+        folder = export(path, form, tmp_path / form)
+        assert f"costs {small.cost}" in capsys.readouterr().out
+        again = import_(folder, tmp_path / f"{form}.safetensors")
+        said = capsys.readouterr().out
+        if form in ("npz", "published"):
+            assert torch.equal(again.images, small.images) and torch.equal(again.labels, small.labels)
+        assert again.cost.images == 32 * 50 * 784 and f"costs {again.cost}" in said
+
+    start = {**MINI, "zca": zca, "pix_init": path, "lr_img": 0, "ipc": IPC}
+    run = distil(tmp_path / "none", tmp_path, "DM", **start)
+    begun = SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert torch.equal(begun.images, small.images) and f"{begun.cost}\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["export_set", "import_set"])
+@pytest.mark.parametrize("script", ["export_set", "import_set", "quantise"])
 def test_the_scripts_run_from_any_folder(script, tmp_path):
     done = run_script(f"scripts/{script}.py", ["nowhere.npz", "--out", "out"], tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())
