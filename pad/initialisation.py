@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pad.data.formation import coarsened, decoded, mixed
 from pad.data.placement import Images
 from pad.errors import InputError
 from pad.labels import hard_logits
@@ -40,11 +41,13 @@ class WeakExperts(InputError):
     """The experts get too few images right."""
 
 
-def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int) -> None:
-    """Raise InputError for a class of fewer than ``ipc`` images."""
+def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int, factor: int = 1) -> None:
+    """Raise InputError for a class of fewer than ``ipc`` images, ``factor`` x ``factor`` for each."""
+    needed = ipc * factor**2
     for c, count in enumerate(labels.cpu().bincount(minlength=num_classes).tolist()):
-        if count < ipc:
-            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {count}")
+        if count < needed:
+            asked = f"{ipc} images are" if factor == 1 else f"{ipc} with factor: {factor}, {needed} real images, is"
+            raise InputError(f"ipc: {asked} asked for, but class {c} has {count}")
 
 
 def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: int | str) -> list[Tensor]:
@@ -58,8 +61,8 @@ def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: 
     return rows
 
 
-def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ipc: int) -> Tensor:
-    """Indices ``[num_classes * ipc]`` of real images that an expert classifies correctly.
+def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ipc: int, factor: int = 1) -> Tensor:
+    """Indices ``[num_classes * ipc]`` of real images that an expert classifies correctly, as tiles of ``factor``.
 
     Of each class, in the order of its row, those the first expert gets right; while a class runs short the next expert
     goes over the images that remain. Raises WeakExperts when all experts together get too few right.
@@ -75,7 +78,7 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
         # A batch mixes the classes: BatchNorm, which has the batch's statistics, errs on batches of a single class.
         share = max(1, _BATCH // len(short))
         for parts in zip_longest(*(left[c].split(share) for c in short), fillvalue=rows[0][:0]):
-            logits = experts.model.logits(theta, images[torch.cat(parts)])
+            logits = experts.model.logits(theta, coarsened(images[torch.cat(parts)], factor))
             predictions = logits.argmax(dim=1).cpu().split([len(part) for part in parts])
             for c, part, prediction in zip(short, parts, predictions):
                 chosen[c] += part[prediction == c].tolist()
@@ -86,7 +89,8 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
     for c, found in enumerate(chosen):
         if len(found) < ipc:
             right = f"only {len(found)} images of class {c} correctly"
-            raise WeakExperts(f"the {experts.count} experts classify {right}, but ipc is {ipc}")
+            needed = f"ipc is {ipc}" if factor == 1 else f"{ipc} are needed"
+            raise WeakExperts(f"the {experts.count} experts classify {right}, but {needed}")
     return torch.tensor([index for found in chosen for index in found[:ipc]])
 
 
@@ -119,6 +123,7 @@ def initial_set(
     stream: tuple[int | str, ...] = (),
     noise_logit: float = 10.0,
     hard: bool = False,
+    factor: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Initial images ``[num_classes * ipc, C, H, W]``, class by class, and label logits ``[.., num_classes]``.
 
@@ -130,27 +135,32 @@ def initial_set(
         experts: not needed for hard labels of ``real`` images and ``noise``.
         hard: labels whose softmax is one-hot, to the last bit. The gradient of any loss in such logits is zero, to the
             last bit too, so that they stay what they are whatever learns.
+        factor: of multi-formation. The images are stored ones, whose tiles are real images, reduced; the experts see
+            what is decoded of them. There is a label for each decoded image.
 
     Raises InputError when a class has too few images, or too few that the experts get right.
     """
-    classes = torch.arange(num_classes).repeat_interleave(ipc).to(images.device)
+    count = ipc * factor**2
+    classes = torch.arange(num_classes).repeat_interleave(count).to(images.device)
     if kind == "noise":
         rng = generator(seed, "initial images", *stream)
-        noise = torch.randn(len(classes), *images.shape[1:], generator=rng)
-        chosen = noise.to(images.device, images.dtype)
-    elif kind == "real":
-        chosen = images[torch.cat([row[:ipc] for row in class_order(labels, num_classes, ipc, seed, *stream)])]
+        noise = torch.randn(num_classes * ipc, *images.shape[1:], generator=rng)
+        stored = noise.to(images.device, images.dtype)
     else:
-        rows = class_order(labels, num_classes, ipc, seed, *stream)
-        chosen = images[predicted_correctly(_needed(experts), images, rows, ipc)]
+        rows = class_order(labels, num_classes, count, seed, *stream)
+        if kind == "real":
+            chosen = torch.cat([row[:count] for row in rows])
+        else:
+            chosen = predicted_correctly(_needed(experts), images, rows, count, factor)
+        stored = mixed(images[chosen], factor, num_classes)
     if hard:
-        return chosen, hard_logits(classes, num_classes).to(images.dtype)
+        return stored, hard_logits(classes, num_classes).to(images.dtype)
     if kind == "noise":
-        return chosen, noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
-    labellers = _needed(experts)
+        return stored, noise_logit * F.one_hot(classes, num_classes).to(images.dtype)
+    labellers, shown = _needed(experts), decoded(stored, factor, num_classes)
     if kind == "real":
-        return chosen, labellers.model.logits(labellers.parameters(0), chosen)
-    return chosen, averaged_logits(labellers, chosen, classes)
+        return stored, labellers.model.logits(labellers.parameters(0), shown)
+    return stored, averaged_logits(labellers, shown, classes)
 
 
 def from_set(
@@ -161,22 +171,34 @@ def from_set(
     seed: int,
     device: torch.device,
     hard: bool = False,
+    factor: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Initial images and label logits as of :func:`initial_set`, those of another synthetic set.
 
     All images in their order where ``ipc`` is the set's; random ones of each class, by the seed, where it is smaller;
-    otherwise each is repeated, as evenly as can be. Soft labels are the set's; where those are one-hot, from which
+    otherwise each is repeated, as evenly as can be. Stored images of the same ``factor`` are taken as they are; else
+    the decoded ones are, as real images would be. Soft labels are the set's; where those are one-hot, from which
     nothing can be learned, the experts' as of :func:`averaged_logits`. Lines in the log say so.
     """
-    have, num_classes = start.ipc, start.num_classes
-    if ipc < have:
-        chosen = torch.cat([row[:ipc] for row in class_order(start.classes, num_classes, ipc, seed)])
+    num_classes = start.num_classes
+    source, count = (start.kept, ipc) if start.factor == factor else (start.images, ipc * factor**2)
+    have, each = len(source) // num_classes, len(start.images) // len(source)  # images a class, labels of each
+    if count < have:
+        members = torch.arange(num_classes).repeat_interleave(have)
+        chosen = torch.cat([row[:count] for row in class_order(members, num_classes, count, seed)])
     else:
-        chosen = torch.cat([c * have + torch.arange(ipc) % have for c in range(num_classes)])
-    if ipc != have:
-        way = "random ones of each class are taken" if ipc < have else "they are repeated"
-        log.info("pix_init: the set has %d images per class, ipc is %d: %s", have, ipc, way)
-    images, classes = start.images[chosen].to(device), start.classes[chosen].to(device)
+        chosen = torch.cat([c * have + torch.arange(count) % have for c in range(num_classes)])
+    if count != have:
+        way = "random ones of each class are taken" if count < have else "they are repeated"
+        asked = f"ipc is {ipc}" if count == ipc else f"{count} are needed"
+        log.info("pix_init: the set has %d images per class, %s: %s", have, asked, way)
+    images = source[chosen].to(device)
+    if start.factor != factor:
+        images = mixed(images, factor, num_classes)
+    # where the labels of what is chosen are, in the order of decoded images
+    places = torch.arange(len(start.labels)).view(num_classes, each, have).transpose(1, 2).flatten(0, 1)
+    chosen = places[chosen].view(num_classes, count, each).transpose(1, 2).flatten()
+    classes = start.classes[chosen].to(device)
     soft = not torch.equal(start.probabilities(), F.one_hot(start.classes, num_classes).float())
     if hard:
         if soft:
@@ -185,7 +207,7 @@ def from_set(
     if soft:
         return images, start.labels[chosen].to(device)
     log.info("pix_init: the set's labels are one-hot, the experts label its images")
-    return images, averaged_logits(_needed(experts), images, classes)
+    return images, averaged_logits(_needed(experts), decoded(images, factor, num_classes), classes)
 
 
 def _needed(experts: Experts | None) -> Experts:

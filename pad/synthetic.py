@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pad.bits import Cost
+from pad.data.formation import decoded
 from pad.data.preprocessing import known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
@@ -42,6 +44,8 @@ class SyntheticSet:
     preprocessing: inverts the images for viewing; may be left out, or set later.
     stored_pixels [N, C, H, W]: the inverted images found in a file. A file carries these few images and the
         identity of the preprocessing instead of its tensors, which for ZCA are D x D: 604 MB at 64 x 64 pixels.
+    stored [n, C, H, W]: in multi-formation the n = N / factor^2 images that ``images`` are decoded from
+        (:func:`pad.data.formation.decoded`); a file holds them in their place.
     packed: of a quantised set the few bits that images and labels were unpacked from, which a file holds instead.
     """
 
@@ -53,6 +57,7 @@ class SyntheticSet:
     _: KW_ONLY
     preprocessing: Preprocessing | None = None
     stored_pixels: Tensor | None = None
+    stored: Tensor | None = None
     packed: Packed | None = None
 
     @property
@@ -62,6 +67,23 @@ class SyntheticSet:
     @property
     def ipc(self) -> int:
         return len(self.images) // self.num_classes
+
+    @property
+    def kept(self) -> Tensor:
+        """The images that a file holds: the stored ones in multi-formation, else ``images``."""
+        return self.images if self.stored is None else self.stored
+
+    @property
+    def factor(self) -> int:
+        """Images a side that one of :attr:`kept` stands for; 1 without multi-formation."""
+        return math.isqrt(len(self.images) // len(self.kept))
+
+    @property
+    def size(self) -> str:
+        """How large the set is, in words."""
+        stored = len(self.kept) // self.num_classes
+        said = f", decoded from {stored} stored ones" if self.stored is not None else ""
+        return f"{self.ipc} images per class{said}"
 
     @property
     def class_names(self) -> list[str]:
@@ -75,9 +97,9 @@ class SyntheticSet:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of images, labels and learning rate, their shapes and numbers."""
+        """16 hexadecimal digits of the SHA-256 of kept images, labels and learning rate, their shapes and numbers."""
         numbers = hashlib.sha256()
-        for tensor in (self.images, self.labels, self.lr):
+        for tensor in (self.kept, self.labels, self.lr):
             numbers.update(f"{tuple(tensor.shape)}".encode())
             numbers.update(tensor.detach().cpu().contiguous().numpy().data)
         return numbers.hexdigest()[:16]
@@ -88,7 +110,7 @@ class SyntheticSet:
         if self.packed is not None:
             return self.packed.packing.cost
         labels = 0 if self.is_hard else 32 * self.labels.numel()
-        return Cost(32 * self.images.numel(), labels, self.num_classes, self.images[0].numel())
+        return Cost(32 * self.kept.numel(), labels, self.num_classes, self.kept[0].numel())
 
     def probabilities(self) -> Tensor:
         """The soft labels [N, K]: rows in [0, 1] that sum to 1."""
@@ -146,17 +168,19 @@ class SyntheticSet:
         """
         self._refuse_unusable("the synthetic set to quantise")
         packing = self.packing(bits, group, label_bits, top_k)
-        packed = Packed(packing, packing.pack(self.images, self.labels))
+        packed = Packed(packing, packing.pack(self.kept, self.labels))
         images, labels = packed.unpacked()
+        stored = images if self.stored is not None else None
         how = {name: value for name, value in packing.as_dict().items() if name not in ("shape", "labels")}
         provenance = {**(self.metadata.get("provenance") or {}), "quantised": {**how, "from": self.digest}}
         return SyntheticSet(
-            images,
+            decoded(images, self.factor, self.num_classes),
             labels,
             self.lr.detach().cpu(),
             self.classes.cpu(),
             {**self.metadata, "provenance": provenance},
             preprocessing=self.preprocessing or known_preprocessing(self.preprocessing_identity),
+            stored=stored,
             packed=packed,
         )
 
@@ -165,21 +189,23 @@ class SyntheticSet:
         if self.is_hard:
             label_bits, top_k = 0, None
         described = {"bits": bits, "group": group, "label_bits": label_bits, "top_k": top_k}
-        return Packing.of({**described, "shape": self.images.shape, "labels": self.labels.shape})
+        return Packing.of({**described, "shape": self.kept.shape, "labels": self.labels.shape})
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")
         metadata = {**self.metadata, "kind": KIND, "format": FORMAT, "ipc": self.ipc}
         if self.packed is not None:
-            if not all(map(torch.equal, self.packed.unpacked(), (self.images.cpu(), self.labels.cpu()))):
+            if not all(map(torch.equal, self.packed.unpacked(), (self.kept.cpu(), self.labels.cpu()))):
                 raise InputError(f"the synthetic set for {path}: images or labels are not those that it has packed")
             tensors = {**self.packed.tensors, "lr": self.lr}
             metadata["packing"] = self.packed.packing.as_dict()
         else:
-            tensors = {"images": self.images, "labels": self.labels, "lr": self.lr, "classes": self.classes}
+            tensors = {"images": self.kept, "labels": self.labels, "lr": self.lr, "classes": self.classes}
             if self.preprocessing is not None or self.stored_pixels is not None:
                 tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
+        if self.stored is not None:
+            metadata["factor"] = self.factor
         if self.preprocessing_identity is not None:
             metadata["preprocessing"] = self.preprocessing_identity
         save_tensors(path, tensors, metadata)
@@ -188,29 +214,22 @@ class SyntheticSet:
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
         tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
+        packed = None
         if "packing" in metadata:
-            return cls._load_packed(path, tensors, metadata)
+            packed, tensors = _unpacked(tensors, metadata.pop("packing"), str(path))
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
         images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
-        loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"))
-        loaded._refuse_unusable(str(path))
-        return loaded
-
-    @classmethod
-    def _load_packed(cls, path: Path | str, tensors: dict[str, Tensor], metadata: dict) -> SyntheticSet:
-        if "lr" not in tensors:
-            raise InputError(f"{path} holds no lr")
-        lr = tensors.pop("lr")
-        try:
-            packed = Packed(Packing.of(metadata.pop("packing")), tensors)
-            images, labels = packed.unpacked()
-        except ValueError as error:
-            raise InputError(f"{path} is no packed set: {error}") from None
-        classes = _class_order(len(images), labels.shape[1])
-        seen = known_preprocessing(metadata.get("preprocessing"))
-        loaded = cls(images, labels, lr, classes, metadata, preprocessing=seen, packed=packed)
+        factor, stored = metadata.pop("factor", 1), None
+        if factor != 1:
+            _refuse_unfit_stored(images, labels, factor, str(path))
+            images, stored = decoded(images, factor, labels.shape[1]), images
+        loaded = cls(
+            images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored, packed=packed
+        )
+        if packed is not None:
+            loaded.preprocessing = known_preprocessing(metadata.get("preprocessing"))
         loaded._refuse_unusable(str(path))
         return loaded
 
@@ -306,6 +325,32 @@ def set_file(path: Path | str) -> Path:
         return path
     last = path / "synthetic_last.safetensors"
     return last if last.exists() else path / "Normal" / last.name
+
+
+def _unpacked(tensors: dict[str, Tensor], described: object, where: str) -> tuple[Packed, dict[str, Tensor]]:
+    """What the tensors of a packed set's file are, and those that other sets' files hold. Raises InputError."""
+    others = {name: tensors[name] for name in ("lr",) if name in tensors}
+    try:
+        packed = Packed(Packing.of(described), {name: tensors[name] for name in tensors if name not in others})
+        images, labels = packed.unpacked()
+    except ValueError as error:
+        raise InputError(f"{where} is no packed set: {error}") from None
+    return packed, {"images": images, "labels": labels, "classes": _class_order(*labels.shape), **others}
+
+
+def _refuse_unfit_stored(images: Tensor, labels: Tensor, factor, where: str) -> None:
+    """Raise InputError unless images ``[n, C, H, W]`` can be decoded to one for each of the labels ``[N, K]``."""
+    usable = images.ndim == 4 and images.numel() and images.is_floating_point() and labels.ndim == 2 and labels.numel()
+    if (
+        not (usable and type(factor) is int and factor > 1)
+        or any(side % factor for side in images.shape[2:])
+        or len(labels) != factor**2 * len(images)
+        or len(images) % labels.shape[1]
+    ):
+        raise InputError(
+            f"{where}: stored images {list(images.shape)} of factor {factor!r} and labels {list(labels.shape)} do not "
+            "belong together"
+        )
 
 
 def _class_order(count: int, num_classes: int) -> Tensor:

@@ -10,6 +10,7 @@ from helpers import assert_refused, command_line
 
 from pad import cli
 from pad.bits import Cost, packed, unpacked
+from pad.data.formation import decoded
 from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd, fit_preprocessing, known_preprocessing
 from pad.errors import InputError
@@ -27,8 +28,8 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(hard: bool = False, preprocessing=MEANSTD, **changes) -> SyntheticSet:
-    classes = torch.arange(K).repeat_interleave(IPC)
+def make(hard: bool = False, preprocessing=MEANSTD, ipc: int = IPC, **changes) -> SyntheticSet:
+    classes = torch.arange(K).repeat_interleave(ipc)
     labels = hard_logits(classes, K) if hard else 3 * draw(N, K, seed=1)
     metadata = {"class_names": list("abcde"), "model": "ConvNet", "seed": 3}
     fields = {"images": draw(N, *SHAPE), "labels": labels, "lr": torch.tensor(0.013)} | changes
@@ -205,6 +206,23 @@ def test_a_packed_set_is_read_like_any_set_and_written_the_same_again(bits, grou
     size, blocks = (tmp_path / "a").stat().st_size, len(tensors) + 2
     head = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") + 8
     assert size * 8 - small.cost.all <= 8 * (head + 8 * (blocks + 1) + 4) + 16  # checksums, the rate, part of a byte
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_of_multi_formation_the_stored_images_are_quantised(group, tmp_path):
+    stored, labels = draw(2 * K, 2, 4, 6), 3 * draw(8 * K, K, seed=1)
+    whole = make(images=decoded(stored, 2, K), stored=stored, labels=labels, ipc=8)
+    small = whole.quantised(2, group, 8)
+    groups = {"set": 1, "class": 5, "image": 10, "channel": 20}[group]
+    assert (small.cost.images, small.cost.labels) == (480 * 2 + 64 * groups, 40 * (5 * 8 + 64))
+    assert small.cost.real_ipc == pytest.approx(small.cost.all / (5 * 48 * 8)) and whole.cost.images == 480 * 32
+    levels, scales = quantised(stored.reshape(groups, -1), 2)
+    small.save(tmp_path / "a")
+    loaded = SyntheticSet.load(tmp_path / "a")
+    assert torch.equal(loaded.stored, restored(levels, scales).view_as(stored)) and loaded.factor == 2
+    assert torch.equal(loaded.images, decoded(loaded.stored, 2, K)) and loaded.digest == small.digest
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_set_that_was_changed_since_is_not_written(tmp_path):

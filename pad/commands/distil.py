@@ -22,11 +22,13 @@ from pad.checkpoint import State
 from pad.commands.bench import Workbench, identity_of_set, set_up, use_tf32
 from pad.commands.common import Evaluating
 from pad.config import CHANGEABLE, NAME, PACE, PLACE, RECIPE, FilePath, Role, setting
+from pad.data.formation import decoded, refuse_unfit_factor
 from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.matching.formation import MultiFormation
 from pad.matching.loss import span
 from pad.matching.objective import Objective
 from pad.nn.derivatives import how_to_compile
@@ -45,7 +47,8 @@ log = logging.getLogger("pad")
 class Task:
     """All that one way of matching brings to the loop that they share.
 
-    images ``[N, C, H, W]``, labels ``[N, K]`` (logits), lr: to begin with. rates: of images, labels, lr.
+    images ``[N, C, H, W]``, labels ``[N, K]`` (logits), lr: to begin with; in multi-formation the images are the
+    stored ones, the labels those of the decoded ones, and so is the objective. rates: of images, labels, lr.
     made_from: beside settings, as plain values: a checkpoint of a run made from something else is refused.
     provenance: what a synthetic set says of that. recorded: what stands beside the settings in the run's config.
     """
@@ -68,6 +71,9 @@ class Distilling(Evaluating, ABC):
     """What distillation asks, whatever is matched."""
 
     ipc: int = setting(1, "synthetic images per class", RECIPE, low=1, by_study=True, memory=True)
+    factor: int = setting(
+        1, "multi-formation: each image is kept as so many smaller ones a side", RECIPE, low=1, memory=True, later=True
+    )
     data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
     Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
@@ -151,6 +157,7 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
     that no other process does.
     """
     bench = bench or set_up(settings, ranks)
+    refuse_unfit_factor(settings.factor, bench.data.size)
     name = settings.name or f"{settings.program}-seed{settings.seed}"
     folder = run_folder(settings.log_dir, bench.data.name, settings.ipc, settings.model, name)
     ranks.on_main(lambda: refuse_unwritable(folder))
@@ -187,6 +194,8 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     pool = settings.pool
     bench.refuse_unfit(pool)
     task = settings.task(bench, model, before)
+    factor, num_classes = settings.factor, bench.data.num_classes
+    objective = task.objective if factor == 1 else MultiFormation(objective=task.objective, factor=factor)
     schedule = settings.fill(
         Schedule,
         iterations=settings.Iteration,
@@ -195,18 +204,19 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         momentum_y=task.momentum_y,
         ema_decay=task.ema_decay,
     )
-    protocol = bench.protocol(settings, len(task.images))
+    protocol = bench.protocol(settings, len(task.labels))
     fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
-        classes = torch.arange(bench.data.num_classes).repeat_interleave(settings.ipc)
+        shown, stored = decoded(images, factor, num_classes), images if factor > 1 else None
+        classes = torch.arange(num_classes).repeat_interleave(len(shown) // num_classes)
         metadata = {
             **identity_of_set(bench, settings),
             "iteration": iteration,
             "provenance": task.provenance,
             "settings": fixed,
         }
-        return SyntheticSet(images, labels, lr, classes, metadata, preprocessing=bench.preprocessing)
+        return SyntheticSet(shown, labels, lr, classes, metadata, preprocessing=bench.preprocessing, stored=stored)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
         training_set, lr = (current.images, current.probabilities()), current.lr.item()
@@ -221,7 +231,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         distiller = Distiller(
             run=run,
             state=State(task.images.clone(), task.labels.clone(), lr, average=average),
-            objective=task.objective,
+            objective=objective,
             schedule=schedule,
             synthetic=wrap,
             evaluate=evaluate,
@@ -256,17 +266,21 @@ def first_set(
 ) -> tuple[Tensor, Tensor, dict]:
     """Images ``[N, C, H, W]`` and labels ``[N, K]`` (logits) to begin with, and what they are of beside the settings.
 
+    In multi-formation the images are the stored ones, and there are labels for all decoded ones.
+
     ``pix_init``: a kind of :func:`pad.initialisation.initial_set`, or the path of a synthetic set. ``labels``: see
     there. Raises InputError as it does, and for a set of other classes, sides or preprocessing.
     """
     if pix_init in INITIAL_IMAGES:
         real = bench.images, bench.labels, bench.data.num_classes
         found = bench.ranks.on_main(
-            lambda: initial_set(pix_init, *real, settings.ipc, experts, seed=settings.seed, **labels)
+            lambda: initial_set(
+                pix_init, *real, settings.ipc, experts, seed=settings.seed, factor=settings.factor, **labels
+            )
         )
         return *found, {}
     start = _start(pix_init, bench)
-    how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False)}
+    how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False), "factor": settings.factor}
     return *bench.ranks.on_main(lambda: from_set(start, settings.ipc, experts, **how)), {"start": start.digest}
 
 

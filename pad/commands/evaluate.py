@@ -235,7 +235,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     ranks.barrier()  # before another process may write there
     if ranks.is_main:
         count = len(bench.test_images)
-        print(f"\n{bench.data.name}, {synthetic.ipc} images per class, accuracy on {count} test images")
+        print(f"\n{bench.data.name}, {synthetic.size}, accuracy on {count} test images")
         print(as_text(results))
         print(f"the set costs {synthetic.cost}")
         log.info("results are in %s", out)
@@ -297,11 +297,12 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
 def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
     elsewhere = ("synthetic", *EvaluationSettings.trio)
-    iteration = synthetic.metadata.get("iteration")
-    tensors = synthetic.images, synthetic.labels, synthetic.lr
+    named = {"digest": synthetic.digest, "iteration": synthetic.metadata.get("iteration")}
+    if synthetic.factor > 1:
+        named["factor"] = synthetic.factor
     told = settings.telling(DATA, MODEL, RECIPE, SEED, DETAIL, REPORT)
     return {
-        "synthetic": {"digest": _digest_of(tensors)[:16]} | ({} if iteration is None else {"iteration": iteration}),
+        "synthetic": {name: value for name, value in named.items() if value is not None},
         "settings": {name: value for name, value in told.items() if name not in elsewhere},
         "data": dict(bench.data.identity),
         "experts": experts.digest if experts else None,

@@ -224,14 +224,15 @@ def _of_run(folder: Path) -> str:
 
 def _lead(run: _Run) -> Markup:
     config = run.config
-    ipc, model = config.get("ipc", "?"), config.get("model", "unknown network")
+    ipc, model, factor = config.get("ipc", "?"), config.get("model", "unknown network"), config.get("factor", 1)
     if run_state(run.folder) == "finished":
         state = f"Finished after {run.iterations} iterations"
     else:
         goal = config.get("Iteration")
         of = f" of {goal + 1}" if isinstance(goal, int) else ""
         state = f"Unfinished: {run.iterations}{of} iterations"
-    text = f"{run.data}, {ipc} image{'s' * (ipc != 1)} per class, {model}. {state}."
+    each = f", each stored for {factor} x {factor}" if factor != 1 else ""
+    text = f"{run.data}, {ipc} image{'s' * (ipc != 1)} per class{each}, {model}. {state}."
     return fill('<p class="lead">$text</p>', text=text)
 
 

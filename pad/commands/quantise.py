@@ -59,11 +59,11 @@ def quantise(settings: QuantiseSettings, ranks: Ranks = ALONE) -> Path:
         raise InputError(f"budget: {settings.budget:,} bits per class are exceeded: {cost}")
     small = whole.quantised(*how)
     ranks.on_main(lambda: small.save(out))
-    off = (small.images - whole.images).double().square().mean().sqrt().item()
+    off = (small.kept - whole.kept).double().square().mean().sqrt().item()
     moved = (small.probabilities() - whole.probabilities()).abs().sum(1) / 2
     print(f"before: {whole.cost}\nnow: {cost}")
     print(
-        f"images differ by {off:.4g} (root mean square), of a standard deviation of {whole.images.std().item():.4g}; "
+        f"images differ by {off:.4g} (root mean square), of a standard deviation of {whole.kept.std().item():.4g}; "
         f"of a label's probabilities {100 * moved.mean().item():.3g} % move in the mean, at most "
         f"{100 * moved.max().item():.3g} %\nthe set is in {out}"
     )

@@ -70,7 +70,7 @@ class RealMatching(Distilling, Ranked):
     def real_batches(self, bench: Workbench, model: FlatModel) -> tuple[RealBatches, dict]:
         """The real batches, filtered by difficulty where that is asked for, and what they come from."""
         if self.pix_init == "real":
-            refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
+            refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc, self.factor)
         rows = bench.classes
         kept = without_ends(rows, self.drop_easy, self.drop_hard)  # what it refuses needs no ranking
         made_from = {key: value for key, value in bench.describe(self.model, model).items() if key != "parameters"}

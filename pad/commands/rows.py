@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pad.commands.bench import Workbench
+from pad.data.formation import coarsened
 from pad.data.placement import Images, place
 from pad.difficulty.ranking import Ranking, first_of_each_class
 from pad.errors import InputError
@@ -76,7 +77,7 @@ def needed(metric: str, hard: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Makes rows of a set, and of real images of the same number.
+    """Makes rows of a set, and of real images of the same number, which are as coarse as its multi-formation.
 
     Args:
         experts: to label with, where rows ask for them.
@@ -133,8 +134,9 @@ class Rows:
         """As distillation starts from. Raises WeakExperts."""
         bench, experts = self.bench, self.experts
         assert experts is not None, "rows of soft labels ask for experts"
-        chosen = predicted_correctly(experts, bench.images, self._drawn(j), self.synthetic.ipc).to(bench.device)
-        images, classes = bench.images[chosen], bench.labels[chosen]
+        how_many = self.synthetic.ipc, self.synthetic.factor
+        chosen = predicted_correctly(experts, bench.images, self._drawn(j), *how_many).to(bench.device)
+        images, classes = self._images(chosen), bench.labels[chosen]
         return images, averaged_logits(experts, images, classes).softmax(dim=1)
 
     def _first(self, name: str, j: int) -> TrainingSet:
@@ -153,7 +155,10 @@ class Rows:
 
     def _hard_labelled(self, chosen: Tensor) -> TrainingSet:
         chosen = chosen.to(self.bench.device)
-        return self.bench.images[chosen], self._one_hot(self.bench.labels[chosen])
+        return self._images(chosen), self._one_hot(self.bench.labels[chosen])
+
+    def _images(self, chosen: Tensor) -> Tensor:
+        return coarsened(self.bench.images[chosen], self.synthetic.factor)
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         return F.one_hot(classes, self.bench.data.num_classes).to(self.bench.images.dtype)

@@ -155,7 +155,7 @@ class DistillSettings(OfDepth):
         """Follow experts. A resumed run follows those it began with."""
         depth = self.matched_span(model)
         if self.pix_init in ("samples_predicted_correctly", "real"):
-            refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc)
+            refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc, self.factor)
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
         experts = _selected_experts(self, store, before)
         sampler = self.fill(SegmentSampler, experts=experts, sequential=self.Sequential_Generation)
@@ -173,8 +173,8 @@ class DistillSettings(OfDepth):
             )
         except WeakExperts as error:
             raise InputError(f"{error}; train them longer, or use pix_init: real") from None
-        batch_syn = min(self.batch_syn or len(images), len(images))
-        if (self.batch_syn or 0) > len(images):
+        batch_syn = min(self.batch_syn or len(labels), len(labels))  # of decoded images, as labels are
+        if (self.batch_syn or 0) > len(labels):
             log.info(
                 "batch_syn: %d is more than the %d synthetic images; each step takes all", self.batch_syn, batch_syn
             )

@@ -1,5 +1,10 @@
-"""Multi-formation: a stored image that stands for several smaller ones (IDC, arXiv 2205.14959, sec. 3.2)."""
+"""Multi-formation: a stored image that stands for several smaller ones (IDC, arXiv 2205.14959, sec. 3.2).
 
+A stored image is cut into f x f tiles, f the factor, and each is enlarged to the image's sides. Images lie class by
+class; within a class the order is IDC's: the first tile of all its images, then the second, row by row of tiles.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,16 +17,61 @@ def refuse_unfit_factor(factor: int, size: tuple[int, int]) -> None:
         raise InputError(f"factor: {factor} does not divide the sides of images of {size[0]}x{size[1]} pixels")
 
 
-def decoded(images: Tensor, factor: int) -> Tensor:
+def decoded(images: Tensor, factor: int, num_classes: int = 1) -> Tensor:
     """The images ``[f * f * N, C, H, W]`` that stored ones ``[N, C, H, W]`` stand for, f = ``factor``.
 
-    Each is cut into f x f tiles, which are enlarged to H x W, bilinear, corners not aligned. The order is that of IDC:
-    the first tile of all images, then the second, row by row of tiles. Raises InputError when f does not divide H or W.
+    Tiles are enlarged bilinearly, corners not aligned. ``num_classes``: so many parts of equal length, each in IDC's
+    order. Raises InputError when f does not divide H or W.
     """
     if factor == 1:
         return images
-    count, channels, height, width = images.shape
+    return _enlarged(_tiles(images, factor, num_classes), factor)
+
+
+def pulled_back(gradients: Tensor, factor: int, num_classes: int = 1) -> Tensor:
+    """The transpose of :func:`decoded`: gradients in decoded images ``[f * f * N, C, H, W]`` as those in stored ones.
+
+    Returns ``[N, C, H, W]``. By matrices, since CUDA's own way adds up in any order.
+    """
+    rows, columns = (_of_pixels(side, factor, gradients) for side in gradients.shape[2:])
+    return _joined(rows @ gradients @ columns.T, factor, num_classes)
+
+
+def mixed(images: Tensor, factor: int, num_classes: int = 1) -> Tensor:
+    """Stored images ``[N, C, H, W]`` of which :func:`decoded` shows something like ``images [f * f * N, C, H, W]``.
+
+    Their tiles are these images, in that order, reduced to the means of f x f pixels.
+    """
+    return images if factor == 1 else _joined(F.avg_pool2d(images, factor), factor, num_classes)
+
+
+def coarsened(images: Tensor, factor: int) -> Tensor:
+    """What is left of images ``[N, C, H, W]`` as tiles: each reduced as in :func:`mixed`, and enlarged again."""
+    return images if factor == 1 else _enlarged(F.avg_pool2d(images, factor), factor)
+
+
+def _tiles(images: Tensor, factor: int, num_classes: int) -> Tensor:
+    """``[f * f * N, C, H / f, W / f]`` of images ``[N, C, H, W]``."""
+    _, channels, height, width = images.shape
     refuse_unfit_factor(factor, (height, width))
     rows, columns = height // factor, width // factor
-    tiles = images.reshape(count, channels, factor, rows, factor, columns).permute(2, 4, 0, 1, 3, 5)
-    return F.interpolate(tiles.reshape(-1, channels, rows, columns), size=(height, width), mode="bilinear")
+    cut = images.reshape(num_classes, -1, channels, factor, rows, factor, columns)
+    return cut.permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, channels, rows, columns)
+
+
+def _joined(tiles: Tensor, factor: int, num_classes: int) -> Tensor:
+    """The inverse of :func:`_tiles`."""
+    _, channels, rows, columns = tiles.shape
+    cut = tiles.reshape(num_classes, factor, factor, -1, channels, rows, columns)
+    return cut.permute(0, 3, 4, 1, 5, 2, 6).reshape(-1, channels, rows * factor, columns * factor)
+
+
+def _enlarged(tiles: Tensor, factor: int) -> Tensor:
+    rows, columns = tiles.shape[2:]
+    return F.interpolate(tiles, size=(rows * factor, columns * factor), mode="bilinear")
+
+
+def _of_pixels(side: int, factor: int, like: Tensor) -> Tensor:
+    """``[side / f, side]``: what enlarging makes of each pixel of a tile's side, where the others are 0."""
+    pixels = torch.eye(side // factor, dtype=like.dtype, device=like.device)
+    return F.interpolate(pixels[None], size=side, mode="linear")[0]

@@ -26,7 +26,7 @@ def dataset_card(synthetic: SyntheticSet, about: Mapping, licence: str, results:
     count, channels, height, width = synthetic.images.shape
     front = f"""---
 license: {json.dumps(licence)}
-pretty_name: {json.dumps(f"{source}, distilled to {synthetic.ipc} images per class")}
+pretty_name: {json.dumps(f"{source}, distilled to {synthetic.size}")}
 task_categories:
 - image-classification
 tags:
@@ -34,7 +34,7 @@ tags:
 ---
 """
     body = [
-        f"# {source}, distilled to {synthetic.ipc} images per class",
+        f"# {source}, distilled to {synthetic.size}",
         f"{count} synthetic images of {synthetic.num_classes} classes, {width} x {height} pixels, {channels} "
         "channel(s). A network is to learn from them about what it learns from the whole data set.",
         f"- **Classes.** `label` is {names}.\n"

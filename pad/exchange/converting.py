@@ -61,8 +61,7 @@ def as_set(
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     num_classes = labels.shape[1]
     if factor > 1:
-        # class by class: in each all images' first tile, then all images' second, as published codes have them
-        images = torch.cat([decoded(part, factor) for part in images.chunk(num_classes)])
+        images = decoded(images, factor, num_classes)
         labels = torch.cat([part.repeat(factor**2, 1) for part in labels.chunk(num_classes)])
         log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))
     if of is not None:

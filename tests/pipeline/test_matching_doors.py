@@ -26,11 +26,14 @@ from helpers import (
 )
 
 from pad import cli
+from pad.data.formation import decoded
 from pad.difficulty import obtain as ranking
+from pad.evaluation import Evaluation
 from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
 from pad.matching.gradient import GradientObjective
 from pad.matching.trajectory import TrajectoryObjective
+from pad.store.foreign import load_pt
 from pad.store.tensors import load_tensors
 from pad.synthetic import SyntheticSet
 
@@ -229,6 +232,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         ("DC", ["--batch_train", "3"], "batch_train: 4 in the run, 3 in the config"),  # the inner training's too
         ("DM", ["--drop_hard", "0.2"], "drop_hard: 0.0 in the run, 0.2 in the config"),
         ("DM", ["--depth_ratio", "0"], "depth_ratio: 0.5 in the run, 0.0 in the config"),
+        ("DM", ["--factor", "2"], "factor: 1 in the run, 2 in the config"),
         slow("DC", ["--match_to", "0.5"], "match_to: 1.0 in the run, 0.5 in the config"),
     ],
 )
@@ -308,6 +312,49 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
     assert "ranking: " in capfd.readouterr().err
 
 
+# ---- multi-formation
+
+
+@QUICK_FOR_DM
+def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path, monkeypatch, capfd, system):
+    """Stopped and gone on with, it is the same; what it writes says its factor and has a label for each image."""
+    argv = argv_of(system, tmp_path / "whole", factor=2)
+    assert DOORS[system](argv) == 0
+    folder = run_folder(tmp_path / "whole")
+    last, first = (SyntheticSet.load(folder / "Normal" / f"synthetic_{tag}.safetensors") for tag in ("last", 0))
+    assert last.factor == 2 and len(last.stored) == 10 and len(last.images) == len(last.labels) == 40
+    assert torch.equal(last.images, decoded(last.stored, 2, 10)) and not torch.equal(last.stored, first.stored)
+    assert torch.equal(last.labels, hard_logits(torch.arange(10).repeat_interleave(4), 10))
+    assert torch.equal(load_pt(folder / "Normal" / "images_last.pt"), last.images)
+    assert load_tensors(folder / "checkpoint.safetensors")[0]["images"].shape == (10, 1, 28, 28)
+    assert (folder / "pictures" / "before_after_000004.png").exists()
+
+    argv = argv_of(system, tmp_path / "stopped", factor=2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, system, 2, signal_self(signal.SIGTERM))
+        assert DOORS[system](argv) == 143
+    assert DOORS[system]([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path / "stopped")) == run_contents(folder)
+
+    sizes, run = set(), Evaluation.run
+    monkeypatch.setattr(
+        Evaluation,
+        "run",
+        lambda self, cases, *more, **named: (
+            sizes.update((len(x), len(p)) for case in cases for x, p in [case.training_set(0)])
+            or run(self, cases, *more, **named)
+        ),
+    )
+    capfd.readouterr()
+    out = tmp_path / "results.json"
+    asked = {"synthetic": folder, "num_eval": 1, "epoch_eval_train": 1, "baselines": "hard", "out": out}
+    assert cli.evaluate(command_line(**asked)) == 0
+    results = json.loads(out.read_text())
+    assert sizes == {(40, 40)} and results["ipc"] == 4 and results["synthetic"]["factor"] == 2
+    assert [row["set"] for row in results["results"]] == ["synthetic", "random real, hard labels"]
+    assert "4 images per class, decoded from 1 stored ones, accuracy on" in capfd.readouterr().out
+
+
 # ---- refused before anything is written
 
 
@@ -320,6 +367,12 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
         ("DC", ["--model", "ConvNetD8"], "ConvNetD8"),
         ("DC", ["--ipc", "41", "--pix_init", "real"], "ipc: 41"),
         ("DM", ["--ipc", "41"], "ipc: 41"),
+        (
+            "DM",
+            ["--factor", "2", "--ipc", "11"],
+            "ipc: 11 with factor: 2, 44 real images, is asked for, but class 0 has 40",
+        ),
+        ("DC", ["--factor", "3"], "factor: 3 does not divide the sides of images of 28x28 pixels"),
         ("DM", ["--eval_mode", "M", "--res", "8"], "res"),
         slow(
             "DC",
@@ -437,3 +490,28 @@ def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeyp
         assert cli.distill(argv) == 143
     assert cli.distill([*argv, "--resume"]) == 0
     assert run_contents(run_folder(tmp_path)) == run_contents(run_folder(followed[system]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["FTD", "DATM"])
+def test_trajectories_in_multi_formation(buffer, tmp_path, monkeypatch, system):
+    """The average is of the stored images, soft labels are those of the decoded ones, and batches are of these."""
+    argv = trajectory_args(system, buffer, tmp_path / "whole", factor=2, batch_syn=15)
+    assert cli.distill(argv) == 0
+    folder, last = run_folder(tmp_path / "whole"), last_of(tmp_path / "whole")
+    tensors, _ = load_tensors(folder / "checkpoint.safetensors")
+    assert torch.equal(last.stored, tensors["average" if system == "FTD" else "images"])
+    assert len(last.labels) == 40 and last.is_hard == (system == "FTD")
+    rows = last.labels.view(10, 4, 10)
+    assert system == "FTD" or all(len(of_class.unique(dim=0)) == 4 for of_class in rows)
+    argv = trajectory_args(system, buffer, tmp_path / "stopped", factor=2, batch_syn=15)
+    with monkeypatch.context() as patch:
+        at_iteration(patch, TrajectoryObjective, "gradients", 1, signal_self(signal.SIGTERM))
+        assert cli.distill(argv) == 143
+    assert cli.distill([*argv, "--resume"]) == 0
+    assert run_contents(run_folder(tmp_path / "stopped")) == run_contents(folder)
+    start = {"pix_init": folder, "factor": 2, "lr_img": 0, "lr_y": 0, "batch_syn": 15}
+    assert cli.distill(trajectory_args(system, buffer, tmp_path / "next", **start)) == 0
+    assert torch.equal(last_of(tmp_path / "next").stored, last.stored) and torch.equal(
+        last_of(tmp_path / "next").labels, last.labels
+    )
