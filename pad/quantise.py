@@ -171,6 +171,20 @@ class Packed:
         """As :meth:`Packing.unpack`."""
         return self.packing.unpack(self.tensors)
 
+    def nearest(self, images: Tensor) -> Tensor:
+        """The numbers nearest to ``images [N, C, H, W]`` that these scales have, on their device."""
+        scales = self.tensors["scales"].to(images.device)
+        return restored(self._levels(images, scales), scales).view_as(images)
+
+    def moved(self, images: Tensor) -> "Packed":
+        """These scales and labels, with the levels nearest to ``images [N, C, H, W]``."""
+        levels = self._levels(images.cpu(), self.tensors["scales"]).to(torch.uint8)
+        return Packed(self.packing, {**self.tensors, "levels": packed(levels, self.packing.bits)})
+
+    def _levels(self, images: Tensor, scales: Tensor) -> Tensor:
+        low, step = scales[:, :, None]
+        return _nearest(images.reshape(self.packing.groups, -1), low, step, 2**self.packing.bits - 1)
+
 
 def quantised(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Levels uint8 of ``values [G, M]`` float32, and for each of the G groups low and step, float32 ``[2, G]``.
@@ -188,6 +202,11 @@ def restored(levels: Tensor, scales: Tensor) -> Tensor:
     return levels.float().mul_(step).add_(low)
 
 
+def _nearest(values: Tensor, low: Tensor, step: Tensor, top: int) -> Tensor:
+    """The levels 0 .. ``top`` nearest to ``values [G, M]``, as floating-point numbers. low and step: ``[G, 1]``."""
+    return values.sub(low).div_(torch.where(step > 0, step, 1.0)).round_().clamp_(0, top)
+
+
 class _Best:
     """The best scales so far of the groups ``values [G, M]``: low and step, and their squared errors, ``[G, 1]``."""
 
@@ -196,13 +215,9 @@ class _Best:
         self.low, self.step = (torch.zeros(len(values), 1) for _ in range(2))
         self._error = torch.full((len(values), 1), torch.inf, dtype=torch.float64)
 
-    def levels(self, low: Tensor, step: Tensor) -> Tensor:
-        levels = self._values.sub(low).div_(torch.where(step > 0, step, 1.0))
-        return levels.round_().clamp_(0, self._top)
-
     def offer(self, low: Tensor, step: Tensor) -> Tensor:
         """Take these scales for the groups that they are better for; returns which these are, bool ``[G, 1]``."""
-        off = self.levels(low, step).mul_(step).add_(low).sub_(self._values)
+        off = _nearest(self._values, low, step, self._top).mul_(step).add_(low).sub_(self._values)
         error = off.square_().sum(1, keepdim=True, dtype=torch.float64)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
@@ -230,8 +245,9 @@ def _quantised(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
         for i, j in itertools.product(range(-_WIDE, _WIDE + 1), repeat=2):
             offer(a * shrink**i, b * shrink**j)
     for _ in range(_FITS):
-        best.offer(*_fitted(best.levels(best.low, best.step), values, best.step))
-    return best.levels(best.low, best.step).to(torch.uint8), torch.cat([best.low, best.step], 1).T.contiguous()
+        best.offer(*_fitted(_nearest(values, best.low, best.step, top), values, best.step))
+    scales = torch.cat([best.low, best.step], 1).T.contiguous()
+    return _nearest(values, best.low, best.step, top).to(torch.uint8), scales
 
 
 def _fitted(levels: Tensor, values: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

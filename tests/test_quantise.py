@@ -15,6 +15,8 @@ from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd, fit_preprocessing, known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits
+from pad.matching.levels import OnLevels
+from pad.matching.objective import Gradients, Objective
 from pad.quantise import GROUPS, quantised, restored
 from pad.store.tensors import load_tensors, save_tensors
 from pad.synthetic import SyntheticSet
@@ -360,3 +362,51 @@ def test_a_file_is_replaced_only_when_told(tmp_path, capfd):
     argv = command_line(source=tmp_path / "set", out=tmp_path / "set", bits=2)
     assert_refused(capfd, cli.quantise, argv, ("set is there", "--overwrite"), tmp_path)
     assert quantise(tmp_path / "set", tmp_path / "set", "--overwrite", bits=2).packed is not None
+
+
+# ---- tuning levels
+
+
+class Pulled(Objective):
+    """Pulls images to ``target``: two steps of a quadratic. Keeps what it was shown."""
+
+    def __init__(self, target: torch.Tensor):
+        self.target, self.shown = target, []
+
+    def steps(self, it, images, labels, lr):
+        for _ in range(2):
+            self.shown.append(images.clone())
+            off = images - self.target
+            yield Gradients(off.square().sum(), 2 * off, torch.ones_like(labels), torch.ones_like(lr))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_steps_add_up_until_images_reach_another_level(group):
+    small = make().quantised(2, group)
+    packed_set, target = small.packed, draw(N, *SHAPE, seed=7)
+    inner = Pulled(target)
+    objective = OnLevels(objective=inner, packed=packed_set)
+    images, labels, lr = small.images.clone(), small.labels.clone(), torch.tensor(0.1)
+    groups = packed_set.packing.groups
+    low, step = (scale.double().numpy()[:, None] for scale in packed_set.tensors["scales"])
+    for it in range(30):
+        for found in objective.steps(it, images, labels, lr):
+            values = images.double().numpy().reshape(groups, -1)
+            grid = low[..., None] + np.arange(4) * step[..., None]  # [groups, 1, 4]
+            choice = np.abs(values[..., None] - grid).argmin(-1)
+            expected = np.take_along_axis(np.broadcast_to(grid, (*values.shape, 4)), choice[..., None], -1)[..., 0]
+            np.testing.assert_allclose(inner.shown[-1].numpy().reshape(groups, -1), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                found.images.numpy().reshape(groups, -1), 2 * (expected - target.numpy().reshape(groups, -1)), atol=1e-4
+            )
+            assert not found.labels.any() and found.lr == 1
+            images.sub_(found.images, alpha=0.05)
+    end = packed_set.moved(images)
+    assert torch.equal(end.unpacked()[0], packed_set.nearest(images)) and torch.equal(end.unpacked()[1], labels)
+    assert torch.equal(end.tensors["scales"], packed_set.tensors["scales"])
+
+    def off(images: torch.Tensor) -> float:
+        return (images - target).square().sum().item()
+
+    assert off(end.unpacked()[0]) < 0.5 * off(small.images)
+    assert torch.equal(packed_set.moved(small.images).tensors["levels"], packed_set.tensors["levels"])

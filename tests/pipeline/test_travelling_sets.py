@@ -1,5 +1,6 @@
 """Sets that travel: out to other tools, in from the files of others, and as a start; by the commands alone."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -568,6 +569,53 @@ def test_a_quantised_set_is_scored_sent_out_taken_in_and_begun_with(zca, sets, t
     run = distil(tmp_path / "none", tmp_path, "DM", **start)
     begun = SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
     assert torch.equal(begun.images, small.images) and f"{begun.cost}\n" in capsys.readouterr().err
+
+
+def matched(folder: Path, begin: Path, **settings) -> float:
+    """The mean loss of distribution matching of a set that does not move, over 20 random networks."""
+    settings |= {"lr_img": 0, "Iteration": 19, "pix_init": begin, "name": f"of {begin.stem}"}
+    run = distil(folder, folder, "DM", **settings)
+    return float(np.mean([event["loss"] for event in events_in(run) if event["event"] == "match"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1, 2])
+def test_levels_are_tuned_on_what_is_matched(factor, images, tmp_path, capfd):
+    """The cost, the scales and the labels stay; the loss falls; a run that is gone on with makes the same."""
+    asked = {"data_path": images, **FOLDER, "factor": factor, "eval_it": 1000}
+    whole = distil(images, tmp_path, "DM", name="whole", **asked)
+    small = tmp_path / "small.safetensors"
+    assert cli.quantise(command_line(source=whole, bits=2, out=small)) == 0
+    tuning = {**asked, "pix_init": small, "lr_img": 3, "Iteration": 59, "checkpoint_every": 10}
+    run = distil(images, tmp_path, "DM", "--tune_levels", name="tuned", **tuning)
+    begun, end = SyntheticSet.load(small), SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert end.cost == begun.cost and end.factor == factor and torch.equal(end.labels, begun.labels)
+    scales = [each.packed.tensors["scales"] for each in (begun, end)]
+    assert torch.equal(*scales) and not torch.equal(end.images, begun.images)
+    tuned = tmp_path / "tuned.safetensors"
+    shutil.copy(run / "Normal" / "synthetic_last.safetensors", tuned)
+    assert matched(tmp_path, tuned, **asked) < 0.9 * matched(tmp_path, small, **asked)
+
+    distil(images, tmp_path, "DM", "--tune_levels", name="twice", **(tuning | {"Iteration": 29}))
+    again = distil(images, tmp_path, "DM", "--tune_levels --resume", name="twice", **tuning)
+    assert SyntheticSet.load(again / "Normal" / "synthetic_last.safetensors").digest == end.digest
+
+
+def test_levels_are_tuned_of_a_quantised_set_alone(start, images, tmp_path, capfd):
+    whole, soft, hard = (tmp_path / f"{name}.safetensors" for name in ("start", "soft", "hard"))
+    assert cli.quantise(command_line(source=whole, bits=4, out=soft)) == 0
+    dataclasses.replace(start, labels=hard_logits(start.classes, 3)).save(tmp_path / "one-hot")
+    assert cli.quantise(command_line(source=tmp_path / "one-hot", bits=4, out=hard)) == 0
+    for more, words in (
+        ({}, ("tune_levels: pix_init: real is no quantised set",)),
+        ({"pix_init": whole}, ("start.safetensors is no quantised set",)),
+        ({"pix_init": soft}, ("other images or labels than those of", "labels (soft or hard)")),
+        ({"pix_init": hard, "ipc": 3}, ("ipc and factor are to be its own (2, 1)",)),
+    ):
+        asked = {"data_path": images, "log_dir": tmp_path / "runs", "ipc": 2, **FOLDER, **more}
+        assert_refused(
+            capfd, lambda argv: cli.door("DM", argv), command_line("--tune_levels", **asked), words, tmp_path
+        )
 
 
 @pytest.mark.slow
