@@ -489,6 +489,15 @@ def test_trajectory_matching_begins_with_the_images_and_soft_labels_of_a_set(sta
     start.save(tmp_path / "start.safetensors")
     assert pad(*argv) == 0 and len(events_in(run, "match")) == 3
 
+    # a quantised one's levels are tuned, its soft labels stay
+    small = tmp_path / "small.safetensors"
+    assert cli.quantise(command_line(source=tmp_path / "start.safetensors", bits=2, label_bits=8, out=small)) == 0
+    tuning = {"pix_init": small, "Iteration": 3, "lr_img": 1e4, "lr_y": 10, "threshold": "none"}
+    assert pad("--overwrite --tune_levels", **tuning) == 0
+    begun, found = SyntheticSet.load(small), SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert torch.equal(found.labels, begun.labels) and not torch.equal(found.images, begun.images)
+    assert found.cost == begun.cost and torch.equal(*(each.packed.tensors["scales"] for each in (begun, found)))
+
 
 @pytest.mark.parametrize(
     "change, words",
