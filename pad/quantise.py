@@ -208,7 +208,7 @@ def _nearest(values: Tensor, low: Tensor, step: Tensor, top: int) -> Tensor:
 
 
 class _Best:
-    """The best scales so far of the groups ``values [G, M]``: low and step, and their squared errors, ``[G, 1]``."""
+    """The best scales so far of the groups ``values [G, M]``: low and step, ``[G, 1]``."""
 
     def __init__(self, values: Tensor, top: int):
         self._values, self._top = values, top
@@ -218,7 +218,7 @@ class _Best:
     def offer(self, low: Tensor, step: Tensor) -> Tensor:
         """Take these scales for the groups that they are better for; returns which these are, bool ``[G, 1]``."""
         off = _nearest(self._values, low, step, self._top).mul_(step).add_(low).sub_(self._values)
-        error = off.square_().sum(1, keepdim=True, dtype=torch.float64)
+        error = torch.linalg.vector_norm(off, dim=1, keepdim=True, dtype=torch.float64)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
         self.low, self.step = torch.where(better, low, self.low), torch.where(better, step, self.step)

@@ -122,6 +122,22 @@ def test_the_search_is_about_as_good_as_all_clippings_of_a_fine_grid(name, bits)
         assert found.sum() < 0.5 * sum(without)
 
 
+def test_normal_numbers_have_the_error_that_is_known_of_them():
+    """Four evenly spaced levels: step 0.9957, error 0.1188 (J. Max, Quantizing for minimum distortion, 1960)."""
+    levels, scales = quantised(draw(1, 400_000), 2)
+    assert scales[1].item() == pytest.approx(0.9957, abs=5e-3) and scales[0].item() == pytest.approx(-1.4935, abs=1e-2)
+    assert (restored(levels, scales) - draw(1, 400_000)).square().mean().item() == pytest.approx(0.1188, rel=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e25])
+def test_very_small_and_very_large_numbers_are_quantised_as_others(scale):
+    levels, scales = quantised(SAMPLES["normal"], 4)
+    expected = (restored(levels, scales) - SAMPLES["normal"]).double().norm()
+    levels, scales = quantised(SAMPLES["normal"] * scale, 4)
+    found = (restored(levels, scales).double() / scale - SAMPLES["normal"]).norm()
+    assert found == pytest.approx(expected.item(), rel=1e-2)
+
+
 def test_numbers_on_a_grid_and_equal_numbers_are_exact():
     grid = torch.tensor([[0.0, 1, 2, 3, 2, 1], [-7.0, -5, -3, -1, -1, -1], [0.3] * 6])
     levels, scales = quantised(grid, 2)
