@@ -82,7 +82,7 @@ class SyntheticSet:
     def size(self) -> str:
         """How large the set is, in words."""
         stored = len(self.kept) // self.num_classes
-        said = f", decoded from {stored} stored ones" if self.stored is not None else ""
+        said = f", decoded from {stored} stored" if self.stored is not None else ""
         return f"{self.ipc} images per class{said}"
 
     @property

@@ -94,6 +94,7 @@ def test_a_decoded_set_is_class_by_class_and_repeats_the_labels():
     found = fitted(foreign(images=pixels, labels=labels, factor=2, values="pixels"), DATA)
     synthetic = as_set(found, 0.1, MEANSTD, None, {})
     assert synthetic.ipc == 8 and torch.equal(synthetic.labels, hard_logits(synthetic.classes, K))
+    assert synthetic.factor == 2 and torch.equal(decoded(synthetic.stored, 2, K), synthetic.images)
     for c in range(K):
         expected = MEANSTD.apply(decoded(pixels[labels == c], 2))
         torch.testing.assert_close(synthetic.images[synthetic.classes == c], expected, rtol=0, atol=1e-6)

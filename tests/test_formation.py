@@ -259,7 +259,7 @@ def test_everything_that_leaves_a_set_is_decoded(tmp_path):
     made.export_published(tmp_path, "last")
     assert torch.equal(load_pt(tmp_path / "images_last.pt"), made.images)
     assert torch.equal(load_pt(tmp_path / "labels_last.pt"), made.labels)
-    assert made.size == "8 images per class, decoded from 2 stored ones"
+    assert made.size == "8 images per class, decoded from 2 stored"
 
 
 @pytest.mark.parametrize(

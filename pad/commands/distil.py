@@ -74,7 +74,7 @@ class Distilling(Evaluating, ABC):
 
     ipc: int = setting(1, "synthetic images per class", RECIPE, low=1, by_study=True, memory=True)
     factor: int = setting(
-        1, "multi-formation: each image is kept as so many smaller ones a side", RECIPE, low=1, memory=True, later=True
+        1, "multi-formation: each image is kept as so many smaller ones a side", RECIPE, low=1, later=True
     )
     data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
     Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)

@@ -231,7 +231,7 @@ def _lead(run: _Run) -> Markup:
         goal = config.get("Iteration")
         of = f" of {goal + 1}" if isinstance(goal, int) else ""
         state = f"Unfinished: {run.iterations}{of} iterations"
-    each = f", each stored for {factor} x {factor}" if factor != 1 else ""
+    each = f", each stored as {factor} x {factor} smaller ones" if factor != 1 else ""
     text = f"{run.data}, {ipc} image{'s' * (ipc != 1)} per class{each}, {model}. {state}."
     return fill('<p class="lead">$text</p>', text=text)
 

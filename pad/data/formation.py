@@ -55,15 +55,15 @@ def _tiles(images: Tensor, factor: int, num_classes: int) -> Tensor:
     _, channels, height, width = images.shape
     refuse_unfit_factor(factor, (height, width))
     rows, columns = height // factor, width // factor
-    cut = images.reshape(num_classes, -1, channels, factor, rows, factor, columns)
-    return cut.permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, channels, rows, columns)
+    cut = images.reshape((num_classes, -1, channels, factor, rows, factor, columns))
+    return cut.permute((0, 3, 5, 1, 2, 4, 6)).reshape(-1, channels, rows, columns)
 
 
 def _joined(tiles: Tensor, factor: int, num_classes: int) -> Tensor:
     """The inverse of :func:`_tiles`."""
     _, channels, rows, columns = tiles.shape
-    cut = tiles.reshape(num_classes, factor, factor, -1, channels, rows, columns)
-    return cut.permute(0, 3, 4, 1, 5, 2, 6).reshape(-1, channels, rows * factor, columns * factor)
+    cut = tiles.reshape((num_classes, factor, factor, -1, channels, rows, columns))
+    return cut.permute((0, 3, 4, 1, 5, 2, 6)).reshape(-1, channels, rows * factor, columns * factor)
 
 
 def _enlarged(tiles: Tensor, factor: int) -> Tensor:

@@ -53,24 +53,29 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
 def as_set(
     found: Foreign, lr: float, preprocessing: Preprocessing, of: Preprocessing | None, metadata: dict
 ) -> SyntheticSet:
-    """What :func:`fitted` gives, as networks see it under ``preprocessing``, its multi-formation decoded.
+    """What :func:`fitted` gives, as networks see it under ``preprocessing``.
 
-    ``of``: what the images are normalised by, where that is not ``preprocessing``.
+    ``of``: what the images are normalised by, where that is not ``preprocessing``. Multi-formation is kept where the
+    stored images can be preprocessed; whitening is of whole images, so pixels are decoded before it.
     """
     images, labels, factor = found.images, found.labels, found.factor or 1
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    num_classes = labels.shape[1]
-    if factor > 1:
+    num_classes, stored = labels.shape[1], None
+    whitens = found.values == PIXELS and preprocessing.kind == "zca"
+    if whitens:
         images = decoded(images, factor, num_classes)
-        labels = torch.cat([part.repeat(factor**2, 1) for part in labels.chunk(num_classes)])
-        log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))
     if of is not None:
         images = of.invert(images)
     if of is not None or found.values == PIXELS:
         images = preprocessing.apply(images)
+    if factor > 1:
+        if not whitens:
+            images, stored = decoded(images, factor, num_classes), images.cpu()
+        labels = torch.cat([part.repeat(factor**2, 1) for part in labels.chunk(num_classes)])
+        log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))
     classes = torch.arange(num_classes).repeat_interleave(len(images) // num_classes)
     return SyntheticSet(
-        images.cpu(), labels, torch.tensor(lr), classes, metadata, preprocessing=preprocessing.to("cpu")
+        images.cpu(), labels, torch.tensor(lr), classes, metadata, preprocessing=preprocessing.to("cpu"), stored=stored
     )
 
 

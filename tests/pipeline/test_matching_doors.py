@@ -352,7 +352,16 @@ def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path
     results = json.loads(out.read_text())
     assert sizes == {(40, 40)} and results["ipc"] == 4 and results["synthetic"]["factor"] == 2
     assert [row["set"] for row in results["results"]] == ["synthetic", "random real, hard labels"]
-    assert "4 images per class, decoded from 1 stored ones, accuracy on" in capfd.readouterr().out
+    assert "4 images per class, decoded from 1 stored, accuracy on" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_in_multi_formation_give_what_one_gives(tmp_path):
+    assert cli.match_distributions(argv_of("DM", tmp_path / "one", factor=2)) == 0
+    codes, out, err = two_ranks(tmp_path, cli.match_distributions, argv_of("DM", tmp_path / "two", factor=2))
+    assert codes == [0, 0], err
+    one, two = (last_of(tmp_path / runs).stored for runs in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
 # ---- refused before anything is written

@@ -286,6 +286,7 @@ def test_an_imported_set_of_multi_formation_is_scored_like_any(images, tmp_path,
     source, asked = theirs("IDC", images, tmp_path / "theirs")
     out = tmp_path / "set.safetensors"
     found = import_(source, out, data_path=images, **FOLDER, **(asked | {"factor": 2}))
+    assert found.factor == 2 and len(found.stored) == 6
     assert found.ipc == 8 and "6 images, each cut into 4, become 24" in capsys.readouterr().err
     pixels, _, _ = real(images)
     tile = pixels[2:3, :, :8, 8:].float() / 255  # of class 1 the first image's second tile
@@ -296,6 +297,16 @@ def test_an_imported_set_of_multi_formation_is_scored_like_any(images, tmp_path,
     assert cli.evaluate(command_line(synthetic=out, data_path=images, **asked)) == 0
     results = json.loads(out.with_suffix(".evaluation.json").read_text())
     assert results["ipc"] == 8 and results["settings"]["model"] == "ConvNetD1W8"
+
+
+def test_pixels_in_multi_formation_are_whitened_after_they_are_decoded(images, tmp_path):
+    source, asked = theirs("IDC", images, tmp_path / "theirs")
+    asked |= {"data_path": images, **FOLDER, "zca": True, "factor": 2}
+    found = import_(source, tmp_path / "set.safetensors", **asked)
+    tile = real(images)[0][2:3, :, :8, 8:].float() / 255
+    assert found.factor == 1 and found.ipc == 8
+    expected = F.interpolate(tile, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(found.pixels()[8 + 2 : 8 + 3], expected, rtol=0, atol=1e-3)
 
 
 def test_images_that_were_normalised_by_other_numbers(images, tmp_path):
