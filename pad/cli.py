@@ -106,6 +106,7 @@ import_buffer: Callable[..., int] = partial(door, "import")  # pad-import-buffer
 export_buffer: Callable[..., int] = partial(door, "export")  # pad-export-buffer, scripts/export_buffer.py
 import_set: Callable[..., int] = partial(door, "import_set")  # pad-import-set, scripts/import_set.py
 export_set: Callable[..., int] = partial(door, "export_set")  # pad-export-set, scripts/export_set.py
+quantise: Callable[..., int] = partial(door, "quantise")  # pad-quantise, scripts/quantise.py
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
 report: Callable[..., int] = partial(door, "report")  # pad-report, scripts/report.py
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from pad.bits import Cost
 from pad.data.formation import decoded
+from pad.data.preprocessing import known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
+from pad.quantise import Packed, Packing
 from pad.store.foreign import load_numbers, save_pt
 from pad.store.tensors import load_tensors, save_tensors
 
@@ -44,6 +47,7 @@ class SyntheticSet:
         identity of the preprocessing instead of its tensors, which for ZCA are D x D: 604 MB at 64 x 64 pixels.
     stored [n, C, H, W]: in multi-formation the n = N / factor^2 images that ``images`` are decoded from
         (:func:`pad.data.formation.decoded`); a file holds them in their place.
+    packed: of a quantised set the few bits that images and labels were unpacked from, which a file holds instead.
     """
 
     images: Tensor
@@ -55,6 +59,7 @@ class SyntheticSet:
     preprocessing: Preprocessing | None = None
     stored_pixels: Tensor | None = None
     stored: Tensor | None = None
+    packed: Packed | None = None
 
     @property
     def num_classes(self) -> int:
@@ -100,6 +105,14 @@ class SyntheticSet:
             numbers.update(tensor.detach().cpu().contiguous().numpy().data)
         return numbers.hexdigest()[:16]
 
+    @property
+    def cost(self) -> Cost:
+        """The bits of images and labels: as packed, else 32 a number."""
+        if self.packed is not None:
+            return self.packed.packing.cost
+        labels = 0 if self.is_hard else 32 * self.labels.numel()
+        return Cost(32 * self.kept.numel(), labels, self.num_classes, self.kept[0].numel())
+
     def probabilities(self) -> Tensor:
         """The soft labels [N, K]: rows in [0, 1] that sum to 1."""
         return self.labels.softmax(dim=1)
@@ -123,6 +136,11 @@ class SyntheticSet:
             return self.preprocessing.invert(self.images)
         if self.stored_pixels is not None:
             return self.stored_pixels
+        if (self.preprocessing_identity or {}).get("kind") == "zca":
+            raise InputError(
+                "the set's pixels are not in its file, and the whitening that they come back by is not kept here; "
+                "evaluating the set, for one, keeps that of its data set"
+            )
         raise InputError(
             "the synthetic set does not say how its images were preprocessed, so they cannot be shown as "
             "pixels; set its `preprocessing` to the one fitted on its data set"
@@ -141,13 +159,52 @@ class SyntheticSet:
         labels = {"hard_labels": self.classes} if self.is_hard else {"soft_labels": self.labels}
         return {"image_tensor": self.images, **labels, "syn_lr": self.lr.item()}
 
+    def quantised(
+        self, bits: int, group: str = "image", label_bits: int = 32, top_k: int | None = None
+    ) -> SyntheticSet:
+        """This set with images of ``bits`` bits a number, packed; see :class:`pad.quantise.Packing` for the rest.
+
+        Hard labels stay what they are, and cost nothing. Raises InputError on an unusable set, ValueError for what no
+        packing is.
+        """
+        self._refuse_unusable("the synthetic set to quantise")
+        packing = self.packing(bits, group, label_bits, top_k)
+        packed = Packed(packing, packing.pack(self.kept, self.labels))
+        images, labels = packed.unpacked()
+        stored = images if self.stored is not None else None
+        how = {name: value for name, value in packing.as_dict().items() if name not in ("shape", "labels")}
+        provenance = {**(self.metadata.get("provenance") or {}), "quantised": {**how, "from": self.digest}}
+        return SyntheticSet(
+            decoded(images, self.factor, self.num_classes),
+            labels,
+            self.lr.detach().cpu(),
+            self.classes.cpu(),
+            {**self.metadata, "provenance": provenance},
+            preprocessing=self.preprocessing or known_preprocessing(self.preprocessing_identity),
+            stored=stored,
+            packed=packed,
+        )
+
+    def packing(self, bits: int, group: str, label_bits: int, top_k: int | None) -> Packing:
+        """How :meth:`quantised` packs this set, and so what that costs. Raises ValueError for what no packing is."""
+        if self.is_hard:
+            label_bits, top_k = 0, None
+        described = {"bits": bits, "group": group, "label_bits": label_bits, "top_k": top_k}
+        return Packing.of({**described, "shape": self.kept.shape, "labels": self.labels.shape})
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
         self._refuse_unusable(f"the synthetic set for {path}")
-        tensors = {"images": self.kept, "labels": self.labels, "lr": self.lr, "classes": self.classes}
-        if self.preprocessing is not None or self.stored_pixels is not None:
-            tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         metadata = {**self.metadata, "kind": KIND, "format": FORMAT, "ipc": self.ipc}
+        if self.packed is not None:
+            if not all(map(torch.equal, self.packed.unpacked(), (self.kept.cpu(), self.labels.cpu()))):
+                raise InputError(f"the synthetic set for {path}: images or labels are not those that it has packed")
+            tensors = {**self.packed.tensors, "lr": self.lr}
+            metadata["packing"] = self.packed.packing.as_dict()
+        else:
+            tensors = {"images": self.kept, "labels": self.labels, "lr": self.lr, "classes": self.classes}
+            if self.preprocessing is not None or self.stored_pixels is not None:
+                tensors["pixels"] = self.unclamped_pixels().to(self.images.dtype)
         if self.stored is not None:
             metadata["factor"] = self.factor
         if self.preprocessing_identity is not None:
@@ -158,6 +215,9 @@ class SyntheticSet:
     def load(cls, path: Path | str) -> SyntheticSet:
         """Read a file that :meth:`save` wrote. Raises InputError when it is missing, damaged, or something else."""
         tensors, metadata = load_tensors(path, kind=KIND, format=FORMAT)
+        packed = None
+        if "packing" in metadata:
+            packed, tensors = _unpacked(tensors, metadata.pop("packing"), str(path))
         missing = sorted({"images", "labels", "lr", "classes"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no {' and no '.join(missing)}")
@@ -166,7 +226,11 @@ class SyntheticSet:
         if factor != 1:
             _refuse_unfit_stored(images, labels, factor, str(path))
             images, stored = decoded(images, factor, labels.shape[1]), images
-        loaded = cls(images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored)
+        loaded = cls(
+            images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored, packed=packed
+        )
+        if packed is not None:
+            loaded.preprocessing = known_preprocessing(metadata.get("preprocessing"))
         loaded._refuse_unusable(str(path))
         return loaded
 
@@ -262,6 +326,17 @@ def set_file(path: Path | str) -> Path:
         return path
     last = path / "synthetic_last.safetensors"
     return last if os.path.exists(last) else path / "Normal" / last.name
+
+
+def _unpacked(tensors: dict[str, Tensor], described: object, where: str) -> tuple[Packed, dict[str, Tensor]]:
+    """What the tensors of a packed set's file are, and those that other sets' files hold. Raises InputError."""
+    others = {name: tensors[name] for name in ("lr",) if name in tensors}
+    try:
+        packed = Packed(Packing.of(described), {name: tensors[name] for name in tensors if name not in others})
+        images, labels = packed.unpacked()
+    except ValueError as error:
+        raise InputError(f"{where} is no packed set: {error}") from None
+    return packed, {"images": images, "labels": labels, "classes": _class_order(*labels.shape), **others}
 
 
 def _refuse_unfit_stored(images: Tensor, labels: Tensor, factor, where: str) -> None:

@@ -308,6 +308,7 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
         "export": ["folder", "out"],
         "report": ["run"],
         "import_set": ["set", "--out", "out"],
+        "quantise": ["set", "--bits", "2", "--out", "out"],
         "export_set": ["set", "--to", "npz", "--out", "out"],
     }
     argv = given.get(name, [])

@@ -85,7 +85,7 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
         with unless_it_fails(picture):
             shown = coreset.pixels().cpu(), coreset.classes, coreset.class_names
             save_grid(picture, *shown, caption=f"{stem}, {settings.end} images")
-        log.info("the coreset is in %s", path)
+        log.info("the coreset is in %s: %s", path, coreset.cost)
     return path
 
 

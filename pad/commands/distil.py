@@ -29,10 +29,12 @@ from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
 from pad.matching.formation import MultiFormation
+from pad.matching.levels import OnLevels
 from pad.matching.loss import span
 from pad.matching.objective import Objective
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
+from pad.quantise import Packed
 from pad.store.files import refuse_unwritable
 from pad.store.identity import refuse_difference
 from pad.store.locks import only_writer
@@ -77,6 +79,9 @@ class Distilling(Evaluating, ABC):
     data_path: FilePath = setting("../dataset/", "folder of the data set", PLACE)
     Iteration: int = setting(5000, "outer iterations 0..Iteration", PACE, low=0)
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
+    tune_levels: bool = setting(
+        False, "pix_init is a quantised set: its images move on their levels, its labels stay", RECIPE, later=True
+    )
     max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
 
     eval_it: int = setting(100, "iterations between evaluations", PACE, low=1)
@@ -196,6 +201,9 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     task = settings.task(bench, model, before)
     factor, num_classes = settings.factor, bench.data.num_classes
     objective = task.objective if factor == 1 else MultiFormation(objective=task.objective, factor=factor)
+    begun = _packed_start(settings, task, bench) if settings.tune_levels else None
+    if begun is not None:
+        objective = OnLevels(objective=objective, packed=begun)
     schedule = settings.fill(
         Schedule,
         iterations=settings.Iteration,
@@ -208,6 +216,9 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
 
     def wrap(images: Tensor, labels: Tensor, lr: Tensor, iteration: int) -> SyntheticSet:
+        packed = begun and begun.moved(images)
+        if packed:
+            images, labels = (tensor.to(bench.device) for tensor in packed.unpacked())
         shown, stored = decoded(images, factor, num_classes), images if factor > 1 else None
         classes = torch.arange(num_classes).repeat_interleave(len(shown) // num_classes)
         metadata = {
@@ -216,7 +227,8 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
             "provenance": task.provenance,
             "settings": fixed,
         }
-        return SyntheticSet(shown, labels, lr, classes, metadata, preprocessing=bench.preprocessing, stored=stored)
+        made = SyntheticSet(shown, labels, lr, classes, metadata, preprocessing=bench.preprocessing, stored=stored)
+        return dataclasses.replace(made, packed=packed)
 
     def evaluate(current: SyntheticSet) -> dict[str, tuple[float, float, int]]:
         training_set, lr = (current.images, current.probabilities()), current.lr.item()
@@ -243,7 +255,8 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         distiller.distill()
         state = distiller.state
         run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
-    log.info("the synthetic set is in %s", folder)
+    made = wrap(state.images, state.labels, state.lr, state.iteration)
+    log.info("the synthetic set is in %s: %s", folder, made.cost)
     return folder
 
 
@@ -281,6 +294,20 @@ def first_set(
     start = _start(pix_init, bench)
     how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False), "factor": settings.factor}
     return *bench.ranks.on_main(lambda: from_set(start, settings.ipc, experts, **how)), {"start": start.digest}
+
+
+def _packed_start(settings: Distilling, task: Task, bench: Workbench) -> Packed:
+    """The quantised set that a run is to begin with. Raises InputError where it begins with anything else."""
+    path = str(getattr(settings, "pix_init", ""))
+    start = None if path in INITIAL_IMAGES else _start(path, bench)
+    if start is None or start.packed is None:
+        raise InputError(f"tune_levels: pix_init: {path} is no quantised set; scripts/quantise.py makes one")
+    if not (torch.equal(start.kept, task.images.cpu()) and torch.equal(start.labels, task.labels.cpu())):
+        raise InputError(
+            f"tune_levels: the run would begin with other images or labels than those of {path}: ipc and factor are "
+            f"to be its own ({len(start.kept) // start.num_classes}, {start.factor}), and so are labels (soft or hard)"
+        )
+    return start.packed
 
 
 def _start(path: str, bench: Workbench) -> SyntheticSet:

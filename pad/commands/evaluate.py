@@ -225,6 +225,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         "epochs": settings.epoch_eval_train,
         "preprocessing": bench.preprocessing.kind,
         "seed": settings.seed,
+        "bits": synthetic.cost.as_dict(),
         "results": training.score(drawable, tuned),
         **about,
     }
@@ -238,6 +239,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
         count = len(bench.test_images)
         print(f"\n{bench.data.name}, {synthetic.size}, accuracy on {count} test images")
         print(as_text(results))
+        print(f"the set costs {synthetic.cost}")
         log.info("results are in %s", out)
     return results
 

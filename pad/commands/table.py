@@ -14,6 +14,7 @@ from pad.commands.distribution import DMSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
 from pad.commands.published import ExportSettings, ImportSettings, export_buffer, import_buffer
+from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
 from pad.commands.trajectory import DistillSettings
@@ -47,4 +48,5 @@ COMMANDS: dict[str, Command] = {
     "export": Command("export_buffer.py", ExportSettings, export_buffer),
     "import_set": Command("import_set.py", ImportSetSettings, import_synthetic),
     "export_set": Command("export_set.py", ExportSetSettings, export_synthetic),
+    "quantise": Command("quantise.py", QuantiseSettings, quantise),
 }

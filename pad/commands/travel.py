@@ -21,7 +21,7 @@ from pad.exchange.card import LICENCES
 from pad.exchange.converting import as_set, fitted
 from pad.exchange.reading import NETWORK, PIXELS, Foreign, read_foreign
 from pad.exchange.writing import FORMS, export_set
-from pad.store.files import refuse_unwritable
+from pad.store.files import refuse_taken, refuse_unwritable
 from pad.store.identity import refuse_difference
 from pad.synthetic import SyntheticSet, set_file
 
@@ -97,6 +97,7 @@ def export_synthetic(settings: ExportSetSettings, ranks: Ranks = ALONE) -> Path:
     results = _results_of(synthetic, path.with_suffix(".evaluation.json")) if carded else None
     ranks.on_main(lambda: export_set(synthetic, str(settings.to), out, licence=licence, results=results))
     print(f"exported {len(synthetic.images)} images of {synthetic.num_classes} classes to {out}")
+    print(f"the set itself costs {synthetic.cost}")
     return out
 
 
@@ -117,9 +118,7 @@ def _results_of(synthetic: SyntheticSet, path: Path) -> dict | None:
 def import_synthetic(settings: ImportSetSettings, ranks: Ranks = ALONE) -> Path:
     """Turn a set of others into one of ours; returns its file."""
     out = Path(str(settings.out))
-    if out.is_dir() or (out.exists() and not settings.overwrite):
-        raise InputError(f"out: {out} is there; name another file, or replace it with --overwrite")
-    refuse_unwritable(out.parent)
+    refuse_taken(out, settings.overwrite)
     lr = settings.lr_dir
     found = read_foreign(str(settings.source), labels=settings.label_dir, lr=lr, experiment=settings.experiment)
     settings, found, lr = _complete(settings, found)
@@ -127,6 +126,7 @@ def import_synthetic(settings: ImportSetSettings, ranks: Ranks = ALONE) -> Path:
     synthetic = _imported(settings, found, lr, bench)
     ranks.on_main(lambda: synthetic.save(out))
     print(f"imported {len(synthetic.images)} images of {synthetic.num_classes} classes into {out}")
+    print(f"the set costs {synthetic.cost}")
     return out
 
 

@@ -1,6 +1,7 @@
 """The space networks see: mean/std or ZCA-whitened images, and the way back to pixels."""
 
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -148,7 +149,7 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
     if folder is None:
         log.warning("the fitted ZCA is not kept: there is no folder for it; name one in PAD_CACHE")
         return ZCA(identity, _fit_zca(data.train_images))
-    path = Path(folder).expanduser() / f"zca-{name}.safetensors"
+    path = _zca_file(folder, name)
     there = path.is_file()
     if there and (kept := _kept_zca(path, identity, dimensions)) is not None:
         return kept.to(device)
@@ -163,6 +164,27 @@ def fit_preprocessing(data: ImageData, zca: bool, cache_dir: str | Path | None =
     return ZCA(identity, tensors)
 
 
+def _zca_file(folder: Path | str, name: str) -> Path:
+    return Path(folder).expanduser() / f"zca-{name}.safetensors"
+
+
+def known_preprocessing(identity: object) -> Preprocessing | None:
+    """The preprocessing of this identity on the CPU, as far as it is known without its data set; otherwise None.
+
+    Mean and std stand in the identity. A ZCA is known where :func:`fit_preprocessing` has kept it.
+    """
+    try:
+        said = dict(identity)  # type: ignore
+        if said["kind"] == "zca":
+            folder = cache_folder()
+            path = _zca_file(folder, said["digest"]) if folder else None
+            return _kept_zca(path, said, math.prod(said["shape"])) if path and path.is_file() else None
+        found = MeanStd.of(tuple(said["mean"]), tuple(said["std"]), "cpu")
+        return found if found.identity == said else None
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _kept_zca(path: Path, identity: dict, dimensions: int) -> Preprocessing | None:
     """The ZCA that was written to ``path``; None, with a line that says why, when it is not usable."""
     square = (dimensions, dimensions)
@@ -173,7 +195,7 @@ def _kept_zca(path: Path, identity: dict, dimensions: int) -> Preprocessing | No
             raise InputError("it holds something else than its name says")
         return ZCA(identity, tensors)
     except InputError as error:
-        log.warning("the ZCA kept in %s is not usable and is fitted again (%s)", path, error)
+        log.warning("the ZCA kept in %s is not usable and is fitted again for its data set (%s)", path, error)
         return None
 
 

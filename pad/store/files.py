@@ -26,6 +26,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
 
 
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """Raise InputError when the file ``out`` is there and not to be replaced, or cannot be written."""
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"out: {out} is there; name another file, or replace it with --overwrite")
+    refuse_unwritable(out.parent)
+
+
 def refuse_unwritable(folder: Path | str) -> None:
     """Raise InputError, before hours of work, when no files can be written to ``folder``; makes nothing."""
     folder = Path(folder)

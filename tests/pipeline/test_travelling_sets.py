@@ -1,5 +1,6 @@
 """Sets that travel: out to other tools, in from the files of others, and as a start; by the commands alone."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -431,7 +432,7 @@ def distil(images: Path, folder: Path, system: str, *more: str, **settings) -> P
     asked |= {"outer_loop": 1, "inner_loop": 1} if system == "DC" else {}
     asked |= FOLDER | settings
     assert cli.door(system, command_line(*more, **asked)) == 0
-    return folder / "runs" / "ImageFolder" / str(asked["ipc"]) / FOLDER["model"] / asked["name"]
+    return folder / "runs" / asked["dataset"] / str(asked["ipc"]) / asked["model"] / asked["name"]
 
 
 @pytest.fixture
@@ -499,6 +500,15 @@ def test_trajectory_matching_begins_with_the_images_and_soft_labels_of_a_set(sta
     start.save(tmp_path / "start.safetensors")
     assert pad(*argv) == 0 and len(events_in(run, "match")) == 3
 
+    # a quantised one's levels are tuned, its soft labels stay
+    small = tmp_path / "small.safetensors"
+    assert cli.quantise(command_line(source=tmp_path / "start.safetensors", bits=2, label_bits=8, out=small)) == 0
+    tuning = {"pix_init": small, "Iteration": 3, "lr_img": 1e4, "lr_y": 10, "threshold": "none"}
+    assert pad("--overwrite --tune_levels", **tuning) == 0
+    begun, found = SyntheticSet.load(small), SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert torch.equal(found.labels, begun.labels) and not torch.equal(found.images, begun.images)
+    assert found.cost == begun.cost and torch.equal(*(each.packed.tensors["scales"] for each in (begun, found)))
+
 
 @pytest.mark.parametrize(
     "change, words",
@@ -548,8 +558,88 @@ def test_a_start_in_a_file_of_settings_is_relative_to_what_its_paths_are(start, 
         assert f"pix_init: {expected}\n" in (run / "config.yaml").read_text()
 
 
+# ---- in fewer bits
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_a_quantised_set_is_scored_sent_out_taken_in_and_begun_with(zca, sets, tmp_path, capsys):
+    path = tmp_path / "small.safetensors"
+    asked = {"source": sets[zca], "bits": 4, "label_bits": 8, "group": "channel"}
+    assert cli.quantise(command_line(**asked, out=path)) == 0
+    small = SyntheticSet.load(path)
+    # an image of 784 values and one channel, a label of ten; each has a scale of 64 bits
+    assert (small.cost.images, small.cost.labels) == (50 * (784 * 4 + 64), 50 * (10 * 8 + 64))
+
+    argv = command_line(synthetic=path, num_eval=1, epoch_eval_train=1, baselines="none", compile="off")
+    assert cli.evaluate(argv) == 0
+    assert f"the set costs {small.cost}" in capsys.readouterr().out
+    results = json.loads(path.with_suffix(".evaluation.json").read_text())
+    assert results["bits"] == small.cost.as_dict() and results["synthetic"]["digest"] == small.digest
+
+    for form in FORMS:
+        folder = export(path, form, tmp_path / form)
+        assert f"costs {small.cost}" in capsys.readouterr().out
+        again = import_(folder, tmp_path / f"{form}.safetensors")
+        said = capsys.readouterr().out
+        if form in ("npz", "published"):
+            assert torch.equal(again.images, small.images) and torch.equal(again.labels, small.labels)
+        assert again.cost.images == 32 * 50 * 784 and f"costs {again.cost}" in said
+
+    start = {**MINI, "zca": zca, "pix_init": path, "lr_img": 0, "ipc": IPC}
+    run = distil(tmp_path / "none", tmp_path, "DM", **start)
+    begun = SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert torch.equal(begun.images, small.images) and f"{begun.cost}\n" in capsys.readouterr().err
+
+
+def matched(folder: Path, begin: Path, **settings) -> float:
+    """The mean loss of distribution matching of a set that does not move, over 20 random networks."""
+    settings |= {"lr_img": 0, "Iteration": 19, "pix_init": begin, "name": f"of {begin.stem}"}
+    run = distil(folder, folder, "DM", **settings)
+    return float(np.mean([event["loss"] for event in events_in(run) if event["event"] == "match"]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["export_set", "import_set"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_levels_are_tuned_on_what_is_matched(factor, images, tmp_path, capfd):
+    """The cost, the scales and the labels stay; the loss falls; a run that is gone on with makes the same."""
+    asked = {"data_path": images, **FOLDER, "factor": factor, "eval_it": 1000}
+    whole = distil(images, tmp_path, "DM", name="whole", **asked)
+    small = tmp_path / "small.safetensors"
+    assert cli.quantise(command_line(source=whole, bits=2, out=small)) == 0
+    tuning = {**asked, "pix_init": small, "lr_img": 3, "Iteration": 59, "checkpoint_every": 10}
+    run = distil(images, tmp_path, "DM", "--tune_levels", name="tuned", **tuning)
+    begun, end = SyntheticSet.load(small), SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert end.cost == begun.cost and end.factor == factor and torch.equal(end.labels, begun.labels)
+    scales = [each.packed.tensors["scales"] for each in (begun, end)]
+    assert torch.equal(*scales) and not torch.equal(end.images, begun.images)
+    tuned = tmp_path / "tuned.safetensors"
+    shutil.copy(run / "Normal" / "synthetic_last.safetensors", tuned)
+    assert matched(tmp_path, tuned, **asked) < 0.9 * matched(tmp_path, small, **asked)
+
+    distil(images, tmp_path, "DM", "--tune_levels", name="twice", **(tuning | {"Iteration": 29}))
+    again = distil(images, tmp_path, "DM", "--tune_levels --resume", name="twice", **tuning)
+    assert SyntheticSet.load(again / "Normal" / "synthetic_last.safetensors").digest == end.digest
+
+
+def test_levels_are_tuned_of_a_quantised_set_alone(start, images, tmp_path, capfd):
+    whole, soft, hard = (tmp_path / f"{name}.safetensors" for name in ("start", "soft", "hard"))
+    assert cli.quantise(command_line(source=whole, bits=4, out=soft)) == 0
+    dataclasses.replace(start, labels=hard_logits(start.classes, 3)).save(tmp_path / "one-hot")
+    assert cli.quantise(command_line(source=tmp_path / "one-hot", bits=4, out=hard)) == 0
+    for more, words in (
+        ({}, ("tune_levels: pix_init: real is no quantised set",)),
+        ({"pix_init": whole}, ("start.safetensors is no quantised set",)),
+        ({"pix_init": soft}, ("other images or labels than those of", "labels (soft or hard)")),
+        ({"pix_init": hard, "ipc": 3}, ("ipc and factor are to be its own (2, 1)",)),
+    ):
+        asked = {"data_path": images, "log_dir": tmp_path / "runs", "ipc": 2, **FOLDER, **more}
+        assert_refused(
+            capfd, lambda argv: cli.door("DM", argv), command_line("--tune_levels", **asked), words, tmp_path
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["export_set", "import_set", "quantise"])
 def test_the_scripts_run_from_any_folder(script, tmp_path):
     done = run_script(f"scripts/{script}.py", ["nowhere.npz", "--out", "out"], tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())

@@ -284,7 +284,7 @@ def plain(name: str, data: bytes) -> bytes:
     if name.endswith("config.yaml"):
         return data.replace(b"together: null\n", b"")
     if name.endswith(".evaluation.json"):
-        later = ("synthetic", "settings", "data", "experts", "metrics", "metrics_of", "protocol")
+        later = ("synthetic", "settings", "data", "experts", "metrics", "metrics_of", "protocol", "bits")
         results = {key: value for key, value in json.loads(data).items() if key not in later}
         rows = ("set", "network", "mean", "std", "n", "accuracies")
         there = [row for row in results["results"] if row.get("row") != "syn_hard"]  # a later one
