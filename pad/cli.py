@@ -104,6 +104,7 @@ score: Callable[..., int] = partial(door, "score")  # pad-score, scripts/score_d
 coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/select_coreset.py
 import_buffer: Callable[..., int] = partial(door, "import")  # pad-import-buffer, scripts/import_buffer.py
 export_buffer: Callable[..., int] = partial(door, "export")  # pad-export-buffer, scripts/export_buffer.py
+convexify_buffer: Callable[..., int] = partial(door, "convexify")  # pad-convexify-buffer, scripts/convexify_buffer.py
 import_set: Callable[..., int] = partial(door, "import_set")  # pad-import-set, scripts/import_set.py
 export_set: Callable[..., int] = partial(door, "export_set")  # pad-export-set, scripts/export_set.py
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py

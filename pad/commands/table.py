@@ -13,7 +13,14 @@ from pad.commands.distil import distill
 from pad.commands.distribution import DMSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
-from pad.commands.published import ExportSettings, ImportSettings, export_buffer, import_buffer
+from pad.commands.published import (
+    ConvexifySettings,
+    ExportSettings,
+    ImportSettings,
+    convexify_buffer,
+    export_buffer,
+    import_buffer,
+)
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
 from pad.commands.trajectory import DistillSettings
@@ -45,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),
     "import": Command("import_buffer.py", ImportSettings, import_buffer),
     "export": Command("export_buffer.py", ExportSettings, export_buffer),
+    "convexify": Command("convexify_buffer.py", ConvexifySettings, convexify_buffer),
     "import_set": Command("import_set.py", ImportSetSettings, import_synthetic),
     "export_set": Command("export_set.py", ExportSetSettings, export_synthetic),
 }

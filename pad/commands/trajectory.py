@@ -1,4 +1,4 @@
-"""``distill/PAD.py``: trajectory matching (MTT, FTD, DATM, TESLA, PAD), assembled from its settings.
+"""``distill/PAD.py``: trajectory matching (MTT, FTD, DATM, TESLA, MCT, PAD), assembled from its settings.
 
 python distill/PAD.py --cfg configs/CIFAR-10/ConvIN/IPC10.yaml
 """
@@ -25,11 +25,12 @@ from pad.store.trajectories import TrajectoryStore
 log = logging.getLogger("pad")
 
 # The systems that trajectory matching here can be, and what makes them: PAD, the default, leaves everything open
-SYSTEMS = {
-    "MTT": {"labels": "hard", "gradient": "exact"},
-    "FTD": {"labels": "hard", "gradient": "exact"},
-    "DATM": {"labels": "soft", "gradient": "exact"},
-    "TESLA": {"gradient": "truncated"},
+SYSTEMS: dict[str, dict] = {
+    "MTT": {"labels": "hard", "gradient": "exact", "convexified": False},
+    "FTD": {"labels": "hard", "gradient": "exact", "convexified": False},
+    "DATM": {"labels": "soft", "gradient": "exact", "convexified": False},
+    "TESLA": {"gradient": "truncated", "convexified": False},
+    "MCT": {"convexified": True},
     "PAD": {},
 }
 
@@ -38,7 +39,7 @@ SYSTEMS = {
 class DistillSettings(OfDepth):
     """Stage 2, ``distill/PAD.py``: optimise synthetic images, soft labels and a learning rate along experts.
 
-    MTT, FTD, DATM, TESLA and PAD are settings of it (configs/CIFAR-10).
+    MTT, FTD, DATM, TESLA, MCT and PAD are settings of it (configs/CIFAR-10).
     """
 
     method: str = setting(
@@ -57,6 +58,9 @@ class DistillSettings(OfDepth):
     Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually", RECIPE)
     current_max_start_epoch: int = setting(20, "upper bound of the start epochs at iteration 0", RECIPE, low=1)
     expansion_end_epoch: int = setting(3000, "iteration at which the bound reaches max_start_epoch", RECIPE, low=1)
+    convexified: bool = setting(
+        False, "MCT: experts on straight lines, and start epochs that are real numbers", RECIPE, later=True
+    )
     loss_ratio: float = setting(0.0, "share of parameters of the smallest error to leave out", RECIPE, low=0, below=1)
     threshold: float | None = setting(
         1.0, "iterations with a larger loss change nothing; none: all do", RECIPE, above=0
@@ -159,6 +163,8 @@ class DistillSettings(OfDepth):
         store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
         experts = _selected_experts(self, store, before)
         sampler = self.fill(SegmentSampler, experts=experts, sequential=self.Sequential_Generation)
+        if not self.convexified and any(store.is_line(k) for k in experts):
+            raise InputError(f"{store.folder} has experts as lines; give --convexified True, or the buffer they are of")
         sampler.refuse_short(store)
         headers = [store.header(k) for k in experts]
         bench.ranks.same(lambda: headers, f"the experts in {store.folder}")

@@ -374,6 +374,7 @@ SYSTEMS = {
     "FTD": {"labels": "hard", "threshold": "none", "ema_decay": 0.5},
     "TESLA": {"threshold": "none", "gradient": "truncated"},
     "DATM": {"threshold": 9, "Sequential_Generation": True},
+    "MCT": {"threshold": "none", "labels": "hard", "gradient": "truncated", "convexified": True},
 }
 
 
@@ -393,7 +394,7 @@ def followed(buffer, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_hard_labels_stay_one_hot_and_the_rest_is_learned(followed):
-    for system in ("MTT", "FTD"):
+    for system in ("MTT", "FTD", "MCT"):
         last = last_of(followed[system])
         assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() != pytest.approx(0.1)
     for system in ("TESLA", "DATM"):
@@ -428,8 +429,26 @@ def test_without_a_threshold_nothing_is_skipped(followed, buffer, tmp_path):
         assert all(loss > 1 for loss in losses(runs))
 
 
+def test_lines_give_what_the_buffer_gives_that_they_were_made_of(followed, buffer, tmp_path, capfd):
+    (whole,) = {path.parent for path in buffer.rglob("expert_*.safetensors")}
+    lines = tmp_path / "lines" / whole.relative_to(buffer)
+    assert cli.convexify_buffer([str(whole), str(lines)]) == 0
+    assert cli.distill(trajectory_args("MCT", tmp_path / "lines", tmp_path / "runs")) == 0
+    assert losses(tmp_path / "runs") == losses(followed["MCT"]) != losses(followed["TESLA"])
+    assert torch.equal(last_of(tmp_path / "runs").images, last_of(followed["MCT"]).images)
+    for more, words in (
+        (["--method", "MTT", "--gradient", "exact"], "convexified: True is not MTT"),
+        (["--method", "PAD", "--convexified", "False"], "give --convexified True"),
+        (["--Label_Model_Timestamp", "1", "--labels", "soft"], "is a line: of epochs 0 to 3"),
+        (["--expert_epochs", "2"], "need trajectories of 4 epochs"),
+    ):
+        capfd.readouterr()
+        assert cli.distill(trajectory_args("MCT", tmp_path / "lines", tmp_path / "none", *more)) == 2
+        assert words in capfd.readouterr().err.splitlines()[-1] and not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["FTD", "TESLA"])
+@pytest.mark.parametrize("system", ["FTD", "TESLA", "MCT"])
 def test_a_stopped_run_along_experts_goes_on(followed, buffer, tmp_path, monkeypatch, system):
     argv = trajectory_args(system, buffer, tmp_path)
     with monkeypatch.context() as patch:
