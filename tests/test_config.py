@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pad import cli
 from pad.commands.coreset import CoresetSettings
-from pad.commands.distribution import DMSettings
+from pad.commands.distribution import DMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
 from pad.commands.rank import ScoreSettings
@@ -26,7 +26,16 @@ from pad.difficulty.methods import METHODS
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 
-STAGES = (BufferSettings, DistillSettings, DCSettings, DMSettings, EvaluationSettings, ScoreSettings, CoresetSettings)
+STAGES = (
+    BufferSettings,
+    DistillSettings,
+    DCSettings,
+    DMSettings,
+    TGDDSettings,
+    EvaluationSettings,
+    ScoreSettings,
+    CoresetSettings,
+)
 TRIO = ["--data_dir", "i.pt", "--label_dir", "l.pt", "--lr_dir", "r.pt"]  # what the third stage cannot do without
 
 
@@ -708,6 +717,9 @@ RANGES = [  # a value that is just in, and one that is just out
     (DMSettings, "depth_ratio", "0.999", "1"),
     (DMSettings, "drop_hard", "0.99", "1"),
     (DMSettings, "ipc", "1", "0"),
+    (TGDDSettings, "stage_epochs", "1", "0"),
+    (TGDDSettings, "ce_weight", "0", "-0.1"),
+    (TGDDSettings, "max_start_epoch", "1", "0"),
 ]
 
 
@@ -853,6 +865,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (DCSettings, ["--drop_easy", "0.5", "--drop_hard", "0.5"], ["drop_easy: 0.5", "drop_hard: 0.5"]),
         (DMSettings, ["--drop_easy", "0.7", "--drop_hard", "0.4"], ["drop_easy: 0.7", "drop_hard: 0.4"]),
         (DMSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (TGDDSettings, ["--max_start_epoch", "5", "--min_start_epoch", "5"], ["max_start_epoch", "min_start_epoch"]),
         (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
 )
@@ -864,6 +877,7 @@ def test_settings_that_do_not_go_together(cls, argv, named):
 # ---- the ways of matching
 
 FRONT_DOORS = {DistillSettings: cli.distill, DCSettings: cli.match_gradients, DMSettings: cli.match_distributions}
+FRONT_DOORS |= {TGDDSettings: cli.match_along_trajectories}
 REFUSED = [(cls, key) for cls in FRONT_DOORS for key in cls.refused]
 
 

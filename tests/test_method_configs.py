@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import CHECKOUT
 
-from pad.commands.distribution import DMSettings
+from pad.commands.distribution import DMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
 from pad.commands.record import BufferSettings
@@ -145,6 +145,16 @@ for n in IPCS:
 FACTS["TESLA", 1] = without(TESLA_WHOLE | inner(False, 50, 5, 1000, 1e-7, 0.01), "lr_img")
 OURS["TESLA", 1] = {"batch_syn": None, "lr_img": 1000 / 2}
 
+# The files of test_feature_configs.py: system, folder, images per class.
+ALONG_FEATURES = {("TGDD", "CIFAR-10"): IPCS, ("TGDD", "CIFAR-100"): (10, 50)}
+
+
+def along_features(folder: str) -> set[str]:
+    """The names of these files in a folder, and of those of their experts."""
+    here = {system: ipcs for (system, where), ipcs in ALONG_FEATURES.items() if where == folder}
+    return {f"{system}-IPC{ipc}" for system, ipcs in here.items() for ipc in ipcs} | {f"buffer-{each}" for each in here}
+
+
 TRAJECTORY = ("MTT", "FTD", "DATM", "TESLA", "MCT")
 DEFINING = {  # keys that PAD's files do not have
     "MTT": {"method", "labels"},
@@ -264,6 +274,7 @@ def command_of(method: str) -> tuple[str, type]:
     """The script that takes the system's files, and its settings."""
     kind = method.split("-")[0]
     others = {"DC": ("DC", DCSettings), "DSA": ("DC", DCSettings), "DM": ("DM", DMSettings)}
+    others |= {"TGDD": ("TGDD", TGDDSettings)}
     return others.get(kind, ("PAD", DistillSettings))
 
 
@@ -311,7 +322,7 @@ def differences(ipc: int, method: str) -> dict:
 
 def test_the_folder_holds_these_files_and_no_others():
     expected = {f"{method}-IPC{ipc}" for method, ipc in FACTS} | {f"buffer-{name}" for name in BUFFERS}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == expected | along_features("CIFAR-10")
 
 
 @pytest.mark.parametrize(("method", "ipc"), CASES)

@@ -1,4 +1,8 @@
-"""Distribution matching (DM, arXiv 2110.04181), with a depth filter of ours in the place of PAD's (2408.03360)."""
+"""Distribution matching: features of real and synthetic images under a network of each iteration.
+
+DM (arXiv 2110.04181) compares their means under random networks, TGDD (AAAI 2026) under snapshots of experts. The depth
+filter is ours, in the place of PAD's (2408.03360).
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +20,9 @@ from pad.nn.networks import AnyNetwork
 from pad.rng import generator
 from pad.shares import exact_share
 
+# How far features [n, D] are from those of real images, a scalar, as a function of the former.
+Distance = Callable[[Tensor], Tensor]
+
 
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
     """How many of a network's ``count`` blocks, the deepest, give the features that are matched.
@@ -26,14 +33,24 @@ def matched_blocks(depth_ratio: float | None, count: int) -> int:
     return 1 if depth_ratio is None else math.ceil((1 - exact_share(depth_ratio)) * count)
 
 
+def to_mean(real: Tensor, rng: torch.Generator) -> Distance:
+    """|m - m*|^2, with m* the mean of ``real [n, D]``."""
+    target = real.mean(dim=0)
+    return lambda found: (found.mean(dim=0) - target).square().sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistributionObjective(Objective):
-    """The sum over the classes, and over the ``blocks`` deepest blocks of a random network, of |m - m*|^2.
+    """The sum over the classes, and over the ``blocks`` deepest blocks of a network, of the distance of the features.
 
-    m and m* are the means of the block's features, flattened, of the class's synthetic and real images.
+    Those of a block are flattened. Each class adds the cross-entropy of its synthetic images under a second network, by
+    ``ce_weight``, where there is one.
 
     Args:
         network: iteration ``it``'s, on the device of the images. Its parameters ask for no gradient.
+        classifier: the second one, alike.
+        distance_to: of a class's real features ``[n, D]`` in a block, how far others are from them. Its random numbers
+            are those of class and iteration.
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
         separable: whether an image's features depend on it alone. If not (BatchNorm), the network sees all classes at
             once, as published, and rank 0 does the work.
@@ -46,6 +63,9 @@ class DistributionObjective(Objective):
     blocks: int
     separable: bool
     seed: int
+    distance_to: Callable[[Tensor, torch.Generator], Distance] = to_mean
+    classifier: Callable[[int], AnyNetwork] | None = None
+    ce_weight: float = 1.0
     ranks: Ranks = ALONE
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
@@ -62,32 +82,42 @@ class DistributionObjective(Objective):
         self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int
     ) -> tuple[Tensor, Tensor]:
         """The share of ``groups`` of classes, each of which the network sees at once."""
-        features = blocks_of(self.network(it))
+        blocks = blocks_of(self.network(it))
+        classifier = self.classifier(it) if self.classifier else None
         ipc = len(images) // num_classes
         loss = images.new_zeros(())
         d_images = torch.zeros_like(images)
 
-        def means(batches: list[Tensor]) -> list[list[Tensor]]:
-            """Of each matched block, each batch's mean features."""
+        def features(batches: list[Tensor]) -> list[Sequence[Tensor]]:
+            """Of each matched block, each batch's features."""
             sizes = [len(batch) for batch in batches]
-            deepest = features(torch.cat(batches))[-self.blocks :]
-            return [[part.mean(dim=0) for part in block.flatten(1).split(sizes)] for block in deepest]
+            return [block.flatten(1).split(sizes) for block in blocks(torch.cat(batches))[-self.blocks :]]
 
         for group in groups:
             rngs = [generator(self.seed, "distribution matching", it, c) for c in group]
             real = [self.real.draw(c, rng).to(images.dtype) for c, rng in zip(group, rngs)]
             draws = [self.augmentation.draw(1, rng) for rng in rngs]
             with torch.no_grad():
-                targets = means([augment(x, draw) for x, draw in zip(real, draws)])
+                targets = features([augment(x, draw) for x, draw in zip(real, draws)])
+                distances = [[self.distance_to(*pair) for pair in zip(block, rngs)] for block in targets]
             rows = [slice(c * ipc, (c + 1) * ipc) for c in group]
             with torch.enable_grad():
                 xs = [images[mine].detach().requires_grad_() for mine in rows]
-                found = means([augment(x, draw) for x, draw in zip(xs, draws)])
-                pairs = [pair for block in zip(found, targets) for pair in zip(*block)]
-                distance = images.new_zeros(())
-                for mean, target in pairs:
-                    distance = distance + (mean - target).square().sum()
-                for mine, gradient in zip(rows, torch.autograd.grad(distance, xs)):
+                seen = [augment(x, draw) for x, draw in zip(xs, draws)]
+                total = images.new_zeros(())
+                for found, block in zip(features(seen), distances):
+                    for of_class, distance in zip(found, block):
+                        total = total + distance(of_class)
+                if classifier is not None:
+                    total = total + self.ce_weight * _cross_entropies(classifier, seen, group)
+                for mine, gradient in zip(rows, torch.autograd.grad(total, xs)):
                     d_images[mine] = gradient
-            loss += distance.detach()
+            loss += total.detach()
         return loss, d_images
+
+
+def _cross_entropies(network: AnyNetwork, batches: list[Tensor], classes: list[int]) -> Tensor:
+    """The sum over the batches, each of a class, of the mean -log p of that class."""
+    logits = network.classifier(blocks_of(network)(torch.cat(batches))[-1].flatten(1))
+    parts = logits.log_softmax(dim=1).split([len(batch) for batch in batches])
+    return -torch.stack([part[:, c].mean() for part, c in zip(parts, classes)]).sum()

@@ -79,9 +79,11 @@ class SegmentSampler:
         last = self.max_start_epoch - (not self.convexified) + self.expert_epochs
         for expert in self.experts:
             if store.epochs(expert) < last:
+                asked = f"max_start_epoch {self.max_start_epoch}"
+                asked += f" and expert_epochs {self.expert_epochs}" if self.expert_epochs else ""
                 raise InputError(
-                    f"max_start_epoch {self.max_start_epoch} and expert_epochs {self.expert_epochs} need trajectories "
-                    f"of {last} epochs, but expert {expert} in {store.folder} has {store.epochs(expert)}"
+                    f"{asked} need trajectories of {last} epochs, but expert {expert} in {store.folder} has "
+                    f"{store.epochs(expert)}"
                 )
 
 

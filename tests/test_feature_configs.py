@@ -1,0 +1,81 @@
+"""The files of methods that match features along experts: published values, typed from the sources, and ours."""
+
+from pathlib import Path
+
+import pytest
+from helpers import CHECKOUT
+from test_method_configs import ALONG_FEATURES, command_of, commands_in, header_of, lines_of, marked, settings_of
+
+from pad.commands.evaluate import EvaluationSettings
+from pad.commands.record import BufferSettings
+from pad.config import parse
+
+CONFIGS = CHECKOUT / "configs"
+FILES = [(system, folder, ipc) for (system, folder), ipcs in ALONG_FEATURES.items() for ipc in ipcs]
+COMMON = {"zca": False, "model": "ConvNet", "data_path": str(CHECKOUT / "dataset"), "dsa": True}
+MATCHING = COMMON | {"pix_init": "real", "depth_ratio": None, "drop_easy": 0, "drop_hard": 0}
+FOLLOWED = {"num_eval": 1, "eval_it": 1000}
+EXPECTED = {
+    "TGDD": MATCHING
+    | {
+        "Iteration": 10000,
+        "batch_real": 128,
+        "dsa_strategy": "color_crop_cutout",
+        "stage_epochs": 7,
+        "epoch_eval_train": 1500,
+        "batch_train": 64,
+        "Sequential_Generation": False,
+        "min_start_epoch": 0,
+        "max_start_epoch": None,
+    }
+}
+BY_IPC = {"TGDD": {1: {"ce_weight": 2.5}, 10: {"ce_weight": 2.5}, 50: {"ce_weight": 0.5}}}
+RATES = {"TGDD": lambda folder, ipc: 0.01 * ipc}
+OURS = {"TGDD": FOLLOWED}
+RECIPE = {"lr_teacher": 0.01, "mom": 0.9, "l2": 5e-4, "train_epochs": 60, "dsa_strategy": "color_crop"}
+RECIPE |= {"rho_max": 0, "rho_min": 0, "alpha": 0, "init_ratio": 1}
+BUFFERS = {"TGDD": {"num_experts": 5, "batch_train": 64}}
+
+
+def of_data(folder: str) -> dict:
+    return {"dataset": folder.replace("-", "")}
+
+
+@pytest.mark.parametrize(("system", "folder", "ipc"), FILES)
+def test_values_are_those_that_were_found_and_the_others_are_marked(system, folder, ipc, caplog):
+    path = CONFIGS / folder / f"{system}-IPC{ipc}.yaml"
+    found = settings_of(path, command_of(system)[1])
+    expected = EXPECTED[system] | BY_IPC[system].get(ipc, {}) | OURS[system] | of_data(folder)
+    expected |= {"ipc": ipc, "lr_img": RATES[system](folder, ipc), "name": f"{system}-IPC{ipc}-seed0"}
+    expected |= {"buffer_path": str(CHECKOUT / f"buffer_storage_{system.lower()}")}
+    assert {key: getattr(found, key) for key in expected} == pytest.approx(expected)
+    assert marked(path) == set(OURS[system]) and set(lines_of(path)) <= set(expected) | {"lr_net"}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("system", "folder"), ALONG_FEATURES)
+def test_buffers(system, folder, caplog):
+    path = CONFIGS / folder / f"buffer-{system}.yaml"
+    found = settings_of(path, BufferSettings)
+    expected = COMMON | RECIPE | BUFFERS[system] | of_data(folder)
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert marked(path) == {"rm_epoch_first", "rm_epoch_second"} and not found.curriculum.uses_ranking(60)
+    assert commands_in(path) == [f"python buffer/buffer_CL.py --cfg configs/{folder}/buffer-{system}.yaml"]
+    assert "two things that stage 1 does not do" in header_of(path) and not caplog.records
+
+
+@pytest.mark.parametrize(("system", "folder", "ipc"), FILES)
+def test_the_commands_above_the_files_fit_together(system, folder, ipc, caplog):
+    path = CONFIGS / folder / f"{system}-IPC{ipc}.yaml"
+    script, cls = command_of(system)
+    first, second, third = commands_in(path)
+    assert first == f"python buffer/buffer_CL.py --cfg configs/{folder}/buffer-{system}.yaml"
+    assert second == f"python distill/{script}.py --cfg configs/{folder}/{path.name}"
+    made, score = settings_of(path, cls), parse(EvaluationSettings, third.split()[2:], "test")
+    record = settings_of(CONFIGS / folder / f"buffer-{system}.yaml", BufferSettings)
+    assert all(getattr(record, key) == getattr(made, key) for key in ("dataset", "model", "zca", "buffer_path"))
+    run = ("logged_files", made.dataset, str(ipc), made.model, made.name)
+    assert Path(score.synthetic).parts == (*run, "Normal", "synthetic_last.safetensors")
+    assert str(CHECKOUT / score.data_path) == made.data_path and score.num_eval == 5
+    assert (score.epoch_eval_train, score.batch_train) == (made.epoch_eval_train, made.batch_train)
+    assert not caplog.records

@@ -1,0 +1,136 @@
+"""Features of experts' snapshots (TGDD): loss and gradient beside the formula, and which snapshots an iteration has."""
+
+from collections import Counter
+
+import pytest
+import torch
+from test_distributed import on_ranks
+from test_distribution_matching import IMAGES, LABELS, LR, REAL, ROWS, SEED, assert_is, network, objective, plain
+from test_trajectory_matching import sampler
+
+from pad.data.augment import DSA, NoAugmentation
+from pad.distributed import ALONE
+from pad.matching.distribution import DistributionObjective
+from pad.matching.real import RealBatches
+from pad.matching.snapshots import Stages, networks_at
+from pad.store.trajectories import TrajectoryStore, describe, write_expert
+
+NETWORKS = ("ConvNetD3W8", "ConvNetD2W8BN")
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """By network: two experts that move at random."""
+    found = {}
+    for name in NETWORKS:
+        folder, module = tmp_path_factory.mktemp(name), network(name, 0)
+        named = [(key, parameter.shape) for key, parameter in module.named_parameters()]
+        rng = torch.Generator().manual_seed(0)
+        for expert in (1, 4):
+            description = describe({"dataset": "toy"}, name, named, {"kind": "none"})
+            with write_expert(folder, expert, description, epochs=EPOCHS, seed=0, settings={}) as record:
+                theta = torch.nn.utils.parameters_to_vector(module.parameters())
+                for _ in range(EPOCHS + 1):
+                    record(theta)
+                    theta = theta + 0.1 * torch.randn(len(theta), generator=rng)
+        found[name] = TrajectoryStore.open(folder)
+    return found
+
+
+def stages(store, last=EPOCHS, length=3, **changes):
+    settings = dict(experts=[1, 4], max_start_epoch=last + 1, sequential=False, expert_epochs=0, seed=SEED)
+    return Stages(store=store, sampler=sampler(**settings | changes), stage_epochs=length, seed=SEED)
+
+
+def tgdd(name, store, blocks=1, augmentation=NoAugmentation(), weight=2.5, rows=ROWS, ranks=ALONE, **changes):
+    ours = stages(store, **changes)
+    return DistributionObjective(
+        network=networks_at(ours.first, network(name, 7)),
+        classifier=networks_at(ours.later, network(name, 8)) if weight else None,
+        ce_weight=weight,
+        real=RealBatches(REAL, rows, 10),
+        augmentation=augmentation,
+        blocks=blocks,
+        separable="BN" not in name,
+        seed=SEED,
+        ranks=ranks,
+    )
+
+
+def module_at(name, theta):
+    """An ordinary module of these parameters."""
+    module, at = network(name, 9), 0
+    for parameter in module.parameters():
+        parameter.copy_(theta[at : at + parameter.numel()].view_as(parameter))
+        at += parameter.numel()
+    return module.train()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("blocks, augmentation, rows", [(1, DSA(siamese=True), ROWS), (2, NoAugmentation(), None)])
+@pytest.mark.parametrize("it", [0, 5])
+def test_loss_and_gradient_are_those_of_the_formula(stores, name, blocks, augmentation, rows, it):
+    """With and without filters: ``rows`` of images that are left, and two blocks."""
+    rows = rows or [row[4:18] for row in ROWS]
+    store = stores[name]
+    expert, first, later = stages(store).epochs(it)
+    whole = store.params(expert)
+    modules = [module_at(name, whole[epoch].double()) for epoch in (first, later)]
+    found = tgdd(name, store, blocks, augmentation, rows=rows).gradients(it, IMAGES, LABELS, LR)
+    assert_is(found, *plain(name, it, blocks, augmentation, rows, module=modules[0], classifier=modules[1], weight=2.5))
+
+
+def test_of_untrained_experts_without_the_second_term_it_is_dm(stores):
+    """At epoch 0 alone, beside DM under that one network."""
+    name = NETWORKS[0]
+    ours = tgdd(name, stores[name], weight=0, last=0, augmentation=DSA(siamese=True))
+    theirs = objective(name, augmentation=DSA(siamese=True))
+    fixed = module_at(name, stores[name].rows(1, [0])[0].double())
+    object.__setattr__(theirs, "network", lambda it: fixed)
+    for it in range(2):
+        found, expected = (each.gradients(it, IMAGES, LABELS, LR) for each in (ours, theirs))
+        assert torch.equal(found.loss, expected.loss) and torch.equal(found.images, expected.images)
+
+
+def test_the_second_snapshot_is_of_the_same_stage(stores):
+    ours = stages(stores[NETWORKS[0]])
+    found = [ours.epochs(it) for it in range(3000)]
+    pairs = Counter((first, later) for _, first, later in found)
+    allowed = {(j, k) for j in range(EPOCHS + 1) for k in range(j, min(j + 3, EPOCHS + 1))}
+    assert set(pairs) == allowed
+    for j in range(EPOCHS + 1):
+        of_stage = [pairs[pair] for pair in allowed if pair[0] == j]
+        total, share = sum(of_stage), sum(of_stage) / len(of_stage)
+        assert abs(total - 600) < 4 * (600 * 0.8) ** 0.5
+        assert sum((count - share) ** 2 / share for count in of_stage) < 13.9  # 2 degrees of freedom: 0.1 %
+    assert {expert for expert, *_ in found} == {1, 4}
+    alone = stages(stores[NETWORKS[0]], length=1)
+    assert all(first == later for _, first, later in map(alone.epochs, range(50)))
+
+
+def test_stages_move_along_the_trajectory_where_that_is_asked_for(stores):
+    ours = stages(stores[NETWORKS[0]], sequential=True, current_max_start_epoch=1, expansion_end_epoch=800)
+    firsts = [{ours.epochs(it)[1] for it in range(begin, begin + 200)} for begin in range(0, 1000, 200)]
+    assert firsts == [set(range(n + 1)) for n in range(EPOCHS + 1)]
+
+
+def test_gradients_are_a_function_of_seed_iteration_and_set(stores):
+    name = NETWORKS[0]
+    ours = tgdd(name, stores[name], augmentation=DSA(siamese=True))
+    first = ours.gradients(3, IMAGES, LABELS, LR)
+    ours.gradients(4, IMAGES, LABELS, LR)
+    again = tgdd(name, stores[name], augmentation=DSA(siamese=True)).gradients(3, IMAGES, LABELS, LR)
+    assert torch.equal(first.loss, again.loss) and torch.equal(first.images, again.images)
+
+
+def test_ranks_give_what_one_gives(stores):
+    def work(ranks):
+        found = [tgdd(name, stores[name], 2, ranks=ranks).gradients(1, IMAGES, LABELS, LR) for name in NETWORKS]
+        return [[tensor.numpy() for tensor in (g.loss, g.images)] for g in found]
+
+    alone = work(ALONE)
+    for shared in on_ranks(2, work):
+        for found, expected in zip(shared, alone, strict=True):
+            for ours, one in zip(map(torch.as_tensor, found), map(torch.as_tensor, expected), strict=True):
+                assert (ours - one).norm() <= 1e-12 * one.norm()
