@@ -20,13 +20,16 @@ FORMAT = 1
 
 SMALLEST_LR = 1e-6  # the learned learning rate is kept above it: training with a negative one is of no use
 
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
 
 @dataclass
 class State:
     """Everything that an outer iteration changes.
 
     momentum: that of images, labels and learning rate; zeros where it is not given. average: the exponential moving
-    average of the images (FTD, arXiv 2211.11004), where one is kept. iteration: the next one.
+    average of the images (FTD, arXiv 2211.11004), where one is kept. squares: AdamW's mean squared gradient of the
+    images (arXiv 1711.05101), where they learn by it, in one step an iteration. iteration: the next one.
     """
 
     images: Tensor
@@ -35,6 +38,7 @@ class State:
     _: KW_ONLY
     momentum: list[Tensor] = field(default_factory=list)
     average: Tensor | None = None
+    squares: Tensor | None = None
     iteration: int = 0
     best: float = -1.0
     skipped: int = 0
@@ -52,19 +56,39 @@ class State:
         """All that is no tensor."""
         return {name: getattr(self, name) for name in ("iteration", "best", "skipped", "bad_in_a_row")}
 
-    def step(self, gradients: list[Tensor], rates: list[float], momenta: list[float], ema_decay: float = 0.0) -> None:
+    def step(
+        self,
+        gradients: list[Tensor],
+        rates: list[float],
+        momenta: list[float],
+        ema_decay: float = 0.0,
+        adamw: float | None = None,
+    ) -> None:
         """One SGD step with momentum on images, labels and learning rate.
 
-        The average follows with ``ema_decay``, where one is kept.
+        The average follows with ``ema_decay``, where one is kept. ``adamw``: of the images by AdamW instead, with this
+        weight decay.
         """
         for variable, buffer, gradient, rate, momentum in zip(
             self.variables, self.momentum, gradients, rates, momenta, strict=True
         ):
+            if variable is self.images and adamw is not None:
+                self._adamw(gradient, rate, adamw)
+                continue
             buffer.mul_(momentum).add_(gradient)
             variable.sub_(buffer, alpha=rate)
         self.lr.clamp_(min=SMALLEST_LR)
         if self.average is not None:
             self.average.mul_(ema_decay).add_(self.images, alpha=1 - ema_decay)
+
+    def _adamw(self, gradient: Tensor, rate: float, weight_decay: float) -> None:
+        """A step of AdamW on the images, with torch's defaults."""
+        assert self.squares is not None
+        (first, second), (mean, updates) = ADAM_BETAS, (self.momentum[0], self.iteration - self.skipped + 1)
+        mean.lerp_(gradient, 1 - first)
+        self.squares.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        deviation = (self.squares / (1 - second**updates)).sqrt() + ADAM_EPS
+        self.images.mul_(1 - rate * weight_decay).addcdiv_(mean, deviation, value=-rate / (1 - first**updates))
 
     def save(self, path: Path, *, processes: int = 1, identity: dict | None = None) -> None:
         """Write a checkpoint, atomically.
@@ -101,7 +125,8 @@ class State:
         if before != now:
             log.warning("%s was written with %s, this is %s: results may differ by rounding", path, before, now)
         moved = {name: tensors[name].to(like.images.device) for name in wanted}
-        state = cls(moved["images"], moved["labels"], moved["lr"], average=moved.get("average"), **counters)
+        state = cls(moved["images"], moved["labels"], moved["lr"], **counters)
+        state.average, state.squares = moved.get("average"), moved.get("squares")
         state.momentum = [moved[f"momentum_{name}"] for name in ("images", "labels", "lr")]
         return state
 
@@ -109,7 +134,8 @@ class State:
         """All tensors, as a checkpoint names them."""
         variables = {"images": self.images, "labels": self.labels, "lr": self.lr}
         momentum = {f"momentum_{name}": buffer for name, buffer in zip(variables, self.momentum)}
-        return variables | momentum | ({} if self.average is None else {"average": self.average})
+        kept = {"average": self.average, "squares": self.squares}
+        return variables | momentum | {name: tensor for name, tensor in kept.items() if tensor is not None}
 
 
 def _arithmetic(images: Tensor, processes: int) -> dict:

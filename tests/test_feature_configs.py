@@ -27,14 +27,27 @@ EXPECTED = {
         "Sequential_Generation": False,
         "min_start_epoch": 0,
         "max_start_epoch": None,
-    }
+    },
+    "NCFM": MATCHING
+    | {
+        "Iteration": 20000,
+        "batch_real": 1024,
+        "dsa_strategy": "color_crop_cutout",
+        "frequencies": 4096,
+        "amplitude": 0.5,
+        "ce_weight": 1,
+        "epoch_eval_train": 2000,
+        "batch_train": 128,
+    },
 }
-BY_IPC = {"TGDD": {1: {"ce_weight": 2.5}, 10: {"ce_weight": 2.5}, 50: {"ce_weight": 0.5}}}
-RATES = {"TGDD": lambda folder, ipc: 0.01 * ipc}
-OURS = {"TGDD": FOLLOWED}
+BY_FILE = {key: {"optimiser": "adamw", "decay_img": 5e-4, "lr_img": 0.001} for key in FILES if key[0] == "NCFM"}
+BY_FILE["NCFM", "CIFAR-100", 10] = {"optimiser": "sgd", "lr_img": 0.01}
+for file in FILES:
+    if file[0] == "TGDD":
+        BY_FILE[file] = {"ce_weight": 0.5 if file[2] == 50 else 2.5, "lr_img": 0.01 * file[2]}
 RECIPE = {"lr_teacher": 0.01, "mom": 0.9, "l2": 5e-4, "train_epochs": 60, "dsa_strategy": "color_crop"}
 RECIPE |= {"rho_max": 0, "rho_min": 0, "alpha": 0, "init_ratio": 1}
-BUFFERS = {"TGDD": {"num_experts": 5, "batch_train": 64}}
+BUFFERS = {"TGDD": {"num_experts": 5, "batch_train": 64}, "NCFM": {"num_experts": 20, "batch_train": 128}}
 
 
 def of_data(folder: str) -> dict:
@@ -45,11 +58,11 @@ def of_data(folder: str) -> dict:
 def test_values_are_those_that_were_found_and_the_others_are_marked(system, folder, ipc, caplog):
     path = CONFIGS / folder / f"{system}-IPC{ipc}.yaml"
     found = settings_of(path, command_of(system)[1])
-    expected = EXPECTED[system] | BY_IPC[system].get(ipc, {}) | OURS[system] | of_data(folder)
-    expected |= {"ipc": ipc, "lr_img": RATES[system](folder, ipc), "name": f"{system}-IPC{ipc}-seed0"}
+    expected = EXPECTED[system] | BY_FILE[system, folder, ipc] | FOLLOWED | of_data(folder)
+    expected |= {"ipc": ipc, "name": f"{system}-IPC{ipc}-seed0"}
     expected |= {"buffer_path": str(CHECKOUT / f"buffer_storage_{system.lower()}")}
     assert {key: getattr(found, key) for key in expected} == pytest.approx(expected)
-    assert marked(path) == set(OURS[system]) and set(lines_of(path)) <= set(expected) | {"lr_net"}
+    assert marked(path) == set(FOLLOWED) and set(lines_of(path)) <= set(expected) | {"lr_net"}
     assert not caplog.records
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import CHECKOUT
 
-from pad.commands.distribution import DMSettings, TGDDSettings
+from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
 from pad.commands.record import BufferSettings
@@ -147,6 +147,7 @@ OURS["TESLA", 1] = {"batch_syn": None, "lr_img": 1000 / 2}
 
 # The files of test_feature_configs.py: system, folder, images per class.
 ALONG_FEATURES = {("TGDD", "CIFAR-10"): IPCS, ("TGDD", "CIFAR-100"): (10, 50)}
+ALONG_FEATURES |= {("NCFM", folder): IPCS for folder in ("CIFAR-10", "CIFAR-100")}
 
 
 def along_features(folder: str) -> set[str]:
@@ -274,7 +275,7 @@ def command_of(method: str) -> tuple[str, type]:
     """The script that takes the system's files, and its settings."""
     kind = method.split("-")[0]
     others = {"DC": ("DC", DCSettings), "DSA": ("DC", DCSettings), "DM": ("DM", DMSettings)}
-    others |= {"TGDD": ("TGDD", TGDDSettings)}
+    others |= {"TGDD": ("TGDD", TGDDSettings), "NCFM": ("NCFM", NCFMSettings)}
     return others.get(kind, ("PAD", DistillSettings))
 
 

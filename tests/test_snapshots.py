@@ -1,4 +1,4 @@
-"""Features of experts' snapshots (TGDD): loss and gradient beside the formula, and which snapshots an iteration has."""
+"""Features of experts' snapshots (TGDD, NCFM): loss and gradient beside the formula, and which an iteration has."""
 
 from collections import Counter
 
@@ -10,9 +10,11 @@ from test_trajectory_matching import sampler
 
 from pad.data.augment import DSA, NoAugmentation
 from pad.distributed import ALONE
+from pad.matching.characteristic import ToCharacteristic, characteristic, difference
 from pad.matching.distribution import DistributionObjective
 from pad.matching.real import RealBatches
-from pad.matching.snapshots import Stages, networks_at
+from pad.matching.snapshots import Mixtures, Stages, networks_at
+from pad.matching.trajectory import expert_of
 from pad.store.trajectories import TrajectoryStore, describe, write_expert
 
 NETWORKS = ("ConvNetD3W8", "ConvNetD2W8BN")
@@ -124,9 +126,93 @@ def test_gradients_are_a_function_of_seed_iteration_and_set(stores):
     assert torch.equal(first.loss, again.loss) and torch.equal(first.images, again.images)
 
 
+# ---- characteristic functions (NCFM)
+
+FREQUENCIES = 40
+
+
+def ncfm(name, store, blocks=1, augmentation=NoAugmentation(), weight=2.0, rows=ROWS, amplitude=0.5, ranks=ALONE):
+    ours = Mixtures(store=store, experts=[1, 4], seed=SEED)
+    return DistributionObjective(
+        network=networks_at(ours.mixed, network(name, 7)),
+        classifier=networks_at(ours.trained, network(name, 8)) if weight else None,
+        ce_weight=weight,
+        distance_to=ToCharacteristic(FREQUENCIES, amplitude),
+        real=RealBatches(REAL, rows, 10),
+        augmentation=augmentation,
+        blocks=blocks,
+        separable="BN" not in name,
+        seed=SEED,
+        ranks=ranks,
+    )
+
+
+def of_functions(amplitude):
+    """The distance by complex numbers and angles."""
+
+    def distance(found, real, rng):
+        t = torch.randn(FREQUENCIES, real.shape[1], generator=rng, dtype=torch.float64)
+        phi, target = (
+            torch.stack([torch.exp(1j * (t @ (row / row.square().sum().sqrt()))) for row in each]).mean(dim=0)
+            for each in (found, real)
+        )
+        amplitudes = (phi.abs() - target.abs()) ** 2
+        phases = 2 * phi.abs() * target.abs() * (1 - torch.cos(phi.angle() - target.angle()))
+        return 300 * torch.sqrt(amplitude * amplitudes + (1 - amplitude) * phases).mean()
+
+    return distance
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "blocks, augmentation, rows, amplitude",
+    [(1, DSA(siamese=True), ROWS, 0.5), (2, NoAugmentation(), None, 0.8), (1, NoAugmentation(), ROWS, 0.0)],
+)
+def test_loss_and_gradient_of_characteristic_functions(stores, name, blocks, augmentation, rows, amplitude):
+    """With and without filters: ``rows`` of images that are left, and two blocks."""
+    rows = rows or [row[4:18] for row in ROWS]
+    store, it = stores[name], 5
+    mixtures = Mixtures(store=store, experts=[1, 4], seed=SEED)
+    mixed, trained = (module_at(name, theta(it).double()) for theta in (mixtures.mixed, mixtures.trained))
+    found = ncfm(name, store, blocks, augmentation, rows=rows, amplitude=amplitude).gradients(it, IMAGES, LABELS, LR)
+    others = {"module": mixed, "distance": of_functions(amplitude), "classifier": trained, "weight": 2.0}
+    assert_is(found, *plain(name, it, blocks, augmentation, rows, **others))
+
+
+def test_a_mixture_lies_on_the_line_between_the_ends(stores):
+    store = stores[NETWORKS[0]]
+    ours, shares, seen = Mixtures(store=store, experts=[1, 4], seed=SEED), [], set()
+    for it in range(300):
+        theta = ours.mixed(it).double()
+        first, last = store.rows(expert_of(it, [1, 4], SEED), [0, EPOCHS]).double()
+        assert torch.equal(last, ours.trained(it).double())
+        share = ((theta - last) @ (first - last) / (first - last).square().sum()).item()
+        torch.testing.assert_close(theta, share * first + (1 - share) * last, rtol=0, atol=1e-6)
+        shares.append(share)
+        seen.add(last[0].item())
+    ordered = torch.tensor(shares).sort().values
+    assert len(seen) == 2 and 0 <= ordered[0] and ordered[-1] < 1.000001
+    assert (ordered - torch.linspace(0, 1, 300)).abs().max() < 1.95 / 300**0.5  # Kolmogorov's, at 0.1 %
+
+
+def test_what_amplitude_and_phase_see():
+    """Equal sets are as far as the clamp; one half is the distance in the plane; a common shift has no amplitude."""
+    rng = torch.Generator().manual_seed(0)
+    t, real, other = (torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (9, 20, 5))
+    phi, target = characteristic(other, t), characteristic(real, t)
+    assert difference(target, target, 0.5).item() == pytest.approx(300 * 0.5e-12**0.5, rel=1e-2)
+    plane = torch.complex(*phi) - torch.complex(*target)
+    assert difference(phi, target, 0.5).item() == pytest.approx(300 * (plane.abs() / 2**0.5).mean().item(), rel=1e-12)
+    turned = torch.complex(*target) * torch.exp(1j * (t @ torch.ones(6, dtype=torch.float64)))
+    turned = turned.real, turned.imag
+    assert difference(turned, target, 1.0).item() == pytest.approx(0, abs=1e-10)
+    assert difference(turned, target, 0.0).item() > 1
+
+
 def test_ranks_give_what_one_gives(stores):
     def work(ranks):
-        found = [tgdd(name, stores[name], 2, ranks=ranks).gradients(1, IMAGES, LABELS, LR) for name in NETWORKS]
+        both = [make(name, stores[name], 2, ranks=ranks) for make in (tgdd, ncfm) for name in NETWORKS]
+        found = [ours.gradients(1, IMAGES, LABELS, LR) for ours in both]
         return [[tensor.numpy() for tensor in (g.loss, g.images)] for g in found]
 
     alone = work(ALONE)

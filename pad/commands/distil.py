@@ -48,6 +48,7 @@ class Task:
     images ``[N, C, H, W]``, labels ``[N, K]`` (logits), lr: to begin with. rates: of images, labels, lr.
     made_from: beside settings, as plain values: a checkpoint of a run made from something else is refused.
     provenance: what a synthetic set says of that. recorded: what stands beside the settings in the run's config.
+    adamw: the images learn by AdamW with this weight decay; None: by SGD.
     """
 
     objective: Objective
@@ -60,6 +61,7 @@ class Task:
     momentum_y: float = 0.0
     threshold: float = math.inf
     ema_decay: float = 0.0
+    adamw: float | None = None
     recorded: dict = field(default_factory=dict)
 
 
@@ -194,6 +196,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         rates=task.rates,
         momentum_y=task.momentum_y,
         ema_decay=task.ema_decay,
+        adamw=task.adamw,
     )
     protocol = bench.protocol(settings, len(task.images))
     fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
@@ -217,10 +220,11 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     recorded = settings.as_dict() | task.recorded
     with Run.start(place, recorded) if ranks.is_main else Follower(folder) as run:
         average = task.images.clone() if task.ema_decay else None
+        squares = None if task.adamw is None else torch.zeros_like(task.images)
         lr = torch.tensor(task.lr, device=bench.device)
         distiller = Distiller(
             run=run,
-            state=State(task.images.clone(), task.labels.clone(), lr, average=average),
+            state=State(task.images.clone(), task.labels.clone(), lr, average=average, squares=squares),
             objective=task.objective,
             schedule=schedule,
             synthetic=wrap,

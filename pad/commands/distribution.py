@@ -1,10 +1,12 @@
-"""``distill/DM.py``, ``distill/TGDD.py``: distribution matching, assembled from its settings.
+"""``distill/DM.py``, ``distill/TGDD.py``, ``distill/NCFM.py``: distribution matching, assembled from its settings.
 
 python distill/DM.py --cfg configs/CIFAR-10/DM-IPC10.yaml
 python distill/TGDD.py --cfg configs/CIFAR-10/TGDD-IPC10.yaml
+python distill/NCFM.py --cfg configs/CIFAR-10/NCFM-IPC10.yaml
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +14,16 @@ from typing_extensions import Self
 
 from pad.commands.bench import Workbench
 from pad.commands.distil import Task
-from pad.commands.following import Followed, FromEpochs
+from pad.commands.following import Followed, Following, FromEpochs
 from pad.commands.real import RealMatching
 from pad.config import PACE, RECIPE, setting
+from pad.matching.characteristic import ToCharacteristic
 from pad.matching.distribution import DistributionObjective, matched_blocks
-from pad.matching.snapshots import Stages, networks_at
+from pad.matching.snapshots import Mixtures, Stages, networks_at
 from pad.nn.flat import FlatModel
 from pad.nn.networks import AnyNetwork, refuse_without_features
+
+log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +153,40 @@ class TGDDSettings(FeatureMatching, FromEpochs):
             followed,
             classifier=networks_at(stages.later, later) if self.ce_weight else None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NCFMSettings(FeatureMatching, Following):
+    """``distill/NCFM.py``: match characteristic functions of features under mixed experts (NCFM, 2502.20653)."""
+
+    Iteration: int = setting(20000, "outer iterations 0..Iteration, a mixed network each", PACE, low=0)
+    lr_img: float = setting(0.001, "learning rate of the images", RECIPE, low=0)
+    batch_real: int = setting(1024, "real images of a class per step", RECIPE, low=1, memory=True)
+    frequencies: int = setting(4096, "frequencies at which the functions are compared", RECIPE, low=1, memory=True)
+    amplitude: float = setting(0.5, "weight of the amplitudes; the phases have the rest", RECIPE, low=0, high=1)
+    ce_weight: float = setting(1.0, "weight of the cross-entropy under the trained expert; 0: none", RECIPE, low=0)
+    optimiser: str = setting("adamw", "how the images learn", RECIPE, choices=("adamw", "sgd"))
+    decay_img: float = setting(0.0005, "weight decay of the images, with adamw", RECIPE, low=0)
+
+    refused = {key: why for key, why in FeatureMatching.refused.items() if key not in Following.fields()}
+    program = "ncfm"
+
+    def check(self) -> None:
+        super().check()
+        if self.optimiser == "sgd" and "decay_img" in self.given:
+            log.warning("decay_img does nothing: it is of optimiser: adamw")
+
+    def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
+        """Match the features of real images. A resumed run follows the experts it began with."""
+        followed = self.followed(bench, model, before, lines=True)
+        mixtures = self.fill(Mixtures, store=followed.store, experts=followed.experts)
+        mixed, trained = (bench.network(self.model, self.seed).to(bench.device) for _ in range(2))
+        task = self.matching(
+            bench,
+            model,
+            networks_at(mixtures.mixed, mixed),
+            followed,
+            classifier=networks_at(mixtures.trained, trained) if self.ce_weight else None,
+            distance_to=self.fill(ToCharacteristic),
+        )
+        return dataclasses.replace(task, adamw=self.decay_img if self.optimiser == "adamw" else None)

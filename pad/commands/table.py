@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
-from pad.commands.distribution import DMSettings, TGDDSettings
+from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
 from pad.commands.published import (
@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "DC": Command("DC.py", DCSettings, distill, resumes=True),
     "DM": Command("DM.py", DMSettings, distill, resumes=True),
     "TGDD": Command("TGDD.py", TGDDSettings, distill, resumes=True),
+    "NCFM": Command("NCFM.py", NCFMSettings, distill, resumes=True),
     "evaluate": Command("evaluation.py", EvaluationSettings, evaluate),
     "score": Command("score_difficulty.py", ScoreSettings, score_difficulty),
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),

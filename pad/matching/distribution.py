@@ -1,7 +1,8 @@
 """Distribution matching: features of real and synthetic images under a network of each iteration.
 
-DM (arXiv 2110.04181) compares their means under random networks, TGDD (AAAI 2026) under snapshots of experts. The depth
-filter is ours, in the place of PAD's (2408.03360).
+DM (arXiv 2110.04181) compares their means under random networks, TGDD (AAAI 2026) under snapshots of experts. NCFM
+(2502.20653) compares their characteristic functions (:mod:`pad.matching.characteristic`). The depth filter is ours, in
+the place of PAD's (2408.03360).
 """
 
 import math

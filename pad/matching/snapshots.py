@@ -1,4 +1,4 @@
-"""Networks of an iteration from the trajectories of experts, for the matching of features."""
+"""Networks of an iteration from the trajectories of experts, for the matching of features (TGDD, NCFM)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
 from pad.data.placement import to_device
-from pad.matching.trajectory import SegmentSampler
+from pad.matching.trajectory import SegmentSampler, expert_of
 from pad.nn.networks import AnyNetwork
 from pad.rng import generator
 from pad.store.trajectories import TrajectoryStore
@@ -55,3 +55,26 @@ class Stages:
         """Parameters ``[P]`` of the later one."""
         expert, _, later = self.epochs(it)
         return self.store.rows(expert, [later])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixtures:
+    """NCFM: a point on the straight line between the ends of an expert, and the trained end."""
+
+    store: TrajectoryStore
+    experts: list[int]
+    seed: int
+
+    def mixed(self, it: int) -> Tensor:
+        """l theta(0) + (1 - l) theta(T), with l uniform in [0, 1): ``[P]``."""
+        first, last = self._ends(it)
+        share = torch.rand((), generator=generator(self.seed, "mixture", it), dtype=torch.float64).item()
+        return last.lerp(first, share)
+
+    def trained(self, it: int) -> Tensor:
+        """theta(T) of the same expert: ``[P]``."""
+        return self._ends(it)[1]
+
+    def _ends(self, it: int) -> Tensor:
+        expert = expert_of(it, self.experts, self.seed)
+        return self.store.rows(expert, [0, self.store.epochs(expert)])

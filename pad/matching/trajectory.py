@@ -35,11 +35,18 @@ class Segment:
     end: float
 
 
+def expert_of(it: int, experts: list[int], seed: int) -> int:
+    """The expert of outer iteration ``it``: they come in shuffled passes over all of them."""
+    turn, position = divmod(it, len(experts))
+    order = torch.randperm(len(experts), generator=generator(seed, "expert order", turn))
+    return experts[int(order[position])]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmentSampler:
     """Draws the segment of each outer iteration, as a function of (seed, iteration).
 
-    Experts come in shuffled passes over all of them; start epochs are uniform in [min_start_epoch, upper bound), where
+    Experts come as :func:`expert_of` says; start epochs are uniform in [min_start_epoch, upper bound), where
     sequential generation widens the bound linearly from ``current_max_start_epoch`` to ``max_start_epoch`` at
     ``expansion_end_epoch``. ``convexified``: on convexified trajectories, where they are real numbers.
     """
@@ -63,8 +70,7 @@ class SegmentSampler:
 
     def segment(self, it: int) -> Segment:
         """The segment of outer iteration ``it``."""
-        turn, position = divmod(it, len(self.experts))
-        order = torch.randperm(len(self.experts), generator=generator(self.seed, "expert order", turn))
+        expert = expert_of(it, self.experts, self.seed)
         rng = generator(self.seed, "start epoch", it)
         first, bound = self.min_start_epoch, self.upper_bound(it)
         start: float
@@ -72,7 +78,7 @@ class SegmentSampler:
             start = first + (bound - first) * torch.rand((), generator=rng, dtype=torch.float64).item()
         else:
             start = int(torch.randint(first, bound, (), generator=rng))
-        return Segment(self.experts[int(order[position])], start, start + self.expert_epochs)
+        return Segment(expert, start, start + self.expert_epochs)
 
     def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""

@@ -40,8 +40,10 @@ DATA = {"dataset": "FashionMNISTMini", "train_per_class": 40, "model": MODEL}
 RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eval_train": 1}
 RUN |= {"eval_it": 2, "checkpoint_every": 1}
 OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}, "TGDD": {"lr_img": 1}}
+OWN |= {"NCFM": {"frequencies": 32}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions, "TGDD": cli.match_along_trajectories}
-FOLLOWING = {"TGDD"}  # experts, for whose buffer see recorded
+DOORS |= {"NCFM": cli.match_characteristics}
+FOLLOWING = {"TGDD", "NCFM"}  # experts, for whose buffer see recorded
 QUICK_BUT_DC = pytest.mark.parametrize("system", [slow("DC"), *(system for system in DOORS if system != "DC")])
 OBJECTIVES = {system: (DistributionObjective, "gradients") for system in DOORS} | {"DC": (GradientObjective, "steps")}
 
@@ -201,6 +203,12 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
         slow("TGDD", ["--min_start_epoch", "2"]),
         slow("TGDD", ["--max_start_epoch", "1"]),
         slow("TGDD", ["--max_experts", "1"]),
+        ("NCFM", ["--optimiser", "sgd"]),
+        slow("NCFM", ["--depth_ratio", "0"]),
+        slow("NCFM", ["--frequencies", "33"]),
+        slow("NCFM", ["--amplitude", "0.9"]),
+        slow("NCFM", ["--ce_weight", "0"]),
+        slow("NCFM", ["--decay_img", "100"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -262,6 +270,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         slow("DC", ["--match_to", "0.5"], "match_to: 1.0 in the run, 0.5 in the config"),
         ("TGDD", ["--ce_weight", "2"], "ce_weight: 1.0 in the run, 2.0 in the config"),
         slow("TGDD", ["--stage_epochs", "2"], "stage_epochs: 7 in the run, 2 in the config"),
+        ("NCFM", ["--optimiser", "sgd"], "optimiser: adamw in the run, sgd in the config"),
+        slow("NCFM", ["--frequencies", "33"], "frequencies: 32 in the run, 33 in the config"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
@@ -368,6 +378,10 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
         ("TGDD", ["--train_per_class", "39"], "the buffer"),
         ("TGDD", ["--max_start_epoch", "5"], "max_start_epoch 5 need trajectories of 4 epochs"),
         ("TGDD", ["--max_start_epoch", "2", "--min_start_epoch", "2"], "leaves no start epoch"),
+        ("NCFM", ["--ipc", "41"], "ipc: 41"),
+        ("NCFM", ["--buffer_path", "nowhere"], "no expert trajectories in nowhere"),
+        ("NCFM", ["--max_start_epoch", "2"], "max_start_epoch: it belongs to trajectory matching"),
+        ("NCFM", ["--optimiser", "adam"], "optimiser"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
@@ -481,6 +495,13 @@ def test_lines_are_refused_where_snapshots_are_asked_for(buffer, tmp_path, capfd
     argv = argv_of("TGDD", tmp_path / "runs", buffer_path=tmp_path / "lines")
     assert cli.match_along_trajectories(argv) == 2
     assert "two epochs of each: give the buffer that" in capfd.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_mixtures_need_no_more_than_lines(finished, buffer, tmp_path):
+    (whole,) = {path.parent for path in buffer.rglob("expert_*.safetensors")}
+    assert cli.convexify_buffer([str(whole), str(tmp_path / "lines" / whole.relative_to(buffer))]) == 0
+    assert cli.match_characteristics(argv_of("NCFM", tmp_path / "runs", buffer_path=tmp_path / "lines")) == 0
+    assert torch.equal(last_of(tmp_path / "runs").images, last_of(finished["NCFM"]).images)
 
 
 @pytest.mark.parametrize("system", sorted(FOLLOWING))
