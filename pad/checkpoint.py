@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pad.errors import InputError
 from pad.nn import kernels
+from pad.nn.adamw import adamw_
 from pad.store.identity import refuse_difference
 from pad.store.tensors import load_tensors, save_tensors
 
@@ -20,8 +21,6 @@ FORMAT = 1
 
 SMALLEST_LR = 1e-6  # the learned learning rate is kept above it: training with a negative one is of no use
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
-
 
 @dataclass
 class State:
@@ -29,7 +28,8 @@ class State:
 
     momentum: that of images, labels and learning rate; zeros where it is not given. average: the exponential moving
     average of the images (FTD, arXiv 2211.11004), where one is kept. squares: AdamW's mean squared gradient of the
-    images (arXiv 1711.05101), where they learn by it, in one step an iteration. iteration: the next one.
+    images (arXiv 1711.05101), where they learn by it, in one step an iteration. memory: the objective's. iteration: the
+    next one.
     """
 
     images: Tensor
@@ -39,6 +39,7 @@ class State:
     momentum: list[Tensor] = field(default_factory=list)
     average: Tensor | None = None
     squares: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
     iteration: int = 0
     best: float = -1.0
     skipped: int = 0
@@ -73,22 +74,15 @@ class State:
             self.variables, self.momentum, gradients, rates, momenta, strict=True
         ):
             if variable is self.images and adamw is not None:
-                self._adamw(gradient, rate, adamw)
+                assert self.squares is not None
+                updates = self.iteration - self.skipped + 1
+                adamw_(variable, buffer, self.squares, gradient, updates=updates, rate=rate, decay=adamw)
                 continue
             buffer.mul_(momentum).add_(gradient)
             variable.sub_(buffer, alpha=rate)
         self.lr.clamp_(min=SMALLEST_LR)
         if self.average is not None:
             self.average.mul_(ema_decay).add_(self.images, alpha=1 - ema_decay)
-
-    def _adamw(self, gradient: Tensor, rate: float, weight_decay: float) -> None:
-        """A step of AdamW on the images, with torch's defaults."""
-        assert self.squares is not None
-        (first, second), (mean, updates) = ADAM_BETAS, (self.momentum[0], self.iteration - self.skipped + 1)
-        mean.lerp_(gradient, 1 - first)
-        self.squares.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        deviation = (self.squares / (1 - second**updates)).sqrt() + ADAM_EPS
-        self.images.mul_(1 - rate * weight_decay).addcdiv_(mean, deviation, value=-rate / (1 - first**updates))
 
     def save(self, path: Path, *, processes: int = 1, identity: dict | None = None) -> None:
         """Write a checkpoint, atomically.
@@ -127,6 +121,7 @@ class State:
         moved = {name: tensors[name].to(like.images.device) for name in wanted}
         state = cls(moved["images"], moved["labels"], moved["lr"], **counters)
         state.average, state.squares = moved.get("average"), moved.get("squares")
+        state.memory = {name: moved[f"memory_{name}"] for name in like.memory}
         state.momentum = [moved[f"momentum_{name}"] for name in ("images", "labels", "lr")]
         return state
 
@@ -135,6 +130,7 @@ class State:
         variables = {"images": self.images, "labels": self.labels, "lr": self.lr}
         momentum = {f"momentum_{name}": buffer for name, buffer in zip(variables, self.momentum)}
         kept = {"average": self.average, "squares": self.squares}
+        kept |= {f"memory_{name}": tensor for name, tensor in self.memory.items()}
         return variables | momentum | {name: tensor for name, tensor in kept.items() if tensor is not None}
 
 

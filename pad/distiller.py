@@ -97,6 +97,9 @@ class Distiller:
             return State.load(self.checkpoint, self.state, processes=self.ranks.size, identity=self.identity)
 
         if state := self.ranks.on_main(load):
+            for name, tensor in self.objective.memory.items():
+                tensor.copy_(state.memory[name])
+            state.memory = self.state.memory
             self.state = state
             self._saved = state.iteration
             log.info("going on from iteration %d", state.iteration)

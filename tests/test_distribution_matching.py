@@ -48,8 +48,10 @@ def of_means(found, real, rng):
     return ((sum(found) / len(found) - sum(real) / len(real)) ** 2).sum()
 
 
-def plain(name, it, blocks, augmentation, rows=ROWS, module=None, distance=of_means, classifier=None, weight=0):
-    """Loss and gradient of the images; a network with BatchNorm sees the images of all classes at once."""
+def plain(
+    name, it, blocks, augmentation, rows=ROWS, module=None, distance=of_means, classifier=None, weight=0, learned=()
+):
+    """Loss and its gradients, in the images and what else is learned; BatchNorm sees all classes at once."""
     module, x, seen = (module or network(name, it)).train(), IMAGES.clone().requires_grad_(), []
     hooks = [
         block.register_forward_hook(lambda block, inputs, output: seen.append(output))
@@ -88,7 +90,7 @@ def plain(name, it, blocks, augmentation, rows=ROWS, module=None, distance=of_me
             torch.cat(logits), torch.arange(CLASSES).repeat_interleave(IPC), reduction="none"
         )
         loss = loss + weight * of_images.sum() / IPC
-    return loss.item(), torch.autograd.grad(loss, x)[0]
+    return loss.item(), *torch.autograd.grad(loss, [x, *learned])
 
 
 def assert_is(found, loss, gradient):

@@ -10,7 +10,7 @@ from test_trajectory_matching import sampler
 
 from pad.data.augment import DSA, NoAugmentation
 from pad.distributed import ALONE
-from pad.matching.characteristic import ToCharacteristic, characteristic, difference
+from pad.matching.characteristic import SamplingNetwork, ToCharacteristic, characteristic, difference
 from pad.matching.distribution import DistributionObjective
 from pad.matching.real import RealBatches
 from pad.matching.snapshots import Mixtures, Stages, networks_at
@@ -131,13 +131,24 @@ def test_gradients_are_a_function_of_seed_iteration_and_set(stores):
 FREQUENCIES = 40
 
 
-def ncfm(name, store, blocks=1, augmentation=NoAugmentation(), weight=2.0, rows=ROWS, amplitude=0.5, ranks=ALONE):
+def ncfm(
+    name,
+    store,
+    blocks=1,
+    augmentation=NoAugmentation(),
+    weight=2.0,
+    rows=ROWS,
+    amplitude=0.5,
+    ranks=ALONE,
+    sampling=None,
+):
     ours = Mixtures(store=store, experts=[1, 4], seed=SEED)
     return DistributionObjective(
         network=networks_at(ours.mixed, network(name, 7)),
         classifier=networks_at(ours.trained, network(name, 8)) if weight else None,
         ce_weight=weight,
-        distance_to=ToCharacteristic(FREQUENCIES, amplitude),
+        distance_to=ToCharacteristic(FREQUENCIES, amplitude, sampling),
+        opponent=sampling,
         real=RealBatches(REAL, rows, 10),
         augmentation=augmentation,
         blocks=blocks,
@@ -147,11 +158,15 @@ def ncfm(name, store, blocks=1, augmentation=NoAugmentation(), weight=2.0, rows=
     )
 
 
-def of_functions(amplitude):
+def normal(rng, n, features):
+    return torch.randn(n, features, generator=rng, dtype=torch.float64)
+
+
+def of_functions(amplitude, frequencies=lambda rng, features: normal(rng, FREQUENCIES, features)):
     """The distance by complex numbers and angles."""
 
     def distance(found, real, rng):
-        t = torch.randn(FREQUENCIES, real.shape[1], generator=rng, dtype=torch.float64)
+        t = frequencies(rng, real.shape[1])
         phi, target = (
             torch.stack([torch.exp(1j * (t @ (row / row.square().sum().sqrt()))) for row in each]).mean(dim=0)
             for each in (found, real)
@@ -212,11 +227,75 @@ def test_what_amplitude_and_phase_see():
 def test_ranks_give_what_one_gives(stores):
     def work(ranks):
         both = [make(name, stores[name], 2, ranks=ranks) for make in (tgdd, ncfm) for name in NETWORKS]
-        found = [ours.gradients(1, IMAGES, LABELS, LR) for ours in both]
-        return [[tensor.numpy() for tensor in (g.loss, g.images)] for g in found]
+        both += [ncfm(name, stores[name], ranks=ranks, sampling=sampling_for(name)) for name in NETWORKS]
+        found = [(ours.gradients(1, IMAGES, LABELS, LR), ours.memory.values()) for ours in both]
+        return [[tensor.numpy() for tensor in (g.loss, g.images, *memory)] for g, memory in found]
 
     alone = work(ALONE)
     for shared in on_ranks(2, work):
         for found, expected in zip(shared, alone, strict=True):
             for ours, one in zip(map(torch.as_tensor, found), map(torch.as_tensor, expected), strict=True):
                 assert (ours - one).norm() <= 1e-12 * one.norm()
+
+
+# ---- the network that makes the frequencies
+
+
+def sampling_for(name, seed=3):
+    features = network(name, 0).classifier.in_features
+    return SamplingNetwork(features, rate=0.02, seed=seed, like=torch.empty(0, dtype=torch.float64))
+
+
+def by_hand(psi):
+    """The frequencies of parameters psi [Q], layer by layer."""
+
+    def frequencies(rng, d):
+        parts = psi.split([d * d, d, d, d] * 3)
+        h = normal(rng, 3, d)  # of 40 frequencies: 16, 16, 8
+        for i, last in enumerate((torch.nn.functional.leaky_relu,) * 2 + (torch.tanh,)):
+            weight, bias, gain, shift = parts[4 * i : 4 * i + 4]
+            h = h @ weight.view(d, d).T + bias
+            h = (h - h.mean(dim=0)) / (h.var(dim=0, unbiased=False) + 1e-5).sqrt() * gain + shift
+            h = last(h, 0.2) if i < 2 else last(h)
+        return torch.cat([h[0].expand(16, d), h[1].expand(16, d), h[2].expand(8, d)]) * normal(rng, 40, d)
+
+    return frequencies
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_set_goes_down_and_the_sampling_network_up(stores, name):
+    """Three iterations, beside the formula and torch's AdamW."""
+    store, sampling = stores[name], sampling_for(name)
+    ours = ncfm(name, store, augmentation=DSA(siamese=True), sampling=sampling)
+    mixtures = Mixtures(store=store, experts=[1, 4], seed=SEED)
+    psi = sampling.parameters.detach().clone().requires_grad_()
+    adamw = torch.optim.AdamW([psi], lr=0.02, weight_decay=0, maximize=True)
+    learn, seen = sampling.learn, []
+    sampling.learn = lambda gradient: (seen.append(gradient), learn(gradient))
+    for it in range(3):
+        mixed, trained = (module_at(name, theta(it).double()) for theta in (mixtures.mixed, mixtures.trained))
+        others = {"module": mixed, "classifier": trained, "weight": 2.0, "learned": [psi]}
+        distance = of_functions(0.5, by_hand(psi))
+        loss, gradient, psi.grad = plain(name, it, 1, DSA(siamese=True), distance=distance, **others)
+        assert_is(ours.gradients(it, IMAGES, LABELS, LR), loss, gradient)
+        assert psi.grad.norm() > 0 and (seen[it] - psi.grad).norm() < 1e-10 * psi.grad.norm()
+        adamw.step()
+        # a bias before a BatchNorm has no gradient but the rounding, of which AdamW makes more
+        assert (sampling.parameters - psi).norm() < 1e-6 * psi.norm()
+
+
+def test_what_the_sampling_network_is_made_of_goes_on(stores):
+    """From the memory of another; a gradient that is not finite changes nothing."""
+    name = NETWORKS[0]
+    whole, begun, other = (sampling_for(name, seed) for seed in (3, 3, 4))
+    of = {sampling: ncfm(name, stores[name], sampling=sampling) for sampling in (whole, begun, other)}
+    expected = [of[whole].gradients(it, IMAGES, LABELS, LR) for it in range(3)]
+    of[begun].gradients(0, IMAGES, LABELS, LR)
+    for key, tensor in other.memory.items():
+        tensor.copy_(begun.memory[key])
+    other.learn(torch.full_like(whole.parameters.detach(), torch.inf))
+    for it in (1, 2):
+        found = of[other].gradients(it, IMAGES, LABELS, LR)
+        assert torch.equal(found.loss, expected[it].loss) and torch.equal(found.images, expected[it].images)
+    assert all(torch.equal(tensor, whole.memory[key]) for key, tensor in other.memory.items())
+    assert of[whole].memory.keys() == whole.memory.keys() and other.updates == 3

@@ -221,10 +221,11 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     with Run.start(place, recorded) if ranks.is_main else Follower(folder) as run:
         average = task.images.clone() if task.ema_decay else None
         squares = None if task.adamw is None else torch.zeros_like(task.images)
+        kept: dict = {"average": average, "squares": squares, "memory": dict(task.objective.memory)}
         lr = torch.tensor(task.lr, device=bench.device)
         distiller = Distiller(
             run=run,
-            state=State(task.images.clone(), task.labels.clone(), lr, average=average, squares=squares),
+            state=State(task.images.clone(), task.labels.clone(), lr, **kept),
             objective=task.objective,
             schedule=schedule,
             synthetic=wrap,

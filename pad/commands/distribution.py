@@ -7,9 +7,11 @@ python distill/NCFM.py --cfg configs/CIFAR-10/NCFM-IPC10.yaml
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from typing_extensions import Self
 
 from pad.commands.bench import Workbench
@@ -17,7 +19,8 @@ from pad.commands.distil import Task
 from pad.commands.following import Followed, Following, FromEpochs
 from pad.commands.real import RealMatching
 from pad.config import PACE, RECIPE, setting
-from pad.matching.characteristic import ToCharacteristic
+from pad.errors import InputError
+from pad.matching.characteristic import PER_SCALE, SamplingNetwork, ToCharacteristic
 from pad.matching.distribution import DistributionObjective, matched_blocks
 from pad.matching.snapshots import Mixtures, Stages, networks_at
 from pad.nn.flat import FlatModel
@@ -164,6 +167,8 @@ class NCFMSettings(FeatureMatching, Following):
     batch_real: int = setting(1024, "real images of a class per step", RECIPE, low=1, memory=True)
     frequencies: int = setting(4096, "frequencies at which the functions are compared", RECIPE, low=1, memory=True)
     amplitude: float = setting(0.5, "weight of the amplitudes; the phases have the rest", RECIPE, low=0, high=1)
+    sampling_net: bool = setting(False, "frequencies by a network that learns against the set", RECIPE)
+    lr_sampling: float = setting(0.001, "learning rate of that network", RECIPE, above=0)
     ce_weight: float = setting(1.0, "weight of the cross-entropy under the trained expert; 0: none", RECIPE, low=0)
     optimiser: str = setting("adamw", "how the images learn", RECIPE, choices=("adamw", "sgd"))
     decay_img: float = setting(0.0005, "weight decay of the images, with adamw", RECIPE, low=0)
@@ -175,18 +180,30 @@ class NCFMSettings(FeatureMatching, Following):
         super().check()
         if self.optimiser == "sgd" and "decay_img" in self.given:
             log.warning("decay_img does nothing: it is of optimiser: adamw")
+        if self.sampling_net and (scales := math.ceil(self.frequencies / PER_SCALE)) < 3:
+            raise InputError(
+                f"frequencies: {self.frequencies} give sampling_net {scales} scales, of which it can learn nothing; "
+                f"it needs 3, which {2 * PER_SCALE + 1} give"
+            )
+        if self.sampling_net and self.depth_ratio is not None:
+            raise InputError("sampling_net makes frequencies for the last block alone; leave depth_ratio out")
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Match the features of real images. A resumed run follows the experts it began with."""
         followed = self.followed(bench, model, before, lines=True)
         mixtures = self.fill(Mixtures, store=followed.store, experts=followed.experts)
         mixed, trained = (bench.network(self.model, self.seed).to(bench.device) for _ in range(2))
+        sampling = None
+        if self.sampling_net:
+            like = torch.empty(0, device=bench.device)
+            sampling = SamplingNetwork(mixed.classifier.in_features, self.lr_sampling, self.seed, like)
         task = self.matching(
             bench,
             model,
             networks_at(mixtures.mixed, mixed),
             followed,
             classifier=networks_at(mixtures.trained, trained) if self.ce_weight else None,
-            distance_to=self.fill(ToCharacteristic),
+            distance_to=self.fill(ToCharacteristic, sampling=sampling),
+            opponent=sampling,
         )
         return dataclasses.replace(task, adamw=self.decay_img if self.optimiser == "adamw" else None)

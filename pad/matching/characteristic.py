@@ -3,16 +3,21 @@
 Phi(t), the mean over images of exp(i <t, f / |f|>), says all of the distribution of the features' directions f / |f|.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pad.data.placement import to_device
 from pad.matching.distribution import Distance
+from pad.nn.adamw import adamw_
+from pad.nn.flat import FlatModel
+from pad.rng import seeded
 
 SCALE = 300.0  # of the loss, in the published code alone
+PER_SCALE = 16  # frequencies of one scale, as published
 SMALLEST = 1e-12  # of the phase's part, whose root would have no slope at 0
 
 
@@ -35,14 +40,66 @@ def difference(found: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], ampl
     return SCALE * squares.sqrt().mean()
 
 
+class SamplingNetwork:
+    """psi, which makes frequencies, and learns to make those at which two sets differ most.
+
+    t = psi(z) eps, elementwise, with z and eps normal ``[D]``: psi(z) is the scale, in (-1, 1), of 16 frequencies. psi
+    has three linear layers ``[D, D]``, each with a BatchNorm, and LeakyReLU, LeakyReLU and tanh behind them.
+    """
+
+    def __init__(self, features: int, rate: float, seed: int, like: Tensor):
+        """``features``: D. ``rate``: of AdamW. ``like``: type and device of its numbers."""
+        self.rate, self.features = rate, features
+        activations: list[nn.Module] = [nn.LeakyReLU(0.2), nn.LeakyReLU(0.2), nn.Tanh()]
+        with seeded(seed, "sampling network"):
+            layers = [(nn.Linear(features, features), nn.BatchNorm1d(features), last) for last in activations]
+        module = nn.Sequential(*(part for layer in layers for part in layer))
+        self.model = FlatModel(module)
+        self.parameters = self.model.flatten(module).to(like).requires_grad_()
+        self.mean, self.squares = (torch.zeros_like(self.parameters, requires_grad=False) for _ in range(2))
+        self.updates = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        learned = {"psi": self.parameters.detach(), "psi_mean": self.mean, "psi_squares": self.squares}
+        return learned | {"psi_updates": self.updates}
+
+    def frequencies(self, count: int, rng: torch.Generator) -> Tensor:
+        """``[count, D]``, differentiable in the parameters."""
+        like = self.parameters
+        scales = math.ceil(count / PER_SCALE)
+        z, normal = (torch.randn(n, self.features, generator=rng, dtype=like.dtype) for n in (scales, count))
+        of_scale = self.model(like, to_device(z, like.device)).repeat_interleave(PER_SCALE, dim=0)
+        return of_scale[:count] * to_device(normal, like.device)
+
+    @torch.no_grad()
+    def learn(self, gradient: Tensor) -> None:
+        """One step of AdamW up ``gradient [Q]``; none where that is not finite."""
+        if gradient.isfinite().all():
+            self.updates += 1
+            learned = self.parameters, self.mean, self.squares
+            adamw_(*learned, -gradient, updates=self.updates.item(), rate=self.rate)
+
+
 @dataclass(frozen=True)
 class ToCharacteristic:
-    """:func:`difference` at as many normal random ``frequencies``, drawn for each class, block and iteration."""
+    """:func:`difference` at so many ``frequencies``, drawn for each class, block and iteration.
+
+    They are normal, or those of ``sampling``, which then is the opponent.
+    """
 
     frequencies: int
     amplitude: float
+    sampling: SamplingNetwork | None = None
 
     def __call__(self, real: Tensor, rng: torch.Generator) -> Distance:
+        if sampling := self.sampling:
+
+            def distance(found: Tensor) -> Tensor:
+                t = sampling.frequencies(self.frequencies, rng)
+                return difference(characteristic(found, t), characteristic(real, t), self.amplitude)
+
+            return distance
         t = torch.randn(self.frequencies, real.shape[1], generator=rng, dtype=real.dtype)
         t = to_device(t, real.device)
         target = characteristic(real, t)

@@ -8,6 +8,7 @@ the place of PAD's (2408.03360).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ from pad.shares import exact_share
 
 # How far features [n, D] are from those of real images, a scalar, as a function of the former.
 Distance = Callable[[Tensor], Tensor]
+
+
+class Opponent(Protocol):
+    """What learns against the set.
+
+    parameters: ``[Q]``, asks for a gradient. memory: what it is at this moment, see :class:`Objective`.
+    """
+
+    parameters: Tensor
+    memory: dict[str, Tensor]
+
+    def learn(self, gradient: Tensor) -> None:
+        """One step up the ``gradient [Q]`` of an iteration's loss."""
 
 
 def matched_blocks(depth_ratio: float | None, count: int) -> int:
@@ -52,6 +66,7 @@ class DistributionObjective(Objective):
         classifier: the second one, alike.
         distance_to: of a class's real features ``[n, D]`` in a block, how far others are from them. Its random numbers
             are those of class and iteration.
+        opponent: has parameters in it, and learns from their gradient to make the distance large.
         augmentation: one draw for the real and the synthetic images of a class (DSA: siamese).
         separable: whether an image's features depend on it alone. If not (BatchNorm), the network sees all classes at
             once, as published, and rank 0 does the work.
@@ -65,6 +80,7 @@ class DistributionObjective(Objective):
     separable: bool
     seed: int
     distance_to: Callable[[Tensor, torch.Generator], Distance] = to_mean
+    opponent: Opponent | None = None
     classifier: Callable[[int], AnyNetwork] | None = None
     ce_weight: float = 1.0
     ranks: Ranks = ALONE
@@ -73,21 +89,28 @@ class DistributionObjective(Objective):
         """Loss and gradient in images ``[N, C, H, W]``; those in labels and lr are zero."""
         classes = range(labels.shape[1])
         if self.separable:
-            loss, d_images = self._gradients(it, images, [[c] for c in self.ranks.deal(classes)], len(classes))
-            self.ranks.all_reduce_(loss, d_images)
+            found = self._gradients(it, images, [[c] for c in self.ranks.deal(classes)], len(classes))
+            self.ranks.all_reduce_(*found)
         else:
-            loss, d_images = self.ranks.on_main(lambda: self._gradients(it, images, [list(classes)], len(classes)))
+            found = self.ranks.on_main(lambda: self._gradients(it, images, [list(classes)], len(classes)))
+        loss, d_images, *d_opponent = found
+        if self.opponent:
+            self.opponent.learn(*d_opponent)
         return Gradients(loss, d_images, torch.zeros_like(labels), torch.zeros_like(lr))
 
-    def _gradients(
-        self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int
-    ) -> tuple[Tensor, Tensor]:
-        """The share of ``groups`` of classes, each of which the network sees at once."""
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        return self.opponent.memory if self.opponent else {}
+
+    def _gradients(self, it: int, images: Tensor, groups: Sequence[list[int]], num_classes: int) -> list[Tensor]:
+        """The share of ``groups`` of classes, each of which the network sees at once: loss, its gradients."""
         blocks = blocks_of(self.network(it))
         classifier = self.classifier(it) if self.classifier else None
         ipc = len(images) // num_classes
         loss = images.new_zeros(())
         d_images = torch.zeros_like(images)
+        learned = [self.opponent.parameters] if self.opponent else []
+        d_learned = [torch.zeros_like(tensor) for tensor in learned]
 
         def features(batches: list[Tensor]) -> list[Sequence[Tensor]]:
             """Of each matched block, each batch's features."""
@@ -111,10 +134,13 @@ class DistributionObjective(Objective):
                         total = total + distance(of_class)
                 if classifier is not None:
                     total = total + self.ce_weight * _cross_entropies(classifier, seen, group)
-                for mine, gradient in zip(rows, torch.autograd.grad(total, xs)):
-                    d_images[mine] = gradient
+                gradients = torch.autograd.grad(total, [*xs, *learned])
+            for mine, gradient in zip(rows, gradients):
+                d_images[mine] = gradient
+            for whole, gradient in zip(d_learned, gradients[len(xs) :]):
+                whole += gradient
             loss += total.detach()
-        return loss, d_images
+        return [loss, d_images, *d_learned]
 
 
 def _cross_entropies(network: AnyNetwork, batches: list[Tensor], classes: list[int]) -> Tensor:

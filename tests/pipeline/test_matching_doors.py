@@ -40,7 +40,7 @@ DATA = {"dataset": "FashionMNISTMini", "train_per_class": 40, "model": MODEL}
 RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eval_train": 1}
 RUN |= {"eval_it": 2, "checkpoint_every": 1}
 OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}, "TGDD": {"lr_img": 1}}
-OWN |= {"NCFM": {"frequencies": 32}}
+OWN |= {"NCFM": {"frequencies": 160, "sampling_net": True}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions, "TGDD": cli.match_along_trajectories}
 DOORS |= {"NCFM": cli.match_characteristics}
 FOLLOWING = {"TGDD", "NCFM"}  # experts, for whose buffer see recorded
@@ -204,8 +204,10 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
         slow("TGDD", ["--max_start_epoch", "1"]),
         slow("TGDD", ["--max_experts", "1"]),
         ("NCFM", ["--optimiser", "sgd"]),
-        slow("NCFM", ["--depth_ratio", "0"]),
-        slow("NCFM", ["--frequencies", "33"]),
+        slow("NCFM", ["--sampling_net", "False"]),
+        slow("NCFM", ["--sampling_net", "False", "--depth_ratio", "0"]),
+        slow("NCFM", ["--lr_sampling", "0.1"]),
+        slow("NCFM", ["--frequencies", "161"]),
         slow("NCFM", ["--amplitude", "0.9"]),
         slow("NCFM", ["--ce_weight", "0"]),
         slow("NCFM", ["--decay_img", "100"]),
@@ -271,7 +273,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         ("TGDD", ["--ce_weight", "2"], "ce_weight: 1.0 in the run, 2.0 in the config"),
         slow("TGDD", ["--stage_epochs", "2"], "stage_epochs: 7 in the run, 2 in the config"),
         ("NCFM", ["--optimiser", "sgd"], "optimiser: adamw in the run, sgd in the config"),
-        slow("NCFM", ["--frequencies", "33"], "frequencies: 32 in the run, 33 in the config"),
+        slow("NCFM", ["--frequencies", "161"], "frequencies: 160 in the run, 161 in the config"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
@@ -289,7 +291,10 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, 
 def test_two_processes_give_what_one_gives(finished, tmp_path, system):
     codes, out, err = two_ranks(tmp_path, DOORS[system], argv_of(system, tmp_path))
     assert codes == [0, 0], err
-    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[system]).images, rtol=1e-4, atol=1e-4)
+    # of a gradient that is nothing but rounding AdamW makes a step of lr_img, 0.001
+    apart = 2e-3 if system == "NCFM" else 1e-4
+    torch.testing.assert_close(last_of(tmp_path).images, last_of(finished[system]).images, rtol=1e-4, atol=apart)
+    torch.testing.assert_close(losses(tmp_path), losses(finished[system]), rtol=1e-3, atol=0)
 
 
 # ---- difficulty
@@ -382,6 +387,8 @@ def test_a_run_that_goes_on_with_another_ranking_is_refused(tmp_path, monkeypatc
         ("NCFM", ["--buffer_path", "nowhere"], "no expert trajectories in nowhere"),
         ("NCFM", ["--max_start_epoch", "2"], "max_start_epoch: it belongs to trajectory matching"),
         ("NCFM", ["--optimiser", "adam"], "optimiser"),
+        ("NCFM", ["--frequencies", "32"], "frequencies: 32 give sampling_net 2 scales"),
+        ("NCFM", ["--depth_ratio", "0.5"], "for the last block alone; leave depth_ratio out"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
