@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from helpers import CHECKOUT
+from helpers import CHECKOUT, command_line
 from test_method_configs import ALONG_FEATURES, command_of, commands_in, header_of, lines_of, marked, settings_of
 
+from pad import cli
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.config import parse
@@ -92,3 +93,18 @@ def test_the_commands_above_the_files_fit_together(system, folder, ipc, caplog):
     assert str(CHECKOUT / score.data_path) == made.data_path and score.num_eval == 5
     assert (score.epoch_eval_train, score.batch_train) == (made.epoch_eval_train, made.batch_train)
     assert not caplog.records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["CIFAR-10", "CIFAR-100"])
+def test_every_file_runs_two_iterations_on_small_data(folder, tmp_path):
+    """With experts by the file of their own."""
+    small = {"dataset": "FashionMNISTMini", "train_per_class": 20, "model": "ConvNetD2W8", "data_path": tmp_path}
+    run = small | {"ipc": 1, "Iteration": 1, "skip_first_eva": True, "num_eval": 1, "epoch_eval_train": 1}
+    for system, ipcs in [(system, ipcs) for (system, where), ipcs in ALONG_FEATURES.items() if where == folder]:
+        experts = small | {"buffer_path": tmp_path / system, "num_experts": 1, "train_epochs": 2, "eval_every": 0}
+        assert cli.buffer(command_line("--cfg", CONFIGS / folder / f"buffer-{system}.yaml", **experts)) == 0
+        for ipc in ipcs:
+            path = CONFIGS / folder / f"{system}-IPC{ipc}.yaml"
+            own = run | {"buffer_path": tmp_path / system, "log_dir": tmp_path / "runs", "name": path.stem}
+            assert cli.door(system, command_line("--cfg", path, **own)) == 0
