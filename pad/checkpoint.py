@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pad.errors import InputError
 from pad.nn import kernels
+from pad.nn.adamw import adamw_
 from pad.store.identity import refuse_difference
 from pad.store.tensors import load_tensors, save_tensors
 
@@ -26,7 +27,9 @@ class State:
     """Everything that an outer iteration changes.
 
     momentum: that of images, labels and learning rate; zeros where it is not given. average: the exponential moving
-    average of the images (FTD, arXiv 2211.11004), where one is kept. iteration: the next one.
+    average of the images (FTD, arXiv 2211.11004), where one is kept. squares: AdamW's mean squared gradient of the
+    images (arXiv 1711.05101), where they learn by it, in one step an iteration. memory: the objective's. iteration: the
+    next one.
     """
 
     images: Tensor
@@ -35,6 +38,8 @@ class State:
     _: KW_ONLY
     momentum: list[Tensor] = field(default_factory=list)
     average: Tensor | None = None
+    squares: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
     iteration: int = 0
     best: float = -1.0
     skipped: int = 0
@@ -52,14 +57,27 @@ class State:
         """All that is no tensor."""
         return {name: getattr(self, name) for name in ("iteration", "best", "skipped", "bad_in_a_row")}
 
-    def step(self, gradients: list[Tensor], rates: list[float], momenta: list[float], ema_decay: float = 0.0) -> None:
+    def step(
+        self,
+        gradients: list[Tensor],
+        rates: list[float],
+        momenta: list[float],
+        ema_decay: float = 0.0,
+        adamw: float | None = None,
+    ) -> None:
         """One SGD step with momentum on images, labels and learning rate.
 
-        The average follows with ``ema_decay``, where one is kept.
+        The average follows with ``ema_decay``, where one is kept. ``adamw``: of the images by AdamW instead, with this
+        weight decay.
         """
         for variable, buffer, gradient, rate, momentum in zip(
             self.variables, self.momentum, gradients, rates, momenta, strict=True
         ):
+            if variable is self.images and adamw is not None:
+                assert self.squares is not None
+                updates = self.iteration - self.skipped + 1
+                adamw_(variable, buffer, self.squares, gradient, updates=updates, rate=rate, decay=adamw)
+                continue
             buffer.mul_(momentum).add_(gradient)
             variable.sub_(buffer, alpha=rate)
         self.lr.clamp_(min=SMALLEST_LR)
@@ -101,7 +119,9 @@ class State:
         if before != now:
             log.warning("%s was written with %s, this is %s: results may differ by rounding", path, before, now)
         moved = {name: tensors[name].to(like.images.device) for name in wanted}
-        state = cls(moved["images"], moved["labels"], moved["lr"], average=moved.get("average"), **counters)
+        state = cls(moved["images"], moved["labels"], moved["lr"], **counters)
+        state.average, state.squares = moved.get("average"), moved.get("squares")
+        state.memory = {name: moved[f"memory_{name}"] for name in like.memory}
         state.momentum = [moved[f"momentum_{name}"] for name in ("images", "labels", "lr")]
         return state
 
@@ -109,7 +129,9 @@ class State:
         """All tensors, as a checkpoint names them."""
         variables = {"images": self.images, "labels": self.labels, "lr": self.lr}
         momentum = {f"momentum_{name}": buffer for name, buffer in zip(variables, self.momentum)}
-        return variables | momentum | ({} if self.average is None else {"average": self.average})
+        kept = {"average": self.average, "squares": self.squares}
+        kept |= {f"memory_{name}": tensor for name, tensor in self.memory.items()}
+        return variables | momentum | {name: tensor for name, tensor in kept.items() if tensor is not None}
 
 
 def _arithmetic(images: Tensor, processes: int) -> dict:

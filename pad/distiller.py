@@ -47,6 +47,7 @@ class Schedule:
     rates: list[float]  # learning rates of images, labels, lr
     momentum_y: float = 0.0  # of the labels
     ema_decay: float = 0.0  # of the moving average of the images, where one is kept
+    adamw: float | None = None  # weight decay of the images by AdamW; None: they learn by SGD
 
     def evaluates(self, it: int) -> bool:
         """Whether the set is evaluated before iteration ``it``."""
@@ -96,6 +97,9 @@ class Distiller:
             return State.load(self.checkpoint, self.state, processes=self.ranks.size, identity=self.identity)
 
         if state := self.ranks.on_main(load):
+            for name, tensor in self.objective.memory.items():
+                tensor.copy_(state.memory[name])
+            state.memory = self.state.memory
             self.state = state
             self._saved = state.iteration
             log.info("going on from iteration %d", state.iteration)
@@ -208,7 +212,8 @@ class Distiller:
             updated = finite and loss <= schedule.threshold
             if not updated:
                 break
-            state.step([found.images, found.labels, found.lr], schedule.rates, momenta, schedule.ema_decay)
+            gradients = [found.images, found.labels, found.lr]
+            state.step(gradients, schedule.rates, momenta, schedule.ema_decay, schedule.adamw)
         mean = sum(losses) / len(losses)
         state.skipped += not updated
         state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1

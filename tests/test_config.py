@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pad import cli
 from pad.commands.coreset import CoresetSettings
-from pad.commands.distribution import DMSettings
+from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
 from pad.commands.rank import ScoreSettings
@@ -26,7 +26,17 @@ from pad.difficulty.methods import METHODS
 from pad.difficulty.training import ScoringSettings
 from pad.errors import InputError
 
-STAGES = (BufferSettings, DistillSettings, DCSettings, DMSettings, EvaluationSettings, ScoreSettings, CoresetSettings)
+STAGES = (
+    BufferSettings,
+    DistillSettings,
+    DCSettings,
+    DMSettings,
+    TGDDSettings,
+    NCFMSettings,
+    EvaluationSettings,
+    ScoreSettings,
+    CoresetSettings,
+)
 TRIO = ["--data_dir", "i.pt", "--label_dir", "l.pt", "--lr_dir", "r.pt"]  # what the third stage cannot do without
 
 
@@ -708,6 +718,14 @@ RANGES = [  # a value that is just in, and one that is just out
     (DMSettings, "depth_ratio", "0.999", "1"),
     (DMSettings, "drop_hard", "0.99", "1"),
     (DMSettings, "ipc", "1", "0"),
+    (TGDDSettings, "stage_epochs", "1", "0"),
+    (TGDDSettings, "ce_weight", "0", "-0.1"),
+    (TGDDSettings, "max_start_epoch", "1", "0"),
+    (NCFMSettings, "frequencies", "1", "0"),
+    (NCFMSettings, "amplitude", "1", "1.1"),
+    (NCFMSettings, "amplitude", "0", "-0.1"),
+    (NCFMSettings, "optimiser", "sgd", "adam"),
+    (NCFMSettings, "decay_img", "0", "-1"),
 ]
 
 
@@ -853,6 +871,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (DCSettings, ["--drop_easy", "0.5", "--drop_hard", "0.5"], ["drop_easy: 0.5", "drop_hard: 0.5"]),
         (DMSettings, ["--drop_easy", "0.7", "--drop_hard", "0.4"], ["drop_easy: 0.7", "drop_hard: 0.4"]),
         (DMSettings, ["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (TGDDSettings, ["--max_start_epoch", "5", "--min_start_epoch", "5"], ["max_start_epoch", "min_start_epoch"]),
         (CoresetSettings, ["--labels", "soft"], ["labels", "--buffer_path"]),
     ],
 )
@@ -864,6 +883,7 @@ def test_settings_that_do_not_go_together(cls, argv, named):
 # ---- the ways of matching
 
 FRONT_DOORS = {DistillSettings: cli.distill, DCSettings: cli.match_gradients, DMSettings: cli.match_distributions}
+FRONT_DOORS |= {TGDDSettings: cli.match_along_trajectories, NCFMSettings: cli.match_characteristics}
 REFUSED = [(cls, key) for cls in FRONT_DOORS for key in cls.refused]
 
 
@@ -1135,3 +1155,9 @@ def test_an_eval_mode_that_names_no_pool_is_said_to_mean_the_model_itself(caplog
     assert [record.getMessage() for record in caplog.records] == [
         "eval_mode: m is none of S, M, W, D, A, P, N, C, BN, X, so the model itself is evaluated"
     ]
+
+
+def test_a_weight_decay_of_images_that_learn_by_sgd_does_nothing_and_a_line_says_so(caplog):
+    assert read(NCFMSettings, "--optimiser", "sgd").optimiser == "sgd" and not caplog.records
+    read(NCFMSettings, "--optimiser", "sgd", "--decay_img", "0.1")
+    assert first_words(caplog) == ["decay_img"]

@@ -33,7 +33,7 @@ from pad.store.foreign import load_pt, save_pt
 from pad.store.published import export_published, import_published
 from pad.store.run import Place, Run
 from pad.store.tensors import load_tensors, save_tensors
-from pad.store.trajectories import TrajectoryStore, describe, expert_path, write_expert
+from pad.store.trajectories import TrajectoryStore, describe, expert_path, write_expert, write_line
 from pad.synthetic import SyntheticSet
 
 PARAMETERS = [("weight", (3, 4)), ("bias", (3,))]
@@ -624,6 +624,9 @@ WRITERS = {
     "picture": lambda folder, seed: save_picture(folder / "p.png", draw(seed, 9, 9, 3).mul(99).byte().numpy()),
     "results": lambda folder, seed: write_text(folder / "set.evaluation.json", f"accuracy {seed}\n"),
     "exported buffer": export_experts,
+    "line": lambda folder, seed: write_line(
+        store := TrajectoryStore.open(folder / "experts"), store.experts[0], folder
+    ),
 }
 
 

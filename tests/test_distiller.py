@@ -286,6 +286,33 @@ def test_an_objective_that_gives_nothing_is_an_error():
         next(Nothing().steps(0, *initial_state().variables))
 
 
+# ------------------------------------------------------------------------------------------------------- AdamW
+
+
+def test_the_images_learn_by_adamw_where_that_is_asked_for():
+    """Beside torch's own, with iterations in between that change nothing; labels and lr learn by SGD as ever."""
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((4, 1, 3, 3), (4, 2), ())]
+    start[2] = start[2].abs() + 1
+    state, plain = (State(*(tensor.clone() for tensor in start)) for _ in range(2))
+    state.squares = torch.zeros_like(start[0])
+    theirs = start[0].clone().requires_grad_()
+    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.3)
+    for it in range(8):
+        gradients = [torch.randn(tensor.shape, generator=rng, dtype=torch.float64) for tensor in start]
+        if it in (0, 3):
+            state.skipped += 1
+        else:
+            state.step(gradients, [0.01, 0.2, 0.1], [0.5, 0.9, 0.5], adamw=0.3)
+            plain.step(gradients, [0.01, 0.2, 0.1], [0.5, 0.9, 0.5])
+            theirs.grad = gradients[0]
+            adamw.step()
+        state.iteration += 1
+        torch.testing.assert_close(state.images, theirs.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(state.labels, plain.labels) and torch.equal(state.lr, plain.lr)
+    assert not torch.equal(state.images, plain.images) and plain.squares is None
+
+
 # ------------------------------------------------------------------------------------------- the moving average
 
 

@@ -44,19 +44,28 @@ def objective(name, blocks=1, augmentation=NoAugmentation(), rows=ROWS, seed=SEE
     )
 
 
-def plain(name, it, blocks, augmentation, rows=ROWS):
-    """Loss and gradient of the images; a network with BatchNorm sees the images of all classes at once."""
-    module, x, seen = network(name, it).train(), IMAGES.clone().requires_grad_(), []
-    for block in list(module.body)[len(module.body) - blocks :]:
+def of_means(found, real, rng):
+    return ((sum(found) / len(found) - sum(real) / len(real)) ** 2).sum()
+
+
+def plain(
+    name, it, blocks, augmentation, rows=ROWS, module=None, distance=of_means, classifier=None, weight=0, learned=()
+):
+    """Loss and its gradients, in the images and what else is learned; BatchNorm sees all classes at once."""
+    module, x, seen = (module or network(name, it)).train(), IMAGES.clone().requires_grad_(), []
+    hooks = [
         block.register_forward_hook(lambda block, inputs, output: seen.append(output))
-    sets = {"synthetic": [], "real": []}
+        for block in list(module.body)[len(module.body) - blocks :]
+    ]
+    sets, rngs = {"synthetic": [], "real": []}, []
     for c, row in enumerate(rows):
         rng = generator(SEED, "distribution matching", it, c)
         batch = REAL[row[torch.randperm(len(row), generator=rng)[:10]]]
         draw = augmentation.draw(1, rng)
         sets["real"].append(augment(batch, draw))
         sets["synthetic"].append(augment(x[c * IPC : (c + 1) * IPC], draw))
-    means = {}
+        rngs.append(rng)
+    features, logits = {}, []
     for kind, batches in sets.items():
         size = len(batches[0])
         together = [torch.cat(batches)] if "BN" in name else batches
@@ -66,21 +75,33 @@ def plain(name, it, blocks, augmentation, rows=ROWS):
             assert len(seen) == blocks
             for depth, output in enumerate(seen):
                 for i in range(len(batch) // size):
-                    means[kind, number + i, depth] = sum(output[i * size : (i + 1) * size]) / size
+                    features[kind, number + i, depth] = output[i * size : (i + 1) * size].flatten(1)
+            if kind == "synthetic" and classifier is not None:
+                logits.append(classifier(batch))
+    for hook in hooks:
+        hook.remove()
     loss = sum(
-        ((means["synthetic", c, depth] - means["real", c, depth]) ** 2).sum()
-        for c in range(CLASSES)
+        distance(features["synthetic", c, depth], features["real", c, depth].detach(), rngs[c])
         for depth in range(blocks)
+        for c in range(CLASSES)
     )
-    return loss.item(), torch.autograd.grad(loss, x)[0]
+    if classifier is not None:
+        of_images = torch.nn.functional.cross_entropy(
+            torch.cat(logits), torch.arange(CLASSES).repeat_interleave(IPC), reduction="none"
+        )
+        loss = loss + weight * of_images.sum() / IPC
+    return loss.item(), *torch.autograd.grad(loss, [x, *learned])
+
+
+def assert_is(found, loss, gradient):
+    assert found.loss.item() == pytest.approx(loss, rel=1e-10) and loss > 0
+    assert gradient.norm() > 0 and (found.images - gradient).norm() < 1e-10 * gradient.norm()
+    assert not found.labels.any() and not found.lr.any() and not found.images.requires_grad
 
 
 def assert_equal(name, blocks, augmentation=NoAugmentation(), it=4, rows=ROWS):
     found = objective(name, blocks, augmentation, rows).gradients(it, IMAGES, LABELS, LR)
-    loss, gradient = plain(name, it, blocks, augmentation, rows)
-    assert found.loss.item() == pytest.approx(loss, rel=1e-10) and loss > 0
-    assert gradient.norm() > 0 and (found.images - gradient).norm() < 1e-10 * gradient.norm()
-    assert not found.labels.any() and not found.lr.any() and not found.images.requires_grad
+    assert_is(found, *plain(name, it, blocks, augmentation, rows))
 
 
 # ------------------------------------------------------------------------------------------------- the gradients

@@ -306,6 +306,7 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
         "study": ["study.yaml"],
         "evaluate": ["--synthetic", "set"],
         "export": ["folder", "out"],
+        "convexify": ["folder", "out"],
         "report": ["run"],
         "import_set": ["set", "--out", "out"],
         "quantise": ["set", "--bits", "2", "--out", "out"],

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import CHECKOUT
 
-from pad.commands.distribution import DMSettings
+from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
 from pad.commands.record import BufferSettings
@@ -96,6 +96,12 @@ DATM = {
 MTT_WHOLE = MATCHING | HARD | {"batch_syn": None, "Iteration": 5000, "buffer_path": SGD}
 FTD_WHOLE = MATCHING | HARD | {"batch_syn": None, "buffer_path": GSAM}
 TESLA_WHOLE = MATCHING | HARD | {"gradient": "truncated", "Iteration": 10000, "buffer_path": SGD}
+MCT_WHOLE = MATCHING | HARD | {"gradient": "truncated", "convexified": True, "Iteration": 5000, "buffer_path": SGD}
+MCT = {
+    1: inner(False, 60, 4, 1000, 1e-7, 0.01) | {"expert_epochs": 6},
+    10: inner(False, 30, 8, 1000, 1e-5, 0.01) | {"expert_epochs": 15},
+    50: inner(False, 30, 40, 1000, 1e-5, 0.01),
+}
 REAL = EVERYWHERE | {"zca": False, "batch_real": 256, "batch_train": 256, "lr_net": 0.01}
 GRADIENTS = REAL | {"Iteration": 1000, "lr_img": 0.1, "depth_ratio": 0}
 DC = GRADIENTS | {"dsa": False, "pix_init": "noise", "epoch_eval_train": 300}
@@ -128,6 +134,7 @@ for n in IPCS:
     ftd = MTT[n] | {"Iteration": 5000, "ema_decay": 0.9995}
     FACTS["FTD", n], OURS["FTD", n] = (FTD_WHOLE | ftd, {}) if n == 10 else (FTD_WHOLE, ftd)
     FACTS["TESLA", n], OURS["TESLA", n] = TESLA_WHOLE, MTT[n] | {"batch_syn": None}
+    FACTS["MCT", n], OURS["MCT", n] = MCT_WHOLE | MCT[n], {"batch_syn": None}
     FACTS["DC", n], OURS["DC", n] = DC | loops(n), FOLLOWED
     FACTS["DSA", n], OURS["DSA", n] = DSA | loops(n), FOLLOWED
     FACTS["DM", n], OURS["DM", n] = DM, FOLLOWED | {"eval_it": 2000}
@@ -138,24 +145,36 @@ for n in IPCS:
 FACTS["TESLA", 1] = without(TESLA_WHOLE | inner(False, 50, 5, 1000, 1e-7, 0.01), "lr_img")
 OURS["TESLA", 1] = {"batch_syn": None, "lr_img": 1000 / 2}
 
-TRAJECTORY = ("MTT", "FTD", "DATM", "TESLA")
+# The files of test_feature_configs.py: system, folder, images per class.
+ALONG_FEATURES = {("TGDD", "CIFAR-10"): IPCS, ("TGDD", "CIFAR-100"): (10, 50)}
+ALONG_FEATURES |= {("NCFM", folder): IPCS for folder in ("CIFAR-10", "CIFAR-100")}
+
+
+def along_features(folder: str) -> set[str]:
+    """The names of these files in a folder, and of those of their experts."""
+    here = {system: ipcs for (system, where), ipcs in ALONG_FEATURES.items() if where == folder}
+    return {f"{system}-IPC{ipc}" for system, ipcs in here.items() for ipc in ipcs} | {f"buffer-{each}" for each in here}
+
+
+TRAJECTORY = ("MTT", "FTD", "DATM", "TESLA", "MCT")
 DEFINING = {  # keys that PAD's files do not have
     "MTT": {"method", "labels"},
     "FTD": {"method", "labels", "ema_decay"},
     "DATM": {"method"},
     "TESLA": {"method", "labels", "gradient"},
+    "MCT": {"method", "labels", "gradient", "convexified"},
 }
 CASES = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method, ipc in FACTS]
 FAMILY = [pytest.param(method, ipc, id=f"{method}-IPC{ipc}") for method in TRAJECTORY for ipc in IPCS]
 
 # How the file of a system differs from PAD's of the same size: every key, with PAD's value (the default of a key that
 # PAD's files do not have) and the system's, as they are written. Typed here, read from no file and no document.
-WITH_HARD_LABELS = {  # MTT, FTD, TESLA
+WITH_HARD_LABELS = {  # MTT, FTD, TESLA, MCT
     "pix_init": ("samples_predicted_correctly", "real"),
     "labels": ("soft", "hard"),
     "batch_train": ("128", "256"),
 }
-WHOLE_SET = {  # the same three, by size
+WHOLE_SET = {  # the same four, by size
     1: {"syn_steps": ("80", "50"), "batch_syn": ("1000", "none"), "threshold": ("1.1", "none")},
     10: {
         "syn_steps": ("80", "30"),
@@ -178,9 +197,19 @@ WHOLE_SET = {  # the same three, by size
 }
 OF_SGD = {"buffer_path": ("../buffer_storage/", "../buffer_storage_sgd/")}
 OF_GSAM = {"buffer_path": ("../buffer_storage/", "../buffer_storage_gsam/")}
-SHORTER = {"Iteration": ("10000", "5000")}  # MTT, FTD
+SHORTER = {"Iteration": ("10000", "5000")}  # MTT, FTD, MCT
 EARLIER = {1: {"max_start_epoch": ("4", "2")}, 10: {}, 50: {}}  # MTT, FTD
 TESLAS = {1: {"zca": ("True", "False"), "max_start_epoch": ("4", "5"), "lr_img": ("100", "500")}, 10: {}, 50: {}}
+MCTS = {
+    1: {"zca": ("True", "False"), "syn_steps": ("80", "60"), "expert_epochs": ("2", "6"), "lr_img": ("100", "1000")},
+    10: {
+        "zca": ("True", "False"),
+        "expert_epochs": ("2", "15"),
+        "max_start_epoch": ("20", "8"),
+        "lr_img": ("100", "1000"),
+    },
+    50: {},
+}
 DATMS = {
     1: {},
     10: {"depth_ratio": ("0.5", "0")},
@@ -197,6 +226,8 @@ for n in IPCS:
     DIFFERENCES["TESLA", n] = (
         {"method": ("PAD", "TESLA"), "gradient": ("exact", "truncated")} | OF_SGD | hard | TESLAS[n]
     )
+    mct = {"method": ("PAD", "MCT"), "gradient": ("exact", "truncated"), "convexified": ("False", "True")}
+    DIFFERENCES["MCT", n] = without(mct | OF_SGD | hard | SHORTER | MCTS[n], "lr_teacher")
 
 BUFFER = EVERYWHERE | {
     "zca": True,
@@ -226,7 +257,7 @@ BUFFERS = {
         "buffer_path": str(CHECKOUT / "buffer_storage"),
     },
 }
-BUFFER_OF = {"MTT": "SGD", "TESLA": "SGD", "FTD": "GSAM", "DATM": "GSAM"}
+BUFFER_OF = {"MTT": "SGD", "TESLA": "SGD", "MCT": "SGD", "FTD": "GSAM", "DATM": "GSAM"}
 
 
 # ---- reading
@@ -244,6 +275,7 @@ def command_of(method: str) -> tuple[str, type]:
     """The script that takes the system's files, and its settings."""
     kind = method.split("-")[0]
     others = {"DC": ("DC", DCSettings), "DSA": ("DC", DCSettings), "DM": ("DM", DMSettings)}
+    others |= {"TGDD": ("TGDD", TGDDSettings), "NCFM": ("NCFM", NCFMSettings)}
     return others.get(kind, ("PAD", DistillSettings))
 
 
@@ -291,7 +323,7 @@ def differences(ipc: int, method: str) -> dict:
 
 def test_the_folder_holds_these_files_and_no_others():
     expected = {f"{method}-IPC{ipc}" for method, ipc in FACTS} | {f"buffer-{name}" for name in BUFFERS}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == expected | along_features("CIFAR-10")
 
 
 @pytest.mark.parametrize(("method", "ipc"), CASES)

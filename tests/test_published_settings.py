@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CHECKOUT, command_line, make_images
-from test_method_configs import command_of, commands_in, lines_of, marked, settings_of
+from test_method_configs import along_features, command_of, commands_in, lines_of, marked, settings_of
 
 from pad import cli
 from pad.commands.evaluate import EvaluationSettings
@@ -232,7 +232,7 @@ def file_of(system: str, folder: str, ipc: int) -> Path:
 @pytest.mark.parametrize("folder", ["CIFAR-100", "TinyImageNet", "ImageNet"])
 def test_the_folders_hold_these_files_and_no_others(folder):
     expected = {f"{system}-IPC{ipc}" for system, where, ipc in EXPECTED if where == folder}
-    expected |= {f"buffer-{name}" for where, name in BUFFERS if where == folder}
+    expected |= {f"buffer-{name}" for where, name in BUFFERS if where == folder} | along_features(folder)
     assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == expected
 
 

@@ -69,6 +69,21 @@ def test_start_epochs_follow_the_bound_of_their_iteration():
     assert by_bound == {3: {1, 2}, 4: {1, 2, 3}, 5: {1, 2, 3, 4}, 6: {1, 2, 3, 4, 5}}
 
 
+def test_on_convexified_trajectories_start_epochs_are_real_numbers_below_the_bound():
+    ours = sampler(
+        min_start_epoch=1, current_max_start_epoch=3, max_start_epoch=6, expansion_end_epoch=900, convexified=True
+    )
+    shares = []
+    for it in range(2000):
+        segment, bound = ours.segment(it), ours.upper_bound(it)
+        assert segment.end == segment.start + 2
+        shares.append((segment.start - 1) / (bound - 1))
+    shares = torch.tensor(shares, dtype=torch.float64).sort().values
+    assert 0 <= shares[0] and shares[-1] < 1 and len(shares.unique()) == 2000
+    distance = (shares - torch.linspace(0, 1, 2000, dtype=torch.float64)).abs().max().item()
+    assert distance < 1.95 / 2000**0.5  # Kolmogorov's, at 0.1 %
+
+
 # ---------------------------------------------------------------------------------------------------- the experts
 
 
@@ -114,6 +129,8 @@ def test_a_trajectory_that_is_too_short_is_refused_by_name():
     with pytest.raises(InputError, match=message) as error:
         ours.refuse_short(FakeStore({0: 22, 1: 1, 2: 21}))
     assert FakeStore.folder in str(error.value)
+    with pytest.raises(InputError, match="need .* 23 epochs"):  # any start below 20
+        sampler(experts=[0], expert_epochs=3, convexified=True).refuse_short(FakeStore({0: 22}))
 
 
 # ------------------------------------------------------------------------------------------------- the objective
@@ -137,9 +154,16 @@ def store(tmp_path_factory):
     return TrajectoryStore.open(folder)
 
 
-def objective(store, **changes):
+def objective(store, convexified=False, **changes):
     model = FlatModel(build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 0))
-    small = sampler(experts=[0, 1, 2], max_start_epoch=5, current_max_start_epoch=2, expansion_end_epoch=4, seed=3)
+    small = sampler(
+        experts=[0, 1, 2],
+        max_start_epoch=4 if convexified else 5,
+        current_max_start_epoch=2,
+        expansion_end_epoch=4,
+        seed=3,
+        convexified=convexified,
+    )
     settings = dict(augmentation=DSA(), syn_steps=5, batch_syn=4, depth=(0.5, 1.0), loss_ratio=0.25, seed=3)
     return TrajectoryObjective(model=model, store=store, sampler=small, **(settings | changes))
 
@@ -150,14 +174,16 @@ def synthetic(dtype=torch.float64):
     return images, torch.randn(6, CLASSES, generator=rng).to(dtype), torch.tensor(0.05, dtype=dtype)
 
 
+@pytest.mark.parametrize("convexified", [False, True])
 @pytest.mark.parametrize(
     "it, begin, end", [(0, 0.5, 1.0), (3, 0.5, 1.0), (11, 0.5, 1.0), (2, 0.0, 0.5), (5, 0.25, 0.6)]
 )
-def test_gradients_of_an_iteration_equal_autograd_along_its_segment(store, it, begin, end):
-    ours = objective(store, depth=(begin, end))
+def test_gradients_of_an_iteration_equal_autograd_along_its_segment(store, it, begin, end, convexified):
+    ours = objective(store, depth=(begin, end), convexified=convexified)
     images, labels, lr = (tensor.requires_grad_() for tensor in synthetic())
     segment = ours.sampler.segment(it)
-    start, target = (store.rows(segment.expert, [epoch])[0].double() for epoch in (segment.start, segment.start + 2))
+    of = store.between if convexified else store.rows
+    start, target = (of(segment.expert, [epoch])[0].double() for epoch in (segment.start, segment.start + 2))
     module = build("ConvNetD1W8", SHAPE[0], CLASSES, SHAPE[1:], 9).double()
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sizes = [shape.numel() for shape in shapes.values()]

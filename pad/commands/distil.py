@@ -53,6 +53,7 @@ class Task:
     stored ones, the labels those of the decoded ones, and so is the objective. rates: of images, labels, lr.
     made_from: beside settings, as plain values: a checkpoint of a run made from something else is refused.
     provenance: what a synthetic set says of that. recorded: what stands beside the settings in the run's config.
+    adamw: the images learn by AdamW with this weight decay; None: by SGD.
     """
 
     objective: Objective
@@ -65,6 +66,7 @@ class Task:
     momentum_y: float = 0.0
     threshold: float = math.inf
     ema_decay: float = 0.0
+    adamw: float | None = None
     recorded: dict = field(default_factory=dict)
 
 
@@ -211,6 +213,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
         rates=task.rates,
         momentum_y=task.momentum_y,
         ema_decay=task.ema_decay,
+        adamw=task.adamw,
     )
     protocol = bench.protocol(settings, len(task.labels))
     fixed = {name: value for name, value in settings.telling(*Role).items() if name not in place.may_differ}
@@ -239,10 +242,12 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
     recorded = settings.as_dict() | task.recorded
     with Run.start(place, recorded) if ranks.is_main else Follower(folder) as run:
         average = task.images.clone() if task.ema_decay else None
+        squares = None if task.adamw is None else torch.zeros_like(task.images)
+        kept: dict = {"average": average, "squares": squares, "memory": dict(task.objective.memory)}
         lr = torch.tensor(task.lr, device=bench.device)
         distiller = Distiller(
             run=run,
-            state=State(task.images.clone(), task.labels.clone(), lr, average=average),
+            state=State(task.images.clone(), task.labels.clone(), lr, **kept),
             objective=objective,
             schedule=schedule,
             synthetic=wrap,

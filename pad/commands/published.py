@@ -1,7 +1,8 @@
-"""Expert trajectories from and to ``replay_buffer_<k>.pt``, the form that published trajectory-matching code has.
+"""Expert trajectories in other forms: ``replay_buffer_<k>.pt``, which published code reads, and lines (MCT).
 
 python scripts/import_buffer.py --dataset CIFAR10 --model ConvNet --zca --buffer_path buffer_storage
 python scripts/export_buffer.py buffer_storage/CIFAR10/ConvNet exported/CIFAR10/ConvNet
+python scripts/convexify_buffer.py buffer_storage/CIFAR10/ConvNet lines/CIFAR10/ConvNet
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.store.files import refuse_unwritable
 from pad.store.published import export_published, import_published, importable_files
-from pad.store.trajectories import TrajectoryStore, buffer_folder
+from pad.store.trajectories import LINE, TrajectoryStore, buffer_folder, expert_path, recorded, write_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,21 @@ class ExportSettings(Settings):
             raise InputError("give two folders: that of the experts, and one for the replay_buffer_<k>.pt")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvexifySettings(Settings):
+    """``scripts/convexify_buffer.py FOLDER OUT``: write recorded trajectories as lines: two epochs of each (MCT)."""
+
+    folder: FilePath | None = setting(None, "folder of expert files, as stage 1 records them", PLACE)
+    out: FilePath | None = setting(None, "folder for those of the lines", PLACE)
+
+    arguments = ("folder", "out")
+
+    def check(self) -> None:
+        super().check()
+        if not self.folder or not self.out:
+            raise InputError("give two folders: that of the experts, and one for their lines")
+
+
 def import_buffer(settings: ImportSettings, ranks: Ranks = ALONE) -> Path:
     """Import published trajectories; returns the folder of the experts."""
     row = data_set(settings.dataset)
@@ -71,3 +87,23 @@ def export_buffer(settings: ExportSettings, ranks: Ranks = ALONE) -> list[Path]:
     paths = ranks.on_main(lambda: export_published(store, str(settings.out), settings.save_interval))
     print(f"exported {len(store)} experts to {len(paths)} files in {settings.out}")
     return paths
+
+
+def convexify_buffer(settings: ConvexifySettings, ranks: Ranks = ALONE) -> Path:
+    """Write the line of each expert; those that are there already stay. Returns their folder."""
+    store, out = TrajectoryStore.open(str(settings.folder)), Path(str(settings.out))
+    refuse_unwritable(out)
+    there = recorded(out)
+    lines = TrajectoryStore.open(out) if there else store
+    for k in there:
+        if k not in store.experts or lines.header(k) != store.header(k) | {"kind": LINE}:
+            raise InputError(f"{expert_path(out, k)} is not the line of an expert in {store.folder}; give another out")
+
+    def write() -> None:
+        for k in store.experts:
+            if k not in there:
+                write_line(store, k, out)
+
+    ranks.on_main(write)
+    print(f"wrote {len(store)} experts as lines into {out}")
+    return out

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
-from pad.commands.distribution import DMSettings
+from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
-from pad.commands.published import ExportSettings, ImportSettings, export_buffer, import_buffer
+from pad.commands.published import (
+    ConvexifySettings,
+    ExportSettings,
+    ImportSettings,
+    convexify_buffer,
+    export_buffer,
+    import_buffer,
+)
 from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
@@ -41,11 +48,14 @@ COMMANDS: dict[str, Command] = {
     "PAD": Command("PAD.py", DistillSettings, distill, resumes=True),
     "DC": Command("DC.py", DCSettings, distill, resumes=True),
     "DM": Command("DM.py", DMSettings, distill, resumes=True),
+    "TGDD": Command("TGDD.py", TGDDSettings, distill, resumes=True),
+    "NCFM": Command("NCFM.py", NCFMSettings, distill, resumes=True),
     "evaluate": Command("evaluation.py", EvaluationSettings, evaluate),
     "score": Command("score_difficulty.py", ScoreSettings, score_difficulty),
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),
     "import": Command("import_buffer.py", ImportSettings, import_buffer),
     "export": Command("export_buffer.py", ExportSettings, export_buffer),
+    "convexify": Command("convexify_buffer.py", ConvexifySettings, convexify_buffer),
     "import_set": Command("import_set.py", ImportSetSettings, import_synthetic),
     "export_set": Command("export_set.py", ExportSetSettings, export_synthetic),
     "quantise": Command("quantise.py", QuantiseSettings, quantise),

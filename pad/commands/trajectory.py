@@ -1,4 +1,4 @@
-"""``distill/PAD.py``: trajectory matching (MTT, FTD, DATM, TESLA, PAD), assembled from its settings.
+"""``distill/PAD.py``: trajectory matching (MTT, FTD, DATM, TESLA, MCT, PAD), assembled from its settings.
 
 python distill/PAD.py --cfg configs/CIFAR-10/ConvIN/IPC10.yaml
 """
@@ -12,39 +12,38 @@ from typing_extensions import Self
 
 from pad.commands.bench import Workbench, experts_at
 from pad.commands.distil import OfDepth, Task, first_set
-from pad.config import DATA, DETAIL, PLACE, RECIPE, REPORT, FilePath, NetworkName, setting
+from pad.commands.following import FromEpochs
+from pad.config import DATA, DETAIL, RECIPE, REPORT, FilePath, NetworkName, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
 from pad.initialisation import INITIAL_IMAGES, WeakExperts, refuse_small_classes
-from pad.matching.trajectory import SegmentSampler, TrajectoryObjective
+from pad.matching.trajectory import TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
-from pad.store.identity import digest
-from pad.store.trajectories import TrajectoryStore
 
 log = logging.getLogger("pad")
 
 # The systems that trajectory matching here can be, and what makes them: PAD, the default, leaves everything open
-SYSTEMS = {
-    "MTT": {"labels": "hard", "gradient": "exact"},
-    "FTD": {"labels": "hard", "gradient": "exact"},
-    "DATM": {"labels": "soft", "gradient": "exact"},
-    "TESLA": {"gradient": "truncated"},
+SYSTEMS: dict[str, dict] = {
+    "MTT": {"labels": "hard", "gradient": "exact", "convexified": False},
+    "FTD": {"labels": "hard", "gradient": "exact", "convexified": False},
+    "DATM": {"labels": "soft", "gradient": "exact", "convexified": False},
+    "TESLA": {"gradient": "truncated", "convexified": False},
+    "MCT": {"convexified": True},
     "PAD": {},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(OfDepth):
+class DistillSettings(OfDepth, FromEpochs):
     """Stage 2, ``distill/PAD.py``: optimise synthetic images, soft labels and a learning rate along experts.
 
-    MTT, FTD, DATM, TESLA and PAD are settings of it (configs/CIFAR-10).
+    MTT, FTD, DATM, TESLA, MCT and PAD are settings of it (configs/CIFAR-10).
     """
 
     method: str = setting(
         "PAD", "whose settings these are: refuses another's; ema_decay is FTD's alone", RECIPE, choices=tuple(SYSTEMS)
     )
-    buffer_path: FilePath = setting("../buffer_storage/", "folder of the trajectories", PLACE, by_study=True)
     zca: bool = setting(True, "ZCA whitening instead of mean/std", DATA)
 
     syn_steps: int = setting(80, "inner steps on the synthetic set per outer iteration", RECIPE, low=1)
@@ -52,11 +51,9 @@ class DistillSettings(OfDepth):
     batch_syn: int | None = setting(
         256, "synthetic images per inner step; none: the whole set", RECIPE, low=1, memory=True
     )
-    min_start_epoch: int = setting(0, "first start epoch", RECIPE, low=0)
-    max_start_epoch: int = setting(25, "start epochs lie below this one", RECIPE, low=1)
-    Sequential_Generation: bool = setting(True, "widen the range of start epochs gradually", RECIPE)
-    current_max_start_epoch: int = setting(20, "upper bound of the start epochs at iteration 0", RECIPE, low=1)
-    expansion_end_epoch: int = setting(3000, "iteration at which the bound reaches max_start_epoch", RECIPE, low=1)
+    convexified: bool = setting(
+        False, "MCT: experts on straight lines, and start epochs that are real numbers", RECIPE, later=True
+    )
     loss_ratio: float = setting(0.0, "share of parameters of the smallest error to leave out", RECIPE, low=0, below=1)
     threshold: float | None = setting(
         1.0, "iterations with a larger loss change nothing; none: all do", RECIPE, above=0
@@ -91,9 +88,6 @@ class DistillSettings(OfDepth):
     Initialize_Label_With_Another_Model: bool = setting(False, "labels by other experts", RECIPE)
     Initialize_Label_Model: NetworkName = setting("", "that other network", RECIPE)
     Label_Model_Timestamp: int = setting(-1, "epoch of the experts that choose and label images; -1: the last", RECIPE)
-    max_files: int | None = setting(None, "use the first files only, of save_interval experts each", RECIPE, low=1)
-    max_experts: int | None = setting(None, "use the first experts of each file only", RECIPE, low=1)
-    save_interval: int = setting(10, "experts a file, for max_files and max_experts", RECIPE, low=1)
 
     dead = {
         "batch_real": "nothing reads it",
@@ -114,7 +108,6 @@ class DistillSettings(OfDepth):
         ),
         **dict.fromkeys(("outer_loop", "inner_loop", "lr_net"), "it belongs to gradient matching, distill/DC.py"),
     }
-    recorded_beside = frozenset({"experts"})
 
     def resolved(self) -> Self:
         if not self.ema_decay or self.method == "FTD":
@@ -125,14 +118,6 @@ class DistillSettings(OfDepth):
 
     def check(self) -> None:
         super().check()
-        first, last, now = self.min_start_epoch, self.max_start_epoch, self.current_max_start_epoch
-        if last <= first:
-            raise InputError(f"max_start_epoch: {last} leaves no start epoch from min_start_epoch: {first}")
-        if self.Sequential_Generation and now <= first:
-            raise InputError(
-                f"current_max_start_epoch: {now} leaves no start epoch from min_start_epoch: {first} at iteration 0; "
-                "raise it or set Sequential_Generation: False"
-            )
         if self.Initialize_Label_With_Another_Model and not self.Initialize_Label_Model:
             raise InputError("Initialize_Label_With_Another_Model is set, but Initialize_Label_Model names no network")
         for key, value in SYSTEMS[self.method].items():
@@ -156,12 +141,9 @@ class DistillSettings(OfDepth):
         depth = self.matched_span(model)
         if self.pix_init in ("samples_predicted_correctly", "real"):
             refuse_small_classes(bench.labels, bench.data.num_classes, self.ipc, self.factor)
-        store = bench.open_experts(bench.experts_folder(self.buffer_path, self.model), self.model, model)
-        experts = _selected_experts(self, store, before)
-        sampler = self.fill(SegmentSampler, experts=experts, sequential=self.Sequential_Generation)
-        sampler.refuse_short(store)
-        headers = [store.header(k) for k in experts]
-        bench.ranks.same(lambda: headers, f"the experts in {store.folder}")
+        followed = self.followed(bench, model, before, lines=self.convexified)
+        store, experts = followed.store, followed.experts
+        sampler = self.sampler(followed)
         if self.Initialize_Label_With_Another_Model:
             labellers = bench.labellers(self.buffer_path, self.Initialize_Label_Model, self.Label_Model_Timestamp)
         else:
@@ -193,9 +175,7 @@ class DistillSettings(OfDepth):
             depth=depth,
             replay=replay_on(bench.device),
         )
-        recipe = {key: value for key, value in headers[0]["settings"].items() if key != "attempt"}
-        made_from = {**store.metadata, "buffer": recipe, "experts": digest(headers), **begun_with}
-        del made_from["parameters"]  # the model's, of which there can be hundreds
+        made_from = {**followed.made_from, **begun_with}
         return Task(
             objective=objective,
             images=images,
@@ -203,25 +183,9 @@ class DistillSettings(OfDepth):
             lr=self.lr_teacher,
             rates=[self.lr_img, self.lr_y, self.lr_lr],
             made_from=made_from,
-            provenance={"buffer": recipe, **begun_with},
+            provenance={"buffer": followed.recipe, **begun_with},
             momentum_y=self.Momentum_y,
             threshold=math.inf if self.threshold is None else self.threshold,
             ema_decay=self.ema_decay,
             recorded={"experts": experts},
         )
-
-
-def _selected_experts(settings: DistillSettings, store: TrajectoryStore, before: dict) -> list[int]:
-    """The experts that max_files and max_experts leave, in files of ``save_interval`` as published.
-
-    A buffer may have grown since a run began: the run goes on with the experts of then.
-    """
-    if "experts" not in before:
-        files, within, size = settings.max_files or math.inf, settings.max_experts or math.inf, settings.save_interval
-        return [k for i, k in enumerate(store.experts) if i // size < files and i % size < within]
-    experts = before["experts"]
-    if not (isinstance(experts, list) and all(isinstance(k, int) for k in experts)):
-        raise InputError("the run's config.yaml is damaged; --overwrite starts the run anew")
-    if gone := sorted(set(experts) - set(store.experts)):
-        raise InputError(f"the run was started with expert {gone[0]}, which is not in {store.folder} any more")
-    return experts

@@ -21,6 +21,10 @@ class MultiFormation(Objective):
     factor: int
     _shown: Tensor | None = field(default=None, init=False, repr=False)  # the same memory each time, for pad.nn.replay
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        return self.objective.memory
+
     def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
         """Loss and gradients of each step, those of images ``[N, C, H, W]`` in the stored ones."""
         form = self.factor, labels.shape[1]

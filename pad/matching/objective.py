@@ -30,14 +30,19 @@ class Objective:
     [N, C, H, W]`` class by class, ``labels [N, K]`` (logits) and ``lr`` (scalar, > 0), which ask for no gradients.
     A method may assume that nothing else changes them, and must not change them itself.
 
-    What it returns is a function of these arguments alone. So it draws every random number from
-    ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing from one iteration to the next: a resumed run
-    asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each asks, and all
-    must get the same: work that is shared among them is added up before it is returned.
+    What it returns is a function of these arguments and of :attr:`memory`. So it draws every random number from
+    ``generator(seed, name, it, ...)`` of :mod:`pad.rng` and keeps nothing else from one iteration to the next: a
+    resumed run asks for iteration ``it`` without those before it. With several :class:`pad.distributed.Ranks` each
+    asks, and all must get the same: work that is shared among them is added up before it is returned.
 
     A loss or gradient that is not finite, or a loss above the threshold, is returned as it is:
     :class:`pad.distiller.Distiller` skips that step.
     """
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """Tensors that iterations change, in place, alike on all ranks. They are part of a checkpoint."""
+        return {}
 
     def gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Gradients:
         """Loss and gradients of an iteration of one step. Raises TypeError where a subclass does not define it."""

@@ -1,7 +1,7 @@
 """Trajectory matching: which expert segment an outer iteration follows, and the gradients for following it.
 
-MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773) and
-PAD's depth filter (2408.03360).
+MTT (arXiv 2203.11932), with TESLA's truncated gradient (2211.10586), DATM's sequential generation (2310.05773), PAD's
+depth filter (2408.03360) and MCT's convexified trajectories (2406.19827).
 """
 
 import math
@@ -25,20 +25,30 @@ from pad.store.trajectories import TrajectoryStore
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of a trajectory to match: of ``expert``, from epoch ``start`` to epoch ``end``."""
+    """The part of a trajectory to match: of ``expert``, from epoch ``start`` to epoch ``end``.
+
+    Both are whole numbers, but of a convexified trajectory.
+    """
 
     expert: int
-    start: int
-    end: int
+    start: float
+    end: float
+
+
+def expert_of(it: int, experts: list[int], seed: int) -> int:
+    """The expert of outer iteration ``it``: they come in shuffled passes over all of them."""
+    turn, position = divmod(it, len(experts))
+    order = torch.randperm(len(experts), generator=generator(seed, "expert order", turn))
+    return experts[int(order[position])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSampler:
     """Draws the segment of each outer iteration, as a function of (seed, iteration).
 
-    Experts come in shuffled passes over all of them; start epochs are uniform in [min_start_epoch, upper bound), where
+    Experts come as :func:`expert_of` says; start epochs are uniform in [min_start_epoch, upper bound), where
     sequential generation widens the bound linearly from ``current_max_start_epoch`` to ``max_start_epoch`` at
-    ``expansion_end_epoch``.
+    ``expansion_end_epoch``. ``convexified``: on convexified trajectories, where they are real numbers.
     """
 
     experts: list[int]
@@ -49,6 +59,7 @@ class SegmentSampler:
     current_max_start_epoch: int
     expansion_end_epoch: int
     seed: int
+    convexified: bool = False
 
     def upper_bound(self, it: int) -> int:
         """The first start epoch that is out of reach in iteration ``it``."""
@@ -59,20 +70,26 @@ class SegmentSampler:
 
     def segment(self, it: int) -> Segment:
         """The segment of outer iteration ``it``."""
-        turn, position = divmod(it, len(self.experts))
-        order = torch.randperm(len(self.experts), generator=generator(self.seed, "expert order", turn))
+        expert = expert_of(it, self.experts, self.seed)
         rng = generator(self.seed, "start epoch", it)
-        start = int(torch.randint(self.min_start_epoch, self.upper_bound(it), (), generator=rng))
-        return Segment(self.experts[int(order[position])], start, start + self.expert_epochs)
+        first, bound = self.min_start_epoch, self.upper_bound(it)
+        start: float
+        if self.convexified:
+            start = first + (bound - first) * torch.rand((), generator=rng, dtype=torch.float64).item()
+        else:
+            start = int(torch.randint(first, bound, (), generator=rng))
+        return Segment(expert, start, start + self.expert_epochs)
 
     def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""
-        last = self.max_start_epoch - 1 + self.expert_epochs
+        last = self.max_start_epoch - (not self.convexified) + self.expert_epochs
         for expert in self.experts:
             if store.epochs(expert) < last:
+                asked = f"max_start_epoch {self.max_start_epoch}"
+                asked += f" and expert_epochs {self.expert_epochs}" if self.expert_epochs else ""
                 raise InputError(
-                    f"max_start_epoch {self.max_start_epoch} and expert_epochs {self.expert_epochs} need trajectories "
-                    f"of {last} epochs, but expert {expert} in {store.folder} has {store.epochs(expert)}"
+                    f"{asked} need trajectories of {last} epochs, but expert {expert} in {store.folder} has "
+                    f"{store.epochs(expert)}"
                 )
 
 
@@ -111,7 +128,11 @@ class TrajectoryObjective(Objective):
 
     def _gradients(self, it: int, images: Tensor, labels: Tensor, lr: Tensor, ranks: Ranks) -> Gradients:
         segment = self.sampler.segment(it)
-        rows = self.store.rows(segment.expert, [segment.start, segment.end])
+        ends = segment.start, segment.end
+        if self.sampler.convexified:
+            rows = self.store.between(segment.expert, ends)
+        else:
+            rows = self.store.rows(segment.expert, map(int, ends))
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)

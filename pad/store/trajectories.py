@@ -2,7 +2,8 @@
 
 ``expert_0007.safetensors`` holds ``params [T+1, P]`` float32 (row 0: before training, row t: after epoch t; parameters
 flattened in module order, shallow to deep), one ``[T+1]`` tensor per figure that was measured, and a description of
-what the expert was trained on. :mod:`pad.store.published` imports and exports the published form.
+what the expert was trained on. A line has of them the ends alone, ``params [2, P]``, and ``way [T+1, L]`` float64, beta
+of :mod:`pad.store.lines`. :mod:`pad.store.published` imports and exports the published form.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ import torch
 from pad.errors import InputError
 from pad.store.files import names_in
 from pad.store.identity import refuse_difference
+from pad.store.lines import points, shares_of_way
 from pad.store.naming import folder_of
 from pad.store.tensors import Layout, TensorFile, open_tensors, tensor_writer
 
 KIND = "trajectory"
+LINE = "line"
 FORMAT = 1
 
 COMMON = ("data", "model", "preprocessing", "parameters")  # what all experts of a store share and its user must match
@@ -121,9 +124,24 @@ def write_expert(
             write(values)
 
 
+def write_line(store: "TrajectoryStore", expert: int, folder: Path | str) -> None:
+    """Write one expert's line into ``folder``; an existing file is replaced."""
+    way, figures = store.way(expert), store.figures(expert)
+    layout: Layout = {"way": (torch.float64, tuple(way.shape)), "params": (torch.float32, (2, store.num_parameters))}
+    layout |= {name: (torch.float32, tuple(values.shape)) for name, values in figures.items()}
+    with tensor_writer(expert_path(folder, expert), layout, store.header(expert) | {"kind": LINE}) as write:
+        for block in (*way, *store.rows(expert, [0, store.epochs(expert)]), *figures.values()):
+            write(block)
+
+
 def num_parameters(parameters: list) -> int:
     """P of ``[name, shape]`` of each parameter."""
-    return sum(math.prod(shape) for _, shape in parameters)
+    return sum(_sizes(parameters))
+
+
+def _sizes(parameters: list) -> list[int]:
+    """How many numbers each parameter has."""
+    return [math.prod(shape) for _, shape in parameters]
 
 
 class TrajectoryStore:
@@ -132,6 +150,7 @@ class TrajectoryStore:
     def __init__(self, folder: Path, headers: dict[int, tuple[dict, int]]):
         self.folder = folder
         self._headers = headers
+        self._ways: dict[int, torch.Tensor] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> "TrajectoryStore":
@@ -188,27 +207,59 @@ class TrajectoryStore:
         """Parameters after the given epochs, float32 ``[n, P]`` on the CPU, read from disk now.
 
         Raises IndexError for an epoch outside 0..T, InputError when one of these rows is damaged, or the file has gone
-        or is another one since opening.
+        or is another one since opening, and of a line for an epoch between its ends.
         """
-        epochs = list(epochs)
+        epochs, last = list(epochs), self.epochs(expert)
         for epoch in epochs:
-            if not 0 <= epoch <= self.epochs(expert):
-                raise IndexError(f"expert {expert} has epochs 0 to {self.epochs(expert)}, not {epoch}")
+            if not 0 <= epoch <= last:
+                raise IndexError(f"expert {expert} has epochs 0 to {last}, not {epoch}")
+        if self.is_line(expert):
+            if between := [epoch for epoch in epochs if 0 < epoch < last]:
+                raise InputError(
+                    f"{expert_path(self.folder, expert)} is a line: of epochs 0 to {last} it has the first and the "
+                    f"last, not {between[0]}; take the buffer that it was made of"
+                )
+            epochs = [epoch // last for epoch in epochs]
         out = torch.empty(len(epochs), self.num_parameters)
         with self._open(expert) as file:
             for row, epoch in zip(out, epochs):
                 row.copy_(file.row("params", epoch))
         return out
 
+    def is_line(self, expert: int) -> bool:
+        """Whether the expert's file has the ends of its trajectory alone."""
+        return self.header(expert)["kind"] == LINE
+
+    def way(self, expert: int) -> torch.Tensor:
+        """beta of :mod:`pad.store.lines`, ``[T+1, L]`` float64; of a whole trajectory, whose rows are read, once."""
+        if expert not in self._ways:
+            with self._open(expert) as file:
+                rows = (file.row("params", epoch) for epoch in range(self.epochs(expert) + 1))
+                sizes = _sizes(self.metadata["parameters"])
+                self._ways[expert] = file.tensor("way") if self.is_line(expert) else shares_of_way(rows, sizes)
+        return self._ways[expert]
+
+    def between(self, expert: int, epochs: Iterable[float]) -> torch.Tensor:
+        """Points of the convexified trajectory at real numbers of epochs: ``[n, P]`` float64 on the CPU.
+
+        Raises as :meth:`rows`.
+        """
+        epochs, last = list(epochs), self.epochs(expert)
+        if outside := [epoch for epoch in epochs if not 0 <= epoch <= last]:
+            raise IndexError(f"expert {expert} has epochs 0 to {last}, not {outside[0]}")
+        return points(self.rows(expert, [0, last]), self.way(expert), _sizes(self.metadata["parameters"]), epochs)
+
     def params(self, expert: int) -> torch.Tensor:
-        """All rows, float32 ``[T+1, P]``, as a map of the file. Raises InputError as :meth:`rows`."""
+        """All rows, float32 ``[T+1, P]``, as a map of the file. Raises InputError as :meth:`rows`, and of a line."""
+        if self.is_line(expert):
+            raise InputError(f"{expert_path(self.folder, expert)} is a line: it has two epochs of its trajectory alone")
         with self._open(expert) as file:
             return file.tensor("params")
 
     def figures(self, expert: int) -> dict[str, torch.Tensor]:
         """What was measured along the trajectory, each float32 ``[T+1]``, nan where it was not."""
         with self._open(expert) as file:
-            return {name: file.tensor(name).clone() for name in file.layout if name != "params"}
+            return {name: file.tensor(name).clone() for name in file.layout if name not in ("params", "way")}
 
     @contextlib.contextmanager
     def _open(self, expert: int) -> Iterator[TensorFile]:
@@ -233,14 +284,20 @@ class TrajectoryStore:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[TensorFile, tuple[dict, int]]]:
     """An expert's file, and its (metadata, T). Raises InputError when it is none."""
-    with open_tensors(path, kind=KIND, format=FORMAT, remedy=_REMEDY) as (file, metadata):
+    with open_tensors(path, format=FORMAT, remedy=_REMEDY) as (file, metadata):
+        if metadata.get("kind") not in (KIND, LINE):
+            raise InputError(f"{path} is not a {KIND}")
+        is_line = metadata["kind"] == LINE
         try:
-            rows, width = file.layout["params"][1]
+            rows = file.layout["way" if is_line else "params"][1][0]
             layout: Layout = {name: (torch.float32, (rows,)) for name in file.layout}
-            layout["params"] = (torch.float32, (rows, num_parameters(metadata["parameters"])))
+            width = num_parameters(metadata["parameters"])
+            layout["params"] = (torch.float32, (2 if is_line else rows, width))
+            if is_line:
+                layout["way"] = (torch.float64, (rows, len(metadata["parameters"])))
             named = {*COMMON, "expert", "seed", "settings"} <= metadata.keys()
             complete = named and isinstance(metadata["settings"], dict)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError):
             complete = False
         if not complete or file.layout != layout or rows < 2 or width < 1:
             raise InputError(f"{path} is damaged: its header does not describe a trajectory of float32 parameters")
