@@ -276,9 +276,17 @@ def test_a_whitened_set_has_pixels_where_its_whitening_is_kept(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "identity",
-    [None, 3, {}, {"kind": "zca"}, {"kind": "zca", "digest": "a\0", "shape": [1]}, {"kind": "meanstd", "mean": 1},
-     {**MEANSTD.identity, "std": ["a", "b"]}, {**MEANSTD.identity, "digest": "0"}],
-)  # fmt: skip
+    [
+        None,
+        3,
+        {},
+        {"kind": "zca"},
+        {"kind": "zca", "digest": "a\0", "shape": [1]},
+        {"kind": "meanstd", "mean": 1},
+        {**MEANSTD.identity, "std": ["a", "b"]},
+        {**MEANSTD.identity, "digest": "0"},
+    ],
+)
 def test_no_preprocessing_is_made_of_an_identity_that_is_none(identity):
     assert known_preprocessing(identity) is None
     assert known_preprocessing(MEANSTD.identity).identity == MEANSTD.identity
@@ -291,11 +299,28 @@ def described(**changes) -> dict:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bits": 3}, {"bits": 8.0}, {"bits": "4"}, {"group": "patch"}, {"group": []}, {"label_bits": 5}, {"top_k": 0},
-     {"top_k": K}, {"top_k": True}, {"shape": [N]}, {"shape": 5}, {"shape": [N, 2, 3, -5]},
-     {"shape": [10**30, 2, 3, 5]},
-     {"labels": [N, K, 1]}, {"labels": [N + 1, K]}, {"labels": None}, {"more": 1}, {"bits": 2}, {"label_bits": 2}],
-)  # fmt: skip
+    [
+        {"bits": 3},
+        {"bits": 8.0},
+        {"bits": "4"},
+        {"group": "patch"},
+        {"group": []},
+        {"label_bits": 5},
+        {"top_k": 0},
+        {"top_k": K},
+        {"top_k": True},
+        {"shape": [N]},
+        {"shape": 5},
+        {"shape": [N, 2, 3, -5]},
+        {"shape": [10**30, 2, 3, 5]},
+        {"labels": [N, K, 1]},
+        {"labels": [N + 1, K]},
+        {"labels": None},
+        {"more": 1},
+        {"bits": 2},
+        {"label_bits": 2},
+    ],
+)
 def test_a_file_with_another_description_than_tensors_is_refused(changes, tmp_path):
     tensors = {**make().quantised(4, label_bits=8).packed.tensors, "lr": torch.tensor(0.1)}
     about = {"kind": "synthetic set", "format": 1}

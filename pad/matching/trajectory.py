@@ -132,7 +132,7 @@ class TrajectoryObjective(Objective):
         if self.sampler.convexified:
             rows = self.store.between(segment.expert, ends)
         else:
-            rows = self.store.rows(segment.expert, map(int, ends))
+            rows = self.store.rows(segment.expert, [int(end) for end in ends])
         start, target = to_device(rows.to(images.dtype), images.device)
         rng = generator(self.seed, "inner steps", it)
         steps = inner_steps(len(images), self.batch_syn, self.syn_steps, self.augmentation, rng)
