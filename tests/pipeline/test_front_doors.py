@@ -125,7 +125,8 @@ def test_three_commands_on_the_embedded_images(tmp_path):
     done = run_script("distill/evaluation.py", command_line(**asked), tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "table.json").read_text())["results"]
-    assert [row["set"] for row in results] == ["synthetic", "random real, hard labels", "random real, expert labels"]
+    real = ["random real, hard labels", "random real, expert labels"]
+    assert [row["set"] for row in results] == ["synthetic", "synthetic, hard labels", *real]
     for row in results:
         assert row["n"] == len(row["accuracies"]) == 2 and row["network"] == "ConvNetW8"
         mean = sum(row["accuracies"]) / 2
