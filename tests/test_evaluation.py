@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pad import evaluation, protocols
-from pad.commands import evaluate as evaluating
+from pad.commands import training
 from pad.commands.bench import Workbench
 from pad.commands.evaluate import EvaluationSettings
 from pad.data.augment import DSA, DSA_STRATEGY, CutMix, NoAugmentation, augment, cutmix
@@ -497,7 +497,7 @@ def test_what_a_stopped_evaluation_goes_on_with_was_augmented_alike():
 
     def plain(pool, **given):
         settings = EvaluationSettings(dsa=False, **given)
-        return evaluating._plain(bench.protocol(settings, 100), settings, pool)
+        return training._plain(bench.protocol(settings, 100), settings, pool)
 
     alone = plain(["ConvNet"])
     earlier = ("epochs", "batch_size", "momentum", "weight_decay", "seed", "compile", "together", "augmentation")
