@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pad.show.figures import BLUE, COLOURS, GREY, new_figure
 from pad.show.names import short, widest
 from pad.study.published import Published
-from pad.study.rows import Row, size
+from pad.study.rows import Row, in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def plot(rows: Sequence[Row]) -> Figure:
             panel.plot(list(row.values.values()), [y] * len(row.values), ".", color=GREY, markersize=4)
             error = row.error if len(row.values) > 1 else 0
             panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
-        panel.set_title(size(ipc), fontsize=10)
+        panel.set_title(in_words(ipc), fontsize=10)
         panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
         panel.set_yticks(range(len(methods)), names, parse_math=False)
         panel.grid(axis="x", alpha=0.3)
@@ -60,9 +60,9 @@ def plot_curves(
             known = [(x, row.published) for x, row in own if row.published is not None]
             if known:
                 panels[1, column].plot(*zip(*known), linestyle=":", **style)
-        panels[0, column].set_title(size(ipc), fontsize=10)
+        panels[0, column].set_title(in_words(ipc), fontsize=10)
         if below:
-            panels[1, column].set_title(f"published: {size(published.size(ipc))}", fontsize=10)
+            panels[1, column].set_title(f"published: {in_words(published.size(ipc))}", fontsize=10)
         panels[-1, column].set_xlabel(label, parse_math=False)
     for panel in panels.flat:
         panel.set_ylabel("test accuracy, %", fontsize=9)

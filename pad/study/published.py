@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pad.errors import InputError
+from pad.study.rows import in_words
 
 MEAN = "mean"  # over the networks
 
@@ -45,10 +46,8 @@ class Published:
         known = {size for by_size in self.rows.values() for size in by_size}
         for ipc in sizes:
             if known and self.size(ipc) not in known:
-                raise InputError(
-                    f"{where}: nothing is published at {self.size(ipc)} images per class; stands_for says which size "
-                    f"{ipc} stands for"
-                )
+                remedy = f"stands_for says which size {ipc} stands for"
+                raise InputError(f"{where}: nothing is published at {in_words(self.size(ipc))}; {remedy}")
 
 
 def read_published(by_size: object, about: str) -> dict[int, float | dict[str, float]]:

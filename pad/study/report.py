@@ -15,7 +15,7 @@ from pad.show.tables import standard_error
 from pad.store.files import write_text
 from pad.study.plots import plot, plot_curves
 from pad.study.published import MEAN, NOTHING, Published
-from pad.study.rows import Row, size
+from pad.study.rows import Row, in_words
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Crossed:
                 own = [cells.get((method, column)) for column in columns]
                 n = max(len(each.values) for each in own if each)
                 lines.append([_in_markdown(method), *(self._shown(each, n) for each in own), str(n)])
-            yield f"## {size(ipc)}: {self.title}"
+            yield f"## {in_words(ipc)}: {self.title}"
             yield self.note
             yield _table(["method", *map(_in_markdown, columns), "n"], lines)
 
@@ -266,7 +266,7 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
             paper = [_number(row.published, ".2f", "-")] * published
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
             lines.append([_in_markdown(row.method), *paper, *figures, n, *pair, str(row.networks)])
-        parts += [f"## {size(ipc, frame.published.size(ipc))}", _table(head, lines)]
+        parts += [f"## {in_words(ipc, frame.published.size(ipc))}", _table(head, lines)]
     parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
     if failed:

@@ -34,7 +34,7 @@ class Row:
         return standard_error(list(self.values.values()))
 
 
-def size(ipc: int, published: int | None = None) -> str:
+def in_words(ipc: int, published: int | None = None) -> str:
     """A size in words, with the published one that it stands for where that is another."""
     other = f" (published: {published})" if published not in (None, ipc) else ""
     return f"{ipc} image{'s' * (ipc > 1)} per class{other}"

@@ -31,7 +31,7 @@ from pad.store.locks import each_once, remove_leftovers
 from pad.streams import silence
 from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.report import Frame, Outcome, write_report
-from pad.study.rows import size
+from pad.study.rows import in_words
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
@@ -209,6 +209,6 @@ def _pictures(grid: Grid, outcomes: list[Outcome]) -> None:
             events = (grid.store / str(outcome.made)).parents[1] / "metrics.jsonl"
             with unless_it_fails(f"of the layers of {method}"):
                 lines = map(json.loads, events.read_text(encoding="utf-8").splitlines())
-                runs[f"{method}, {size(ipc)}"] = [each for each in lines if "layers" in each]
+                runs[f"{method}, {in_words(ipc)}"] = [each for each in lines if "layers" in each]
         if any(runs.values()):
             draw_figure(grid.out / "layers.png", plot_layers_of, {name: run for name, run in runs.items() if run})
