@@ -9,9 +9,10 @@ import pytest
 
 from pad.show.layers import plot_layers_of
 from pad.show.tables import standard_error
+from pad.study.frame import Frame
 from pad.study.plots import plot, plot_curves
 from pad.study.published import Published
-from pad.study.report import Frame, Outcome, comma_separated, crossed, markdown, summarise, write_report
+from pad.study.report import Outcome, comma_separated, crossed, markdown, summarise, write_report
 
 VALUES = {"A": [[0.40, 0.42], [0.44, 0.46], [0.41, 0.43]], "B": [[0.30, 0.31], [0.39, 0.40], [0.33, 0.34]]}
 

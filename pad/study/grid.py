@@ -34,7 +34,6 @@ from pad.config import (
 from pad.errors import InputError
 from pad.store.files import slug
 from pad.store.identity import digest, nearest
-from pad.study.published import Published, number, read_published
 from pad.study.scales import at_scale, from_base
 
 FIGURES = ("layers", "sets")
@@ -201,56 +200,10 @@ class Grid:
         """Whether the store is for other studies, too: what is in it is found by its digest, whatever its row."""
         return self.store != self.out
 
-    @property
-    def heading(self) -> str:
-        """The first line of the report: at which scale the study was run, on what, and how often.
-
-        "" for a study without scales and published values.
-        """
-        if not self.scale and not self.published().rows:
-            return ""
-        common, scored = self.common, self._scored(self.sizes[0], self.seeds[0])
-        images = f"{common.train_per_class or 'all'} training images per class"
-        data = ", ".join([common.dataset, images, str(scored.model), *["ZCA"] * common.zca])
-        pool = f", of each of {', '.join(scored.pool)}" * (len(scored.pool) > 1)
-        sentences = [
-            f"Scale {self.scale}: {data}" if self.scale else data,
-            f"Seeds {', '.join(map(str, self.seeds))}",
-            f"{scored.num_eval} networks per set{pool}",
-            *(f"{ours} stands for {theirs}" for ours, theirs in self.stands_for.items() if ours in scored.pool),
-        ]
-        return " ".join(f"{sentence}." for sentence in sentences)
-
-    def published(self) -> Published:
-        """What was published of the rows. Raises InputError for what is no such thing, and for a size of none."""
-        rows = {
-            method: read_published(entry["published"], f"{self.where}: {method}: published")
-            for method, entry in self.methods.items()
-            if "published" in entry
-        }
-        first = self._scored(self.sizes[0], self.seeds[0]).pool[0]
-        published = Published(rows=rows, stands_for=self.stands_for, first=first)
-        published.refuse_unmatched(self.where, self.sizes)
-        return published
-
-    def points(self) -> dict[tuple[str, int], tuple[str, float]]:
-        """Curve and x of each row at each size that has them. Raises InputError for what is none."""
-        found = {}
-        for method, ipc in itertools.product(self.methods, self.sizes):
-            about = f"{self.where}: {method}"
-            entry = self._given(self.methods[method], about, ipc)
-            if not {"curve", "x"} & {*entry}:
-                continue
-            curve, x = entry.get("curve"), number(entry.get("x"))
-            if not isinstance(curve, str) or x is None:
-                raise InputError(f"{about}: curve: {curve!r} and x: {entry.get('x')!r} are not a name and a number")
-            found[method, ipc] = curve, x
-        return found
-
     def cells(self) -> list[Cell]:
         """All of them, seed by seed. Raises InputError for settings that a command does not take, naming the method."""
         for ipc in _sizes(self.evaluation, f"{self.where}: evaluation"):  # those that are not in the grid, too
-            self._scored(ipc, self.seeds[0])
+            self.scored(ipc, self.seeds[0])
         for method, entry in self.methods.items():
             for ipc in _sizes(entry, f"{self.where}: {method}"):
                 self._cell(method, ipc, self.seeds[0])
@@ -267,7 +220,7 @@ class Grid:
             cells = [cell for cell in cells if getattr(cell, key) in (values or there[key])]
         return cells
 
-    def _given(self, entry: Mapping, about: str, ipc: int | None = None) -> dict:
+    def given(self, entry: Mapping, about: str, ipc: int | None = None) -> dict:
         """What an entry says at a size: what its ``cfg`` says, over that the entry itself, over that its ``by_ipc``."""
         given = dict(entry)
         if ipc is not None:
@@ -278,15 +231,15 @@ class Grid:
         content = read_yaml(str(path_base(Path(self.where)) / str(file).replace("{ipc}", str(ipc))))
         return {key: value for key, value in content.items() if key not in decided} | given
 
-    def _scored(self, ipc: int, seed: int) -> EvaluationSettings:
+    def scored(self, ipc: int, seed: int) -> EvaluationSettings:
         """How sets of a size are evaluated."""
         about = f"{self.where}: evaluation"
-        given = self._given(self.evaluation, about, ipc)
+        given = self.given(self.evaluation, about, ipc)
         return self._resolve(EvaluationSettings, given, about, {"seed": seed, **_SCORED})
 
     def _cell(self, method: str, ipc: int, seed: int) -> Cell:
         about = f"{self.where}: {method}"
-        entry = self._given(self.methods[method], about, ipc)
+        entry = self.given(self.methods[method], about, ipc)
         by = entry.get("by")
         makers = _makers()
         if not isinstance(by, str) or by not in makers:
@@ -302,7 +255,7 @@ class Grid:
         made = self._resolve(kind, own, about, decided)
         if buffer is not None and buffer.model != made.model:
             raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
-        scored = self._scored(ipc, seed)
+        scored = self.scored(ipc, seed)
         evaluation = {key: getattr(scored, key) for key in {*scored.names(DATA, MODEL, RECIPE), *scored.given}}
         del evaluation["synthetic"]
         if scored.rows:  # of real images, which may be ranked, or labelled by the cell's own experts
@@ -335,7 +288,7 @@ class Grid:
             most_like = nearest(name, self.buffers)
             raise InputError(f"{about}: buffer: {name!r} is not in buffers; the nearest is {most_like}")
         where = f"{self.where}: buffers: {name}"
-        given = self._given(self.buffers[name], where)
+        given = self.given(self.buffers[name], where)
         buffer = self._resolve(BufferSettings, given, where, {"seed": seed})
         folder = self.store / "buffers" / f"{slug(name)}-seed{seed}-{digest(_recipe(buffer), 8)}"
         if self.shares:

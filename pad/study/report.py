@@ -6,13 +6,14 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pad.show.figures import draw_figure
 from pad.show.results import SCORES, plus_minus, title
 from pad.show.tables import standard_error
 from pad.store.files import write_text
+from pad.study.frame import PLAIN, Frame
 from pad.study.plots import plot, plot_curves
 from pad.study.published import MEAN, NOTHING, Published
 from pad.study.rows import Row, in_words
@@ -29,7 +30,7 @@ class Outcome:
     failed: str | None = None
     _: KW_ONLY
     seconds: float | None = None
-    made: str | None = None  # the set's file, relative to the study's folder
+    made: str | None = None  # the set's file, relative to the study's folder, or to its store
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
 
@@ -37,24 +38,6 @@ class Outcome:
     def percent(self) -> float:
         """Mean accuracy of its networks in %."""
         return 100 * statistics.mean(self.accuracies or [])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What a report says around what came out.
-
-    heading, note: its first lines, in a report with published values or of a scale. points: curve and x, by row and
-    size. x: what the points' x are.
-    """
-
-    heading: str = ""
-    note: str = ""
-    published: Published = NOTHING
-    points: Mapping[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
-    x: str = "x"
-
-
-PLAIN = Frame()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,9 @@ from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, save_picture, slug, write_text
 from pad.store.locks import each_once, remove_leftovers
 from pad.streams import silence
+from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
-from pad.study.report import Frame, Outcome, write_report
+from pad.study.report import Outcome, write_report
 from pad.study.rows import in_words
 from pad.synthetic import SyntheticSet
 
@@ -52,7 +53,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     grid = Grid.read(settings)
     cells = grid.cells()
     wanted = grid.wanted(settings, cells)
-    frame = Frame(heading=grid.heading, note=grid.note, x=grid.x, published=grid.published(), points=grid.points())
+    frame = frame_of(grid)
     for folder in (grid.out, grid.store):
         refuse_unwritable(folder)
     remove_leftovers(grid.store / "cells")

@@ -16,6 +16,7 @@ from pad.commands.trajectory import DistillSettings
 from pad.config import read_yaml
 from pad.errors import InputError
 from pad.study import study as studying
+from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.scales import at_scale, from_base, merged
 
@@ -162,7 +163,7 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(folder, capsys, f
 def test_a_study_without_scales_has_none_to_choose(folder, capsys):
     study = read_yaml(str(folder / "tiny.yaml")) | {"ipc": [1], "methods": {"DM": {"base": "DM"}}}
     (folder / "plain.yaml").write_text(yaml.safe_dump(study))
-    assert grid(folder / "plain.yaml").heading == ""
+    assert frame_of(grid(folder / "plain.yaml")).heading == ""
     assert cli.study([str(folder / "plain.yaml"), "--scale", "tiny"]) == 2
     assert "plain.yaml has no scales, so there is no scale 'tiny'" in capsys.readouterr().err
 
@@ -262,7 +263,7 @@ def test_the_shipped_studies_are_studies():
 
 def test_every_table_and_figure_has_its_study():
     assert {path.stem for path in STUDIES} == {*TABLES.split(), "depth"}
-    without = {path.stem for path in STUDIES if not grid(path).published().rows}
+    without = {path.stem for path in STUDIES if not frame_of(grid(path)).published.rows}
     assert without == {"figure5", "figure6", "depth"}, "pictures, and one that the paper has not"
 
 
@@ -270,18 +271,19 @@ def test_every_table_and_figure_has_its_study():
 def test_a_paper_study_is_one_at_both_scales(path):
     for scale, data in (("small", "ImageFolder"), ("full", "CIFAR10")):
         read = grid(path, scale=scale)
+        frame = frame_of(read)
         assert cells(path, scale=scale) and read.seeds == [0, 1, 2] and read.shares
-        assert read.heading.startswith(
+        assert frame.heading.startswith(
             f"Scale {scale}: {'CIFAR100' if path.stem == 'table3a' and scale == 'full' else data}"
         )
-        published, points = read.published(), read.points()
+        published = frame.published
         for row in published.rows:
             assert any(
                 published.of(row, ipc, network) is not None
                 for ipc in read.sizes
-                for network in ("", "mean", *read._scored(ipc, 0).pool)
+                for network in ("", "mean", *read.scored(ipc, 0).pool)
             )
-        assert not points or read.x != "x"
+        assert not frame.points or frame.x != "x"
 
 
 def published_settings(kind: type, name: str) -> dict:
