@@ -28,7 +28,7 @@ PLAIN = Frame()
 
 
 def frame_of(grid: Grid) -> Frame:
-    """The frame of a study's report. Raises InputError, naming the row, for published values and points that are none."""
+    """The frame of a study's report. Raises InputError for published values or points that are none."""
     published = _published(grid)
     heading = _heading(grid) if grid.scale or published.rows else ""
     return Frame(heading=heading, note=grid.note, published=published, points=_points(grid), x=grid.x)
