@@ -7,8 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from pad.show.layers import plot_layers_of
 from pad.show.tables import standard_error
-from pad.study.report import Outcome, comma_separated, crossed, markdown, plot, summarise, write_report
+from pad.study.frame import Frame
+from pad.study.plots import plot, plot_curves
+from pad.study.published import Published
+from pad.study.report import Outcome, comma_separated, crossed, markdown, summarise, write_report
 
 VALUES = {"A": [[0.40, 0.42], [0.44, 0.46], [0.41, 0.43]], "B": [[0.30, 0.31], [0.39, 0.40], [0.33, 0.34]]}
 
@@ -215,3 +219,91 @@ def test_what_the_last_epoch_gives_stands_beside_the_best(several, tmp_path):
     assert float(first["last_epoch"]) == pytest.approx(float(first["mean"]) - 5, abs=1e-2) and first["lr"] == "0.25"
     text = (tmp_path / "results.md").read_text()
     assert "; last epoch 1" in text and "; n = 2)" in text, "of fewer seeds than the others"
+
+
+# ---- published values
+
+TABLE = {  # method: published at 10 and 500 images per class; measured at 10 and 50, by seed
+    "A": ({10: 67.2, 500: 83.71}, {10: (0.40, 0.44), 50: (0.50, 0.52)}),
+    "B": ({10: 65.15}, {10: (0.30, 0.35), 50: (0.53, 0.51)}),
+}
+BESIDE = Frame(
+    heading="Scale small: what was run.",
+    note="A note.",
+    published=Published(rows={method: known for method, (known, _) in TABLE.items()}, stands_for={50: 500}, first="N1"),
+    points={(method, ipc): ("TM", x) for method, x in (("A", 0.0), ("B", 0.25)) for ipc in (10, 50)},
+    x="share masked",
+)
+
+
+def beside() -> list[Outcome]:
+    return [
+        Outcome(method, ipc, seed, [accuracy])
+        for method, (_, measured) in TABLE.items()
+        for ipc, seeds in measured.items()
+        for seed, accuracy in enumerate(seeds)
+    ]
+
+
+def test_published_values_stand_beside_those_measured(tmp_path):
+    write_report(tmp_path, beside(), "A", BESIDE)
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("Scale small: what was run.\n\nA note.\n\n## 10 images per class\n")
+    assert (
+        "| method | published % | accuracy % | standard error | n | minus A, by seed | published difference | networks"
+        in text
+    )
+    assert "| A | 67.20 | 42.00 | 2.00 | 2 |  | - | 1 |" in text
+    assert "| B | 65.15 | 32.50 | 2.50 | 2 | -9.50 ± 0.50 | -2.05 | 1 |" in text
+    assert "## 50 images per class (published: 500)" in text
+    assert "| A | 83.71 | 51.00 | 1.00 | 2 |  | - | 1 |" in text
+    assert "| B | - | 52.00 | 1.00 | 2 | +1.00 ± 2.00 | - | 1 |" in text
+    lines = {(line["method"], line["ipc"]): line for line in listed(tmp_path, "results.csv")}
+    assert [lines[key]["published"] for key in lines] == ["67.2", "65.15", "83.71", ""]
+    assert [lines[key]["published_difference"] for key in lines] == ["", "-2.05", "", ""]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_curves_show_means_with_errors_and_below_what_was_published():
+    rows = summarise(beside(), "A", BESIDE.published)
+    above, right, below, _ = plot_curves(rows, BESIDE.points, BESIDE.x, BESIDE.published).axes
+    assert [axes.get_title() for axes in (above, right, below)] == [
+        "10 images per class",
+        "50 images per class",
+        "published: 10 images per class",
+    ]
+    [bar] = above.containers
+    assert bar.lines[0].get_xydata() == pytest.approx(np.array([[0, 42.0], [0.25, 32.5]]))
+    ends = [segment[:, 1] for segment in bar.lines[2][0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[40.0, 44.0], [30.0, 35.0]]))
+    [line] = below.lines
+    assert line.get_xydata() == pytest.approx(np.array([[0, 67.2], [0.25, 65.15]]))
+    assert below.get_xlabel() == "share masked"
+
+
+def test_a_mean_over_the_networks_stands_beside_the_published_one(several, tmp_path):
+    known = {"A": {10: {"mean": 75.6, "ConvNet": 33.46}}, "B": {10: 44.0}}
+    published = Published(rows=known, stands_for={"N2": "ConvNet"}, first="N1")
+    del several[0].results[4:]  # the first seed's network N2 on the sets of method A
+    write_report(tmp_path, several, frame=Frame(published=published))
+    lines = {(line["method"], line["network"]): line for line in listed(tmp_path, "networks.csv")}
+    both = [100 * np.mean([figures(seed, 0, i, 0, False)["mean"] for i in (0, 1)]) for seed in (1, 2)]
+    mean = lines["A", "mean"]
+    assert float(mean["mean"]) == pytest.approx(np.mean(both), abs=1e-4) and mean["n"] == "2"
+    assert float(mean["standard_error"]) == pytest.approx(np.std(both, ddof=1) / math.sqrt(2), abs=1e-4)
+    columns = ("N1", "N1, tuned", "N2", "N2, tuned", "mean")
+    assert [lines["A", column]["published"] for column in columns] == ["", "", "33.46", "", "75.6"]
+    assert [lines["B", column]["published"] for column in columns] == ["44", "", "", "", ""]
+    text = (tmp_path / "results.md").read_text()
+    assert "| method | N1 | N1, tuned | N2 | N2, tuned | mean | n |" in text and "; published 33.46; n = 2)" in text
+    assert "| B | 44.00 | " in text, "on the first network"
+
+
+def test_layers_of_several_runs_stand_side_by_side():
+    events = [
+        {"iteration": it, "layers": {"conv": [2.0 + it, 4.0], "last": [1.0, 2.0], "none": [0, 0]}} for it in (0, 1)
+    ]
+    first, second = plot_layers_of({"one": events, "two": events[:1]}).axes
+    assert (first.get_title(), second.get_title()) == ("one", "two")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in first.lines}
+    assert drawn == {"conv": [[0, 0.5], [1, 0.75]], "last": [[0, 0.5], [1, 0.5]]}

@@ -102,7 +102,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_study(folder: Path) -> bool:
-    return (folder / "cells").is_dir()
+    return (folder / "cells").is_dir() or (folder / "asked.yaml").is_file()  # the cells may lie in a store
 
 
 class _Reading:
@@ -426,13 +426,14 @@ def _of_study(folder: Path) -> str:
         data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
         lead = _sentence({"": data.get("dataset"), "classes": data.get("num_classes"), "images": _size(data)})
     figures = {name: len({row[key] for row in rows}) for key, name in (("method", "methods"), ("ipc", "sizes"))}
-    figures["cells recorded"] = len(list((folder / "cells").glob("*.json")))
+    if (folder / "cells").is_dir():
+        figures["cells recorded"] = len(list((folder / "cells").glob("*.json")))
     figures["seeds, at most"] = max((row["n"] for row in rows), default=0)
     figures["rows with cells that failed"] = sum(bool(row.get("failed")) for row in rows)
     command, _, content = study.text("asked.yaml").partition("\n")
     sections = {
         "Results": as_html(study.text("results.md")),
-        "Plot": _plot(study),
+        "Plot": _plots(study),
         "Images": _study_pictures(study, rows),
         "The study": _shell(content),
         "Make it again": _shell(command.removeprefix("# ")),
@@ -442,10 +443,18 @@ def _of_study(folder: Path) -> str:
     return document(folder.resolve().name, "Study", joined(top), sections)
 
 
-def _plot(study: _Reading) -> Markup:
-    with study.noting("results.png"):
-        return picture((study.folder / "results.png").read_bytes(), "accuracy of each method", "sheet")
-    return Markup()
+def _plots(study: _Reading) -> Markup:
+    """``results.png``, and the figures that a study may have beside it."""
+    parts = []
+    for name, about in (
+        ("results.png", "accuracy of each method"),
+        ("curves.png", "accuracy along curves"),
+        ("layers.png", "matching loss of each layer"),
+    ):
+        if name == "results.png" or (study.folder / name).exists():
+            with study.noting(name):
+                parts.append(picture((study.folder / name).read_bytes(), about, "sheet"))
+    return joined(parts)
 
 
 def _study_pictures(study: _Reading, rows: Sequence[Mapping]) -> Markup:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREY = "#8C8C8C"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of curves
 
 
 def draw_figure(path: Path, draw: Callable[..., Figure], *arguments: Any) -> None:

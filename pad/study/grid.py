@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import yaml
+
 from pad.commands.common import Common, words
 from pad.commands.coreset import CoresetSettings
 from pad.commands.distil import Distilling
@@ -32,9 +34,13 @@ from pad.config import (
 from pad.errors import InputError
 from pad.store.files import slug
 from pad.store.identity import digest, nearest
+from pad.study.scales import at_scale, from_base
 
-_KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates")
-_OWN = ("by", "buffer", "by_ipc")  # keys of a method that are not settings of its command
+FIGURES = ("layers", "sets")
+
+_PARTS = ("common", "bases", "buffers", "methods", "evaluation", "stands_for")
+_KEYS = ("scales", "out", "store", "seeds", "ipc", "reference", "note", "x", "figures", "templates", *_PARTS)
+_OWN = ("by", "buffer", "published", "curve", "x")  # keys of a method that are not settings of its command
 _SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
 
 MakesSet = CoresetSettings | Distilling
@@ -47,8 +53,12 @@ class StudySettings(Settings):
     """scripts/study.py FILE: run a grid of methods, sizes and seeds on one data set, and report it."""
 
     study: FilePath | None = setting(None, "YAML file of the study; may stand alone, as the first argument", RECIPE)
+    scale: str = setting("", "scale to run at, of those that the file names; default: the first", RECIPE)
     out: FilePath | None = setting(
         None, "folder of all that is made; default: the file's out, or runs/studies/<its name> in the checkout", PLACE
+    )
+    store: FilePath | None = setting(
+        None, "folder of all but the report, which several studies share; default: the file's store, or out", PLACE
     )
     data_path: FilePath | None = setting(None, "folder of the data set; default: the file's", PLACE)
     device: Device | None = setting(None, "auto, cpu, cuda, cuda:1; default: the file's", PLACE)
@@ -69,7 +79,8 @@ class StudySettings(Settings):
     def command(self, grid: "Grid") -> str:
         """The command line that makes the whole study in the folder that it is in."""
         words = ["python", "scripts/study.py", str(self.study), "--out", str(grid.out)]
-        for name in ("data_path", "device"):
+        words += ["--scale", grid.scale] * bool(grid.scale)
+        for name in ("store", "data_path", "device"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", value]
         return shlex.join(words)
@@ -105,11 +116,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a study's file says, and where."""
+    """What a study's file says, at one of its scales if it has any, and where."""
 
     where: str
-    text: str  # of the file
-    out: Path
+    text: str  # what asks for all of it: of the file, or of it and its scale's
+    scale: str  # "": there are none
+    out: Path  # of the report
+    store: Path  # of all that the report is made from; out, unless studies share it
     seeds: list[int]
     sizes: list[int]
     reference: str | None
@@ -118,15 +131,25 @@ class Grid:
     buffers: Mapping
     methods: Mapping
     evaluation: Mapping
+    stands_for: Mapping  # published sizes and networks, by the study's
+    note: str  # below the first line of the report
+    x: str  # what the rows' x are
+    figures: list[str]
 
     @classmethod
     def read(cls, settings: StudySettings) -> "Grid":
         """The file, and what flags say instead."""
         where = str(settings.study)
-        content, base = read_yaml(where), path_base(Path(where))
+        scale, content = at_scale(read_yaml(where), where, settings.scale)
+        base = path_base(Path(where))
         _refuse_unknown(content, _KEYS, where)
-        parts = ("common", "buffers", "methods", "evaluation")
-        shared, buffers, methods, evaluation = (_mapping(content.get(key) or {}, f"{where}: {key}") for key in parts)
+        parts = [_mapping(content.get(key) or {}, f"{where}: {key}") for key in _PARTS]
+        shared, bases, buffers, methods, evaluation, stands_for = parts
+        buffers = _with_bases(buffers, bases, f"{where}: buffers")
+        methods = _with_bases(methods, bases, where)
+        figures = content.get("figures") or []
+        if not isinstance(figures, list) or not {*map(str, figures)} <= {*FIGURES}:
+            raise InputError(f"{where}: figures: {figures!r} is not a list of {' and '.join(FIGURES)}")
         _refuse_unknown(shared, _names(by_study=False), f"{where}: common")
         if not methods:
             raise InputError(f"{where}: methods: there are none")
@@ -143,14 +166,21 @@ class Grid:
             data["device"] = settings.device
         try:
             common = Common.resolve(data)
-            own = StudySettings.with_paths({"study": where, "out": content.get("out")}, base)
-            out = StudySettings.resolve(own | {"study": where}).out
+            places = {key: content.get(key) for key in ("out", "store")}
+            own = StudySettings.resolve(StudySettings.with_paths(places, base) | {"study": where})
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        if scale:
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        else:
+            text = Path(where).read_text(encoding="utf-8", errors="replace")
+        out = settings.out or Path(own.out or checkout() / "runs" / "studies" / Path(where).stem) / scale
         return cls(
             where=where,
-            text=Path(where).read_text(encoding="utf-8", errors="replace"),
-            out=Path(settings.out or out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
+            text=text,
+            scale=scale,
+            out=Path(out).absolute(),
+            store=Path(settings.store or own.store or out).absolute(),
             seeds=_numbers(content.get("seeds", [0]), f"{where}: seeds", low=0),
             sizes=_numbers(content.get("ipc"), f"{where}: ipc", low=1),
             reference=reference,
@@ -159,14 +189,23 @@ class Grid:
             buffers=buffers,
             methods=methods,
             evaluation=evaluation,
+            stands_for=stands_for,
+            note=str(content.get("note") or ""),
+            x=str(content.get("x") or "x"),
+            figures=figures,
         )
+
+    @property
+    def shares(self) -> bool:
+        """Whether the store is for other studies, too: what is in it is found by its digest, whatever its row."""
+        return self.store != self.out
 
     def cells(self) -> list[Cell]:
         """All of them, seed by seed. Raises InputError for settings that a command does not take, naming the method."""
-        for method in self.methods:  # those of sizes that are not in the grid, too
-            for ipc in _mapping(self._entry(method).get("by_ipc") or {}, f"{self.where}: {method}: by_ipc"):
-                if type(ipc) is not int or ipc < 1:
-                    raise InputError(f"{self.where}: {method}: by_ipc: {ipc!r} is not a number of images per class")
+        for ipc in _sizes(self.evaluation, f"{self.where}: evaluation"):  # those that are not in the grid, too
+            self.scored(ipc, self.seeds[0])
+        for method, entry in self.methods.items():
+            for ipc in _sizes(entry, f"{self.where}: {method}"):
                 self._cell(method, ipc, self.seeds[0])
         every = itertools.product(self.seeds, self.sizes, self.methods)
         return [self._cell(method, ipc, seed) for seed, ipc, method in every]
@@ -181,20 +220,32 @@ class Grid:
             cells = [cell for cell in cells if getattr(cell, key) in (values or there[key])]
         return cells
 
-    def _entry(self, method: str) -> Mapping:
-        return _mapping(self.methods[method], f"{self.where}: {method}")
+    def given(self, entry: Mapping, about: str, ipc: int | None = None) -> dict:
+        """What an entry says at a size: what its ``cfg`` says, over that the entry itself, over that its ``by_ipc``."""
+        given = dict(entry)
+        if ipc is not None:
+            given |= _mapping((given.pop("by_ipc", None) or {}).get(ipc) or {}, f"{about}: by_ipc: {ipc}")
+        if (file := given.pop("cfg", None)) is None:
+            return given
+        decided = {*_SHARED, *_names(by_study=True)}
+        content = read_yaml(str(path_base(Path(self.where)) / str(file).replace("{ipc}", str(ipc))))
+        return {key: value for key, value in content.items() if key not in decided} | given
+
+    def scored(self, ipc: int, seed: int) -> EvaluationSettings:
+        """How sets of a size are evaluated."""
+        about = f"{self.where}: evaluation"
+        given = self.given(self.evaluation, about, ipc)
+        return self._resolve(EvaluationSettings, given, about, {"seed": seed, **_SCORED})
 
     def _cell(self, method: str, ipc: int, seed: int) -> Cell:
         about = f"{self.where}: {method}"
-        entry = self._entry(method)
+        entry = self.given(self.methods[method], about, ipc)
         by = entry.get("by")
         makers = _makers()
         if not isinstance(by, str) or by not in makers:
             raise InputError(f"{about}: by: {by!r} is not one of {', '.join(makers)}")
         kind = makers[by]
         own = {key: value for key, value in entry.items() if key not in _OWN}
-        own |= _mapping((entry.get("by_ipc") or {}).get(ipc) or {}, f"{about}: by_ipc: {ipc}")
-
         buffer = self._buffer(entry.get("buffer"), about, seed)
         decided: dict = {"ipc": ipc, "seed": seed}
         if buffer is not None:
@@ -204,8 +255,7 @@ class Grid:
         made = self._resolve(kind, own, about, decided)
         if buffer is not None and buffer.model != made.model:
             raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
-        where = f"{self.where}: evaluation"
-        scored = self._resolve(EvaluationSettings, self.evaluation, where, {"seed": seed, **_SCORED})
+        scored = self.scored(ipc, seed)
         evaluation = {key: getattr(scored, key) for key in {*scored.names(DATA, MODEL, RECIPE), *scored.given}}
         del evaluation["synthetic"]
         if scored.rows:  # of real images, which may be ranked, or labelled by the cell's own experts
@@ -213,11 +263,11 @@ class Grid:
             if buffer is not None and buffer.model == scored.model:
                 evaluation["buffer_path"] = buffer.buffer_path
         recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
-        name = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
+        name = f"{slug(by if self.shares else method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
         if kind is CoresetSettings:
-            decided |= {"out": str(self.out / "sets" / name), "overwrite": True}
+            decided |= {"out": str(self.store / "sets" / name), "overwrite": True}
         else:
-            decided |= {"log_dir": str(self.out / "sets"), "name": name, "resume": True}
+            decided |= {"log_dir": str(self.store / "sets"), "name": name, "resume": True}
         if "ranking_path" in kind.fields():
             decided["ranking_path"] = self._rankings(made)
         return Cell(
@@ -238,9 +288,11 @@ class Grid:
             most_like = nearest(name, self.buffers)
             raise InputError(f"{about}: buffer: {name!r} is not in buffers; the nearest is {most_like}")
         where = f"{self.where}: buffers: {name}"
-        given = _mapping(self.buffers[name], where)
+        given = self.given(self.buffers[name], where)
         buffer = self._resolve(BufferSettings, given, where, {"seed": seed})
-        folder = self.out / "buffers" / f"{slug(name)}-seed{seed}-{digest(_recipe(buffer), 8)}"
+        folder = self.store / "buffers" / f"{slug(name)}-seed{seed}-{digest(_recipe(buffer), 8)}"
+        if self.shares:
+            folder = self.by_digest(folder.with_name(f"experts-seed{seed}-{digest(_recipe(buffer), 8)}"))
         decided = {"seed": seed, "buffer_path": str(folder), "ranking_path": self._rankings(buffer)}
         return self._resolve(BufferSettings, given, where, decided)
 
@@ -248,7 +300,12 @@ class Grid:
         """The folder of rankings: one for all that score difficulty in the same way."""
         data = {key: value for key, value in _recipe(self.common).items() if key in _SHARED}
         recipe = {"data": data, "scoring": asdict(settings.scoring)}
-        return str(self.out / "rankings" / f"seed{settings.seed}-{digest(recipe, 8)}")
+        return str(self.store / "rankings" / f"seed{settings.seed}-{digest(recipe, 8)}")
+
+    def by_digest(self, path: Path) -> Path:
+        """What the store has of the digest, seed and size of ``path``, whatever row it was made for; else ``path``."""
+        _, rest = path.name.split("-", 1)
+        return path if path.exists() else next(iter(sorted(path.parent.glob(f"*-{rest}"))), path)
 
     def _resolve(self, kind: type[Some], given: Mapping, about: str, decided: Mapping) -> Some:
         """``kind`` from what is common, as far as it has these settings, from ``given`` and ``decided``."""
@@ -293,6 +350,23 @@ def _refuse_bad_names(entries: Mapping, where: str) -> None:
             )
         if slugs.setdefault(slug(name), name) != name:
             raise InputError(f"{where}: {name!r} and {slugs[slug(name)]!r} are too much alike to name files")
+
+
+def _with_bases(entries: Mapping, bases: Mapping, where: str) -> dict[str, Mapping]:
+    """The entries over the bases that they name."""
+    return {
+        name: from_base(_mapping(entry, f"{where}: {name}"), bases, f"{where}: {name}")
+        for name, entry in entries.items()
+    }
+
+
+def _sizes(entry: Mapping, about: str) -> Iterable[int]:
+    """Those of which an entry says something else. Raises InputError for what is no size."""
+    sizes = _mapping(entry.get("by_ipc") or {}, f"{about}: by_ipc")
+    for ipc in sizes:
+        if type(ipc) is not int or ipc < 1:
+            raise InputError(f"{about}: by_ipc: {ipc!r} is not a number of images per class")
+    return sizes
 
 
 def _mapping(value, where: str) -> Mapping:

@@ -1,4 +1,4 @@
-"""The report of a study: tables, as Markdown and as CSV, and one plot."""
+"""The report of a study: tables, as Markdown and as CSV, and its plots."""
 
 import csv
 import io
@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from pad.show.figures import BLUE, GREY, draw_figure, new_figure
-from pad.show.names import short, widest
+from pad.show.figures import draw_figure
 from pad.show.results import SCORES, plus_minus, title
 from pad.show.tables import standard_error
 from pad.store.files import write_text
+from pad.study.frame import PLAIN, Frame
+from pad.study.plots import plot, plot_curves
+from pad.study.published import MEAN, NOTHING, Published
+from pad.study.rows import Row, in_words
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Outcome:
     failed: str | None = None
     _: KW_ONLY
     seconds: float | None = None
-    made: str | None = None  # the set's file, relative to the study's folder
+    made: str | None = None  # the set's file, relative to the study's folder, or to its store
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
 
@@ -38,36 +41,11 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method at one size: mean over the seeds, in %, and its standard error, that of independent seeds.
-
-    ``difference``: to the reference method, the mean over the seeds that both have, and its standard error.
-    """
-
-    method: str
-    ipc: int
-    values: dict[int, float]  # by seed
-    seeds: int  # asked for
-    networks: int  # per seed
-    seconds: float
-    failed: list[str]
-    difference: tuple[float, float] | None
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.values.values())
-
-    @property
-    def error(self) -> float:
-        return standard_error(list(self.values.values()))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A figure of one method at one size, of each seed that has it: mean accuracies in %, or scores.
 
     column: what it is of, beside the method. own: accuracies on the training images, in %, where they are known. last:
-    those after the last epoch, where the best one counts. rates: learning rates.
+    those after the last epoch, where the best one counts. rates: learning rates. published: where it was, in %.
     """
 
     method: str
@@ -77,6 +55,7 @@ class Entry:
     own: list[float]
     last: list[float]
     rates: list[float]
+    published: float | None = None
 
     @property
     def mean(self) -> float:
@@ -111,7 +90,7 @@ class Crossed:
                 own = [cells.get((method, column)) for column in columns]
                 n = max(len(each.values) for each in own if each)
                 lines.append([_in_markdown(method), *(self._shown(each, n) for each in own), str(n)])
-            yield f"## {_size(ipc)}: {self.title}"
+            yield f"## {in_words(ipc)}: {self.title}"
             yield self.note
             yield _table(["method", *map(_in_markdown, columns), "n"], lines)
 
@@ -120,20 +99,24 @@ class Crossed:
             return "-"
         said = [f"{entry.mean_own:{self.form}}"] if entry.own else []
         said += [f"last epoch {statistics.mean(entry.last):{self.form}}"] if entry.last else []
+        said += [f"published {entry.published:{self.form}}"] if entry.published is not None else []
         said += [f"n = {len(entry.values)}"] if len(entry.values) < n else []
         return plus_minus(entry.mean, entry.error, form=self.form) + (f" ({'; '.join(said)})" if said else "")
 
     def comma_separated(self) -> str:
         """One line per method, size and column."""
         lines = [["method", "ipc", self.column, "mean", "standard_error", "n", "on_its_own_images", "last_epoch", "lr"]]
+        published = any(each.published is not None for each in self.entries)
+        lines[0] += ["published"] * published
         for each in self.entries:
             figures = [_text(value, ".4f") for value in (each.mean, each.error)]
             more = [f"{statistics.mean(values):.4g}" if values else "" for values in (each.own, each.last, each.rates)]
+            more += [_number(each.published)] * published
             lines.append([each.method, str(each.ipc), each.column, *figures, str(len(each.values)), *more])
         return _csv(lines)
 
 
-def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list[Row]:
+def summarise(outcomes: Sequence[Outcome], reference: str | None = None, published: Published = NOTHING) -> list[Row]:
     """One row per method and size, by size and in the order of the outcomes."""
 
     def values(method: str | None, ipc: int) -> dict[int, float]:
@@ -147,6 +130,9 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
         difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != reference else None
         networks = max((len(o.accuracies) for o in own if o.accuracies), default=0)
         failed = [f"seed {o.seed}: {o.failed}" for o in own if o.failed]
+        paper, minus = published.of(method, ipc), None
+        if paper is not None and reference not in (None, method):
+            minus = published.of(str(reference), ipc)
         rows.append(
             Row(
                 method=method,
@@ -157,28 +143,34 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
                 seconds=sum(o.seconds or 0 for o in own),
                 failed=failed,
                 difference=difference,
+                published=paper,
+                published_difference=None if paper is None or minus is None else paper - minus,
             )
         )
     return rows
 
 
-def crossed(outcomes: Sequence[Outcome]) -> dict[str, Crossed]:
+def crossed(outcomes: Sequence[Outcome], published: Published = NOTHING) -> dict[str, Crossed]:
     """What stage 3 found beside the first network on the set as it is, by the name of its CSV file.
 
-    Networks are compared on that set, training sets by the first network; scores are the first network's.
+    Networks are compared on that set, training sets by the first network; scores are the first network's. Where there
+    are published values, the mean over the networks stands beside them.
     """
     results = [(outcome, result) for outcome in outcomes for result in outcome.results or ()]
     metrics = [(outcome, *item) for outcome in outcomes for item in (outcome.metrics or {}).items()]
     network, row = (results[0][1]["network"], results[0][1]["set"]) if results else ("", "")
-    networks = [
-        (each, f"{found['network']}{', tuned' * bool(found.get('tuned'))}", found)
-        for each, found in results
-        if found["set"] == row and len({other["network"] for _, other in results}) > 1
-    ]
+    names = {found["network"] for _, found in results}
+    on_set = [(each, found) for each, found in results if found["set"] == row and len(names) > 1]
+    networks = [(each, f"{found['network']}{', tuned' * bool(found.get('tuned'))}", found) for each, found in on_set]
+    if published.rows:
+        for outcome in outcomes:
+            own = [found["mean"] for each, found in on_set if each is outcome and not found.get("tuned")]
+            if own and len(own) == len(names):
+                networks.append((outcome, MEAN, {"mean": statistics.mean(own)}))
     sets = [(each, title(found), found) for each, found in results if found["network"] == network]
     scores = [(each, SCORES[name][0] if name in SCORES else name, found) for each, name, found in metrics]
     tables = {
-        "networks.csv": Crossed(title="networks", column="network", entries=_entries(networks)),
+        "networks.csv": Crossed(title="networks", column="network", entries=_entries(networks, published=published)),
         "rows.csv": Crossed(title="training sets", column="training_set", entries=_entries(sets)),
     }
     tables = {name: each for name, each in tables.items() if len({entry.column for entry in each.entries}) > 1}
@@ -187,7 +179,9 @@ def crossed(outcomes: Sequence[Outcome]) -> dict[str, Crossed]:
     return tables | ({"metrics.csv": of_scores} if scores else {})
 
 
-def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) -> list[Entry]:
+def _entries(
+    found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100, published: Published = NOTHING
+) -> list[Entry]:
     """By size, and in order otherwise."""
     by_key: dict[tuple[int, str, str], list[Mapping]] = {}
     for outcome, column, figures in found:
@@ -199,18 +193,29 @@ def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) 
         own = [scale * each["train"] for each in every if each.get("train") is not None]
         last = [scale * each["last"]["mean"] for each in every if "last" in each]
         rates = [each["lr"] for each in every if "lr" in each]
-        entries.append(Entry(method=method, ipc=ipc, column=column, values=values, own=own, last=last, rates=rates))
+        entries.append(
+            Entry(
+                method=method,
+                ipc=ipc,
+                column=column,
+                values=values,
+                own=own,
+                last=last,
+                rates=rates,
+                published=published.of(method, ipc, column),
+            )
+        )
     return entries
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
+def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None, frame: Frame = PLAIN) -> None:
     """Write ``results.md`` and ``results.csv``, print the tables, then draw ``results.png``, if that can be drawn.
 
-    Where cells have several results, also what :func:`crossed` makes of them. ``reference``: a method that others are
-    compared with.
+    Where cells have several results, also what :func:`crossed` makes of them, and ``curves.png`` where ``frame`` has
+    points. ``reference``: a method that others are compared with.
     """
-    rows, tables = summarise(outcomes, reference), crossed(outcomes)
-    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()])
+    rows, tables = summarise(outcomes, reference, frame.published), crossed(outcomes, frame.published)
+    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()], frame)
     write_text(folder / "results.md", text)
     write_text(folder / "results.csv", comma_separated(rows))
     for name in ("networks.csv", "rows.csv", "metrics.csv"):
@@ -221,14 +226,18 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
     print(f"\n{text}", flush=True)
     if any(row.values for row in rows):
         draw_figure(folder / "results.png", plot, rows)
+    if any(row.values for row in rows if (row.method, row.ipc) in frame.points):
+        draw_figure(folder / "curves.png", plot_curves, rows, frame.points, frame.x, frame.published)
 
 
-def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = ()) -> str:
-    """A table for each size, best first, ``more`` parts, and what failed."""
+def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = (), frame: Frame = PLAIN) -> str:
+    """What the report is of, a table for each size, best first, ``more`` parts, and what failed."""
     compared = any(row.difference for row in rows)
-    minus = [f"minus {_in_markdown(reference)}, by seed"] * compared
-    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each"]
-    parts = []
+    published = any(row.published is not None for row in rows)
+    also = any(row.published_difference is not None for row in rows)
+    minus = [f"minus {_in_markdown(reference)}, by seed"] * compared + ["published difference"] * also
+    head = ["method", *["published %"] * published, "accuracy %", "standard error", "n", *minus, "networks each"]
+    parts = [_in_markdown(text) for text in (frame.heading, frame.note) if text]
     for ipc in dict.fromkeys(row.ipc for row in rows):
         mine = sorted((row for row in rows if row.ipc == ipc), key=lambda row: -row.mean if row.values else 1)
         lines = []
@@ -236,18 +245,16 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
             figures = [_text(row.mean, ".2f", "-"), _text(row.error, ".2f", "-")] if row.values else ["-", "-"]
             forms = zip(row.difference or (), ("+.2f", ".2f"))
             pair = [" ± ".join(_text(value, form, "-") for value, form in forms)] * compared
+            pair += [_number(row.published_difference, "+.2f", "-")] * also
+            paper = [_number(row.published, ".2f", "-")] * published
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
-            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks)])
-        parts += [f"## {_size(ipc)}", _table(head, lines)]
+            lines.append([_in_markdown(row.method), *paper, *figures, n, *pair, str(row.networks)])
+        parts += [f"## {in_words(ipc, frame.published.size(ipc))}", _table(head, lines)]
     parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
     if failed:
         parts += ["## Failed", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
-
-
-def _size(ipc: int) -> str:
-    return f"{ipc} image{'s' * (ipc > 1)} per class"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -264,10 +271,13 @@ def _in_markdown(text: object) -> str:
 def comma_separated(rows: Sequence[Row]) -> str:
     """One line per method and size."""
     lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
+    published = any(row.published is not None for row in rows)
+    lines[0] += ["published", "published_difference"] * published
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
         rest = [f"{row.seconds:.1f}", "; ".join(row.failed)]
+        rest += [_number(row.published), _number(row.published_difference)] * published
         lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
     return _csv(lines)
 
@@ -282,23 +292,5 @@ def _text(value: float, form: str, unknown: str = "") -> str:
     return unknown if math.isnan(value) else format(value, form)
 
 
-def plot(rows: Sequence[Row]):
-    """Mean and standard error of each method, a panel for each size; small dots are seeds."""
-    sizes = list(dict.fromkeys(row.ipc for row in rows))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    names = [short(method, 40) for method in methods]
-    margin = max(2, 0.6 + widest(names))
-    figure = new_figure(margin + 3.5 * len(sizes), 1 + 0.3 * len(methods))
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for panel, ipc in zip(panels, sizes):
-        for row in (row for row in rows if row.ipc == ipc and row.values):
-            y = methods.index(row.method)
-            panel.plot(list(row.values.values()), [y] * len(row.values), ".", color=GREY, markersize=4)
-            error = row.error if len(row.values) > 1 else 0
-            panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
-        panel.set_title(_size(ipc), fontsize=10)
-        panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
-        panel.set_yticks(range(len(methods)), names, parse_math=False)
-        panel.grid(axis="x", alpha=0.3)
-    panels[0].invert_yaxis()
-    return figure
+def _number(value: float | None, form: str = ".4g", unknown: str = "") -> str:
+    return unknown if value is None else format(value, form)

@@ -1,7 +1,8 @@
 """A study: every cell of a grid is a whole pipeline; a table, a plot and pictures of what came out.
 
 Cells are calls of the commands' own recipes, which go on where they were stopped and make nothing twice; what a cell
-makes lies under a name that says its settings, so what other settings made is never taken for it.
+makes lies under a name that says its settings, so what other settings made is never taken for it. Studies that have a
+store in common share their cells.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
@@ -20,12 +23,16 @@ from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
 from pad.commands.record import record_experts
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
-from pad.show.pictures import save_grid, unless_it_fails
-from pad.store.files import refuse_unwritable, slug, write_text
+from pad.show.figures import draw_figure
+from pad.show.layers import plot_layers_of
+from pad.show.pictures import image_grid, unless_it_fails
+from pad.store.files import refuse_unwritable, save_picture, slug, write_text
 from pad.store.locks import each_once, remove_leftovers
 from pad.streams import silence
+from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.report import Outcome, write_report
+from pad.study.rows import in_words
 from pad.synthetic import SyntheticSet
 
 log = logging.getLogger("pad")
@@ -46,18 +53,23 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     grid = Grid.read(settings)
     cells = grid.cells()
     wanted = grid.wanted(settings, cells)
-    refuse_unwritable(grid.out)
-    remove_leftovers(grid.out / "cells")
+    frame = frame_of(grid)
+    for folder in (grid.out, grid.store):
+        refuse_unwritable(folder)
+    remove_leftovers(grid.store / "cells")
     work = _Work(grid)
     try:
         each_once(wanted, work.lock, work.obtain, lambda cell: cell.about)
     finally:  # an interrupted study shows what is there
         outcomes = [work.outcome(cell) for cell in cells]
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
-            write_report(grid.out, outcomes, grid.reference)
+            write_report(grid.out, outcomes, grid.reference, frame)
+            if grid.shares:
+                with contextlib.suppress(OSError):  # no cell has needed the images yet
+                    write_text(grid.out / "data.json", (grid.store / "data.json").read_text(encoding="utf-8"))
             if not (asked := grid.out / "asked.yaml").exists() or not asked.samefile(grid.where):
                 write_text(asked, f"# {settings.command(grid)}\n{grid.text}")
-            _pictures(grid.out, outcomes)
+            _pictures(grid, outcomes)
     log.info("tables, plot and pictures are in %s", grid.out)
     if failed := sum(outcome.failed is not None for outcome in outcomes):
         raise Stopped(
@@ -77,7 +89,7 @@ class _Work:
     def bench(self) -> Workbench:
         """The images, which all cells share. Raises InputError when the study was begun with others."""
         bench = set_up(self._grid.common, ALONE)
-        path = self._grid.out / "data.json"
+        path = self._grid.store / "data.json"
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # not there, or damaged
@@ -85,15 +97,17 @@ class _Work:
         else:
             if before != json.loads(json.dumps(bench.data.identity)):
                 other = f"with other images than {self._grid.common.data_path} has"
-                raise InputError(f"the study in {self._grid.out} was begun {other}; give another --out")
+                folder = "--store" if self._grid.shares else "--out"
+                raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")
         return bench
 
     def lock(self, cell: Cell) -> Path:
         """Held while a cell is run."""
-        return self._grid.out / "cells" / f".{cell.name}.lock"
+        return self._grid.store / "cells" / f".{cell.name}.lock"
 
     def _record(self, cell: Cell) -> Path:
-        return self._grid.out / "cells" / f"{cell.name}.json"
+        path = self._grid.store / "cells" / f"{cell.name}.json"
+        return self._grid.by_digest(path) if self._grid.shares else path
 
     def outcome(self, cell: Cell) -> Outcome:
         """What is recorded of a cell."""
@@ -125,7 +139,7 @@ class _Work:
             with silence():  # a line is said of it below
                 made, found = _run(cell, bench)
             accuracies = found["results"][0]["accuracies"]
-            record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies, **_more(found)}
+            record |= {"set": str(made.relative_to(self._grid.store)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
         except Stopped as stop:
             if stop.code > 128:  # a signal
@@ -170,16 +184,32 @@ def _more(found: dict) -> dict:
     return {"results": found["results"], "metrics": found.get("metrics") or {}}
 
 
-def _pictures(out: Path, outcomes: list[Outcome]) -> None:
-    """One small picture for each method and size, to stand side by side: of the first seed's set."""
-    for outcome in {(outcome.method, outcome.ipc): outcome for outcome in reversed(outcomes) if outcome.made}.values():
+def _pictures(grid: Grid, outcomes: list[Outcome]) -> None:
+    """Of the first seed's sets: a small picture of each, to stand side by side, and the figures that are asked for."""
+    firsts = {(outcome.ipc, outcome.method): outcome for outcome in reversed(outcomes) if outcome.made}
+    shown: dict[int, list[np.ndarray]] = {}
+    for outcome in sorted(firsts.values(), key=lambda each: list(grid.methods).index(each.method)):
         with unless_it_fails(f"of {outcome.method}"):
-            synthetic = SyntheticSet.load(out / str(outcome.made))
-            save_grid(
-                out / "pictures" / f"{slug(outcome.method)}_ipc{outcome.ipc}.png",
+            synthetic = SyntheticSet.load(grid.store / str(outcome.made))
+            picture = image_grid(
                 synthetic.pixels(),
                 synthetic.classes,
                 synthetic.class_names,
                 caption=f"{outcome.method}, seed {outcome.seed}",
                 scale=1,
             )
+            save_picture(grid.out / "pictures" / f"{slug(outcome.method)}_ipc{outcome.ipc}.png", picture)
+            shown.setdefault(outcome.ipc, []).append(picture)
+    if "sets" in grid.figures:
+        for ipc, pictures in shown.items():
+            with unless_it_fails(f"of the sets of {ipc} images per class"):
+                save_picture(grid.out / f"sets_ipc{ipc}.png", np.concatenate(pictures, axis=1))
+    if "layers" in grid.figures:
+        runs = {}
+        for (ipc, method), outcome in sorted(firsts.items()):
+            events = (grid.store / str(outcome.made)).parents[1] / "metrics.jsonl"
+            with unless_it_fails(f"of the layers of {method}"):
+                lines = map(json.loads, events.read_text(encoding="utf-8").splitlines())
+                runs[f"{method}, {in_words(ipc)}"] = [each for each in lines if "layers" in each]
+        if any(runs.values()):
+            draw_figure(grid.out / "layers.png", plot_layers_of, {name: run for name, run in runs.items() if run})

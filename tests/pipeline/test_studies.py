@@ -374,8 +374,3 @@ def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, 
 def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
     assert run(tmp_path, "out", *more) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_the_shipped_studies_are_studies():
-    for path in (CHECKOUT / "configs" / "studies").rglob("*.yaml"):
-        assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()

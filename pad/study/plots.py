@@ -1,0 +1,73 @@
+"""The plots of a study's report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pad.show.figures import BLUE, COLOURS, GREY, new_figure
+from pad.show.names import short, widest
+from pad.study.published import Published
+from pad.study.rows import Row, in_words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Mean and standard error of each method, a panel for each size; small dots are seeds."""
+    sizes = list(dict.fromkeys(row.ipc for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    names = [short(method, 40) for method in methods]
+    margin = max(2, 0.6 + widest(names))
+    figure = new_figure(margin + 3.5 * len(sizes), 1 + 0.3 * len(methods))
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for panel, ipc in zip(panels, sizes):
+        for row in (row for row in rows if row.ipc == ipc and row.values):
+            y = methods.index(row.method)
+            panel.plot(list(row.values.values()), [y] * len(row.values), ".", color=GREY, markersize=4)
+            error = row.error if len(row.values) > 1 else 0
+            panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+        panel.set_title(in_words(ipc), fontsize=10)
+        panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
+        panel.set_yticks(range(len(methods)), names, parse_math=False)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def plot_curves(
+    rows: Sequence[Row], points: Mapping[tuple[str, int], tuple[str, float]], label: str, published: Published
+) -> Figure:
+    """Accuracy over x, a panel for each size: mean and standard error of each curve; below, what was published of it.
+
+    ``points``: by row and size, its curve and x. ``label``: what the x are.
+    """
+    shown = [row for row in rows if (row.method, row.ipc) in points]
+    sizes = list(dict.fromkeys(row.ipc for row in shown))
+    curves = list(dict.fromkeys(curve for curve, _ in points.values()))
+    below = any(row.published is not None for row in shown)
+    figure = new_figure(4 * len(sizes) + 1.5, 3.4 * (1 + below))
+    panels = figure.subplots(1 + below, len(sizes), sharex=True, squeeze=False)
+    for column, ipc in enumerate(sizes):
+        for curve, colour in zip(curves, itertools.cycle(COLOURS)):
+            style = {"color": colour, "marker": "o", "markersize": 5, "label": short(curve, 24)}
+            own = [(points[row.method, ipc][1], row) for row in shown if row.ipc == ipc]
+            own = sorted((each for each in own if points[each[1].method, ipc][0] == curve), key=lambda each: each[0])
+            there = [(x, row.mean, row.error if len(row.values) > 1 else 0) for x, row in own if row.values]
+            panels[0, column].errorbar(*zip(*there) if there else ((), ()), capsize=3, **style)
+            known = [(x, row.published) for x, row in own if row.published is not None]
+            if known:
+                panels[1, column].plot(*zip(*known), linestyle=":", **style)
+        panels[0, column].set_title(in_words(ipc), fontsize=10)
+        if below:
+            panels[1, column].set_title(f"published: {in_words(published.size(ipc))}", fontsize=10)
+        panels[-1, column].set_xlabel(label, parse_math=False)
+    for panel in panels.flat:
+        panel.set_ylabel("test accuracy, %", fontsize=9)
+        panel.grid(alpha=0.3)
+    legend = figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
