@@ -443,9 +443,14 @@ def _of_study(folder: Path) -> str:
 
 
 def _plot(study: _Reading) -> Markup:
+    """Of accuracies, and over bits where there is one."""
+    parts = []
     with study.noting("results.png"):
-        return picture((study.folder / "results.png").read_bytes(), "accuracy of each method", "sheet")
-    return Markup()
+        parts.append(picture((study.folder / "results.png").read_bytes(), "accuracy of each method", "sheet"))
+    if (study.folder / "bits.png").exists():
+        with study.noting("bits.png"):
+            parts.append(picture((study.folder / "bits.png").read_bytes(), "accuracy over bits per class", "sheet"))
+    return joined(parts)
 
 
 def _study_pictures(study: _Reading, rows: Sequence[Mapping]) -> Markup:

@@ -1,5 +1,6 @@
 """A study's file: methods x images per class x seeds, each cell with the settings of all commands it takes, checked."""
 
+import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from pad.commands.common import Common, words
 from pad.commands.coreset import CoresetSettings
 from pad.commands.distil import Distilling
 from pad.commands.evaluate import EvaluationSettings
+from pad.commands.quantise import QuantiseSettings
 from pad.commands.record import BufferSettings
 from pad.commands.table import COMMANDS
 from pad.config import (
@@ -37,7 +39,7 @@ _KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "ev
 _OWN = ("by", "buffer", "by_ipc")  # keys of a method that are not settings of its command
 _SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
 
-MakesSet = CoresetSettings | Distilling
+MakesSet = CoresetSettings | Distilling | QuantiseSettings
 # What the images are, and what they are on, is the same for all cells
 _SHARED = Common.names(*(role for role in Role if role not in (MODEL, SEED)))
 
@@ -96,6 +98,7 @@ class Cell:
     evaluation: dict  # what is given, and what stage 3 takes over from a set otherwise; the set is yet to be made
     name: str  # of its files: says all settings
     recipe: dict  # what the name stands for
+    of: "Cell | None" = None  # whose set this one's is, quantised
 
     @property
     def about(self) -> str:
@@ -194,6 +197,8 @@ class Grid:
         kind = makers[by]
         own = {key: value for key, value in entry.items() if key not in _OWN}
         own |= _mapping((entry.get("by_ipc") or {}).get(ipc) or {}, f"{about}: by_ipc: {ipc}")
+        if issubclass(kind, QuantiseSettings):
+            return self._quantised(method, dict(own), ipc, seed)
 
         buffer = self._buffer(entry.get("buffer"), about, seed)
         decided: dict = {"ipc": ipc, "seed": seed}
@@ -231,6 +236,22 @@ class Grid:
             recipe=recipe,
         )
 
+    def _quantised(self, method: str, own: dict, ipc: int, seed: int) -> Cell:
+        """A cell whose set is that of another row, at this size and with this seed, in fewer bits."""
+        about, name = f"{self.where}: {method}", own.pop("of", None)
+        whole = [each for each in self.methods if self._entry(each).get("by") != self._entry(method)["by"]]
+        if name not in whole:
+            raise InputError(f"{about}: of: {name!r} is no row of whole sets; the nearest is {nearest(name, whole)}")
+        if self._entry(method).get("buffer") is not None:
+            raise InputError(f"{about}: buffer: the experts are those of {name}")
+        of = self._cell(name, ipc, seed)
+        decided: dict = {"source": ".", "out": "."}  # which are yet to be made
+        recipe = {**of.recipe, "quantised": _recipe(self._resolve(QuantiseSettings, own, about, decided))}
+        named = f"{slug(method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
+        decided |= {"out": str(self.out / "sets" / named / "quantised.safetensors"), "overwrite": True}
+        made = self._resolve(QuantiseSettings, own, about, decided)
+        return dataclasses.replace(of, method=method, distilling=made, name=named, recipe=recipe, of=of)
+
     def _buffer(self, name: str | None, about: str, seed: int) -> BufferSettings | None:
         if name is None:
             return None
@@ -258,7 +279,7 @@ class Grid:
                 raise InputError(f"{about}: {key} is the same for the whole study: it belongs in common")
             if key in decided_by_study:
                 raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
-        common = {key: value for key, value in self.common.as_dict().items() if key in _SHARED}
+        common = {key: getattr(self.common, key) for key in _SHARED if key in kind.fields()}
         given = {**{key: value for key, value in self.shared.items() if key in kind.fields()}, **given}
         try:
             return kind.resolve({**common, **kind.with_paths(given, path_base(Path(self.where))), **decided})

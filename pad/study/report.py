@@ -30,6 +30,8 @@ class Outcome:
     made: str | None = None  # the set's file, relative to the study's folder
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
+    bits: float | None = None  # what the set costs, per class
+    of: str | None = None  # the method whose set this one's is, in fewer bits
 
     @property
     def percent(self) -> float:
@@ -52,6 +54,8 @@ class Row:
     seconds: float
     failed: list[str]
     difference: tuple[float, float] | None
+    bits: float  # per class, the mean of the seeds'; nan where none is known
+    of: str  # the method whose sets these are, if in fewer bits
 
     @property
     def mean(self) -> float:
@@ -147,6 +151,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
         difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != reference else None
         networks = max((len(o.accuracies) for o in own if o.accuracies), default=0)
         failed = [f"seed {o.seed}: {o.failed}" for o in own if o.failed]
+        bits = [o.bits for o in own if o.bits is not None]
         rows.append(
             Row(
                 method=method,
@@ -157,6 +162,8 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
                 seconds=sum(o.seconds or 0 for o in own),
                 failed=failed,
                 difference=difference,
+                bits=statistics.mean(bits) if bits else math.nan,
+                of=own[0].of or method,
             )
         )
     return rows
@@ -206,8 +213,8 @@ def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
     """Write ``results.md`` and ``results.csv``, print the tables, then draw ``results.png``, if that can be drawn.
 
-    Where cells have several results, also what :func:`crossed` makes of them. ``reference``: a method that others are
-    compared with.
+    Where sets are there in several numbers of bits also ``bits.png``, and where cells have several results what
+    :func:`crossed` makes of them. ``reference``: a method that others are compared with.
     """
     rows, tables = summarise(outcomes, reference), crossed(outcomes)
     text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()])
@@ -221,13 +228,18 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
     print(f"\n{text}", flush=True)
     if any(row.values for row in rows):
         draw_figure(folder / "results.png", plot, rows)
+    if any(len(line) > 1 for line in by_bits(rows).values()):
+        draw_figure(folder / "bits.png", plot_bits, rows)
+    else:
+        (folder / "bits.png").unlink(missing_ok=True)
 
 
 def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = ()) -> str:
     """A table for each size, best first, ``more`` parts, and what failed."""
     compared = any(row.difference for row in rows)
     minus = [f"minus {_in_markdown(reference)}, by seed"] * compared
-    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each"]
+    costed = any(row.bits > 0 for row in rows)
+    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each", *["bits per class"] * costed]
     parts = []
     for ipc in dict.fromkeys(row.ipc for row in rows):
         mine = sorted((row for row in rows if row.ipc == ipc), key=lambda row: -row.mean if row.values else 1)
@@ -237,7 +249,8 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
             forms = zip(row.difference or (), ("+.2f", ".2f"))
             pair = [" ± ".join(_text(value, form, "-") for value, form in forms)] * compared
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
-            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks)])
+            bits = [_text(row.bits, ",.10g", "-")] * costed
+            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks), *bits])
         parts += [f"## {_size(ipc)}", _table(head, lines)]
     parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
@@ -263,11 +276,11 @@ def _in_markdown(text: object) -> str:
 
 def comma_separated(rows: Sequence[Row]) -> str:
     """One line per method and size."""
-    lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
+    lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed bits".split()]
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
-        rest = [f"{row.seconds:.1f}", "; ".join(row.failed)]
+        rest = [f"{row.seconds:.1f}", "; ".join(row.failed), _text(row.bits, ".10g")]
         lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
     return _csv(lines)
 
@@ -301,4 +314,34 @@ def plot(rows: Sequence[Row]):
         panel.set_yticks(range(len(methods)), names, parse_math=False)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
+    return figure
+
+
+def by_bits(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The rows that have accuracies and bits, by the method and size that the sets are of; the fewest bits first."""
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted((row for row in rows if row.values and row.bits > 0), key=lambda row: row.bits):
+        lines.setdefault((row.of, row.ipc), []).append(row)
+    return lines
+
+
+def plot_bits(rows: Sequence[Row]):
+    """Mean and standard error over the bits of a class, a line for each method and size with those made of its sets."""
+    lines = by_bits(rows)
+    names = [f"{_size(ipc)}: {short(method, 40)}" for method, ipc in lines]
+    figure = new_figure(6 + widest(names), max(4, 1 + 0.25 * len(lines)))
+    axes = figure.subplots()
+    for i, (name, line) in enumerate(zip(names, lines.values())):
+        errors = [row.error if len(row.values) > 1 else 0 for row in line]
+        means, bits = [row.mean for row in line], [row.bits for row in line]
+        style = ("-", "--", ":")[i // 10 % 3]  # there are 10 colours
+        axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("bits per class, images and labels")
+    axes.set_ylabel("test accuracy, %: mean, standard error")
+    axes.grid(alpha=0.3)
+    legend = figure.legend(loc="outside right center")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure

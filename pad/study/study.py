@@ -5,6 +5,7 @@ makes lies under a name that says its settings, so what other settings made is n
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -17,12 +18,14 @@ from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
 from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
+from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.record import record_experts
+from pad.config import FilePath
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
 from pad.show.pictures import save_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, slug, write_text
-from pad.store.locks import each_once, remove_leftovers
+from pad.store.locks import each_once, in_turn, remove_leftovers
 from pad.streams import silence
 from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.report import Outcome, write_report
@@ -45,7 +48,8 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
         )
     grid = Grid.read(settings)
     cells = grid.cells()
-    wanted = grid.wanted(settings, cells)
+    # What is made of another cell's set comes last, so that no process waits for one while others are to be made
+    wanted = sorted(grid.wanted(settings, cells), key=lambda cell: cell.of is not None)
     refuse_unwritable(grid.out)
     remove_leftovers(grid.out / "cells")
     work = _Work(grid)
@@ -104,6 +108,8 @@ class _Work:
             method=cell.method,
             ipc=cell.ipc,
             seed=cell.seed,
+            of=cell.of.method if cell.of else None,
+            bits=record.get("bits"),
             accuracies=record.get("accuracies"),
             failed=record.get("failed"),
             seconds=record.get("seconds"),
@@ -117,13 +123,16 @@ class _Work:
         before = self.outcome(cell)
         if before.accuracies or (before.failed and self._record(cell).stat().st_mtime >= self._began):
             return
+        if cell.of is not None:
+            with in_turn(self.lock(cell.of), cell.of.about):
+                self.obtain(cell.of)
         log.info("== %s", cell.about)
         started = time.perf_counter()
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
         bench = self.bench  # those of another study are no cell's failure
         try:
             with silence():  # a line is said of it below
-                made, found = _run(cell, bench)
+                made, found = _run(cell, bench, self._whole(cell))
             accuracies = found["results"][0]["accuracies"]
             record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
@@ -146,9 +155,30 @@ class _Work:
         else:
             print(f"{cell.about}: {said} ({record['seconds']:.0f} s)", flush=True)
 
+    def _whole(self, cell: Cell) -> str | None:
+        """The file of the set that a cell's is made of, if it is. Raises InputError where that failed."""
+        if cell.of is None:
+            return None
+        whole = self.outcome(cell.of)
+        if whole.made is None:
+            raise InputError(f"there is no set of {cell.of.about}")
+        return str(self._grid.out / whole.made)
 
-def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
-    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it."""
+
+def _run(cell: Cell, bench: Workbench, whole: str | None) -> tuple[Path, dict]:
+    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it.
+
+    ``whole``: the file of the set that is to be quantised.
+    """
+    made = _made(cell, bench, whole)
+    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
+    return made, evaluate(settings, bench=bench)
+
+
+def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
+    """The file of a cell's set."""
+    if isinstance(cell.distilling, QuantiseSettings):
+        return quantise(dataclasses.replace(cell.distilling, source=FilePath(str(whole))))
     scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
     hard = getattr(cell.distilling, "labels", "hard") == "hard"
     ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
@@ -156,18 +186,16 @@ def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
-        made = select_coreset(cell.distilling, bench=bench)
-    else:
-        made = distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
-    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
-    return made, evaluate(settings, bench=bench)
+        return select_coreset(cell.distilling, bench=bench)
+    return distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
 
 
 def _more(found: dict) -> dict:
-    """What a record keeps of results that are more than the accuracies of one network on one training set."""
+    """What a record keeps of results beside the accuracies of the first network on the set as it is."""
+    bits = {"bits": found["bits"]["per_class"]} if "bits" in found else {}
     if len(found["results"]) == 1 and "last" not in found["results"][0]:
-        return {}
-    return {"results": found["results"], "metrics": found.get("metrics") or {}}
+        return bits
+    return {"results": found["results"], "metrics": found.get("metrics") or {}, **bits}
 
 
 def _pictures(out: Path, outcomes: list[Outcome]) -> None:
