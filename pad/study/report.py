@@ -30,7 +30,7 @@ class Outcome:
     made: str | None = None  # the set's file, relative to the study's folder
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
-    bits: float | None = None  # what the set costs, per class
+    bits: float | None = None  # what the set costs, per class; known where sets are there in fewer bits
     of: str | None = None  # the method whose set this one's is, in fewer bits
 
     @property
@@ -276,11 +276,13 @@ def _in_markdown(text: object) -> str:
 
 def comma_separated(rows: Sequence[Row]) -> str:
     """One line per method and size."""
-    lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed bits".split()]
+    costed = any(row.bits > 0 for row in rows)
+    head = "method ipc accuracy standard_error n networks difference difference_error seconds failed".split()
+    lines = [[*head, *["bits"] * costed]]
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
-        rest = [f"{row.seconds:.1f}", "; ".join(row.failed), _text(row.bits, ".10g")]
+        rest = [f"{row.seconds:.1f}", "; ".join(row.failed), *[_text(row.bits, ".10g")] * costed]
         lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
     return _csv(lines)
 

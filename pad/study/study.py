@@ -58,7 +58,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     finally:  # an interrupted study shows what is there
         outcomes = [work.outcome(cell) for cell in cells]
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
-            write_report(grid.out, outcomes, grid.reference)
+            write_report(grid.out, _costed(grid.out, outcomes), grid.reference)
             if not (asked := grid.out / "asked.yaml").exists() or not asked.samefile(grid.where):
                 write_text(asked, f"# {settings.command(grid)}\n{grid.text}")
             _pictures(grid.out, outcomes)
@@ -109,7 +109,6 @@ class _Work:
             ipc=cell.ipc,
             seed=cell.seed,
             of=cell.of.method if cell.of else None,
-            bits=record.get("bits"),
             accuracies=record.get("accuracies"),
             failed=record.get("failed"),
             seconds=record.get("seconds"),
@@ -191,11 +190,23 @@ def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
 
 
 def _more(found: dict) -> dict:
-    """What a record keeps of results beside the accuracies of the first network on the set as it is."""
-    bits = {"bits": found["bits"]["per_class"]} if "bits" in found else {}
+    """What a record keeps of results that are more than the accuracies of one network on one training set."""
     if len(found["results"]) == 1 and "last" not in found["results"][0]:
-        return bits
-    return {"results": found["results"], "metrics": found.get("metrics") or {}, **bits}
+        return {}
+    return {"results": found["results"], "metrics": found.get("metrics") or {}}
+
+
+def _costed(out: Path, outcomes: list[Outcome]) -> list[Outcome]:
+    """With what their sets cost, where sets are there in fewer bits."""
+    if not any(outcome.of for outcome in outcomes):
+        return outcomes
+    found = []
+    for outcome in outcomes:
+        bits = None
+        with contextlib.suppress(InputError):  # it is gone, or damaged
+            bits = SyntheticSet.load(out / outcome.made).cost.per_class if outcome.made else None
+        found.append(dataclasses.replace(outcome, bits=bits))
+    return found
 
 
 def _pictures(out: Path, outcomes: list[Outcome]) -> None:

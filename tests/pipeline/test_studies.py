@@ -163,6 +163,15 @@ def test_every_set_is_evaluated_in_the_same_way(tmp_path):
     assert all(way == ways[0] for way in ways) and ways[0]["dsa"] is True and ways[0]["model"] == "ConvNetD1W8"
 
 
+def test_what_is_common_reaches_no_part_that_the_study_decides(tmp_path):
+    """Of a set a factor is a recipe; stage 3's is that of a file of others."""
+    methods = {"DM": yaml.safe_load(STUDY)["methods"]["DM"]}
+    common = yaml.safe_load(STUDY)["common"] | {"factor": 2}
+    study = StudySettings.resolve({"study": str(write(tmp_path, methods=methods, common=common, reference=None))})
+    for cell in Grid.read(study).cells():
+        assert cell.distilling.factor == 2 and cell.evaluation["factor"] is None
+
+
 def test_paths_in_the_file_and_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = write(tmp_path, common={"dataset": "ImageFolder", "data_path": "here"}, out="there")
@@ -262,13 +271,17 @@ def test_a_row_may_be_another_s_sets_in_fewer_bits(tmp_path, capsys):
     assert torch.equal(sets["real 2"].images, whole.quantised(2, "channel").images)
     values = 10 * 28 * 28
     bits = {"random real": 32 * values, "real 4": 4 * values + 10 * 64, "real 2": 2 * values + 10 * 64}
-    assert {name: cell["bits"] for name, cell in cells.items()} == {name: each / 10 for name, each in bits.items()}
     assert {name: float(row["bits"]) for name, row in table(tmp_path / "out").items()} == {
         name: each / 10 for name, each in bits.items()
     }
-    assert (tmp_path / "out" / "bits.png").is_file()
+    assert (tmp_path / "out" / "bits.png").is_file() and "bits" not in cells["real 4"]
     assert cli.report([str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.html").read_text().count('class="sheet"') == 2
+    (tmp_path / "out" / cells["real 2"]["set"]).unlink()
+    assert run(tmp_path, **ASKED) == 0, "what is gone has no bits"
+    assert {name: bool(row["bits"]) for name, row in table(tmp_path / "out").items()} == {
+        name: name != "real 2" for name in FEWER
+    }
 
 
 def test_a_set_in_fewer_bits_fails_with_the_whole_one(tmp_path, monkeypatch):
@@ -314,7 +327,7 @@ def test_a_change_of_the_whole_set_is_one_of_those_in_fewer_bits(tmp_path):
         ({"bits": 3, "of": "random real"}, ("bits: 3",)),
         ({"bits": 4, "of": "random real", "buffer": "SGD"}, ("buffer: the experts are those of random real",)),
         ({"bits": 4, "of": "random real", "source": "x"}, ("source is not for a part of a study",)),
-        ({"bits": 4, "of": "random real", "ipc": 3}, ("ipc is not for a part of a study",)),
+        ({"bits": 4, "of": "random real", "ipc": 3}, ("unknown key 'ipc'",)),
         ({"bits": 4, "of": "random real", "lr": 3}, ("unknown key 'lr'",)),
         ({"by": "coreset", "of": "random real"}, ("unknown key 'of'",)),
     ],
@@ -350,7 +363,7 @@ def test_several_networks_and_training_sets_are_recorded_and_reported(tmp_path, 
 
 def test_results_of_one_network_on_one_training_set_are_recorded_as_before(done):
     for path in (done / "cells").glob("*.json"):
-        known = {"method", "ipc", "seed", "recipe", "set", "accuracies", "seconds", "bits"}
+        known = {"method", "ipc", "seed", "recipe", "set", "accuracies", "seconds"}
         assert json.loads(path.read_text()).keys() == known
 
 
