@@ -92,7 +92,7 @@ def test_a_factor_that_does_not_divide_a_side_is_refused():
 def test_a_decoded_set_is_class_by_class_and_repeats_the_labels():
     pixels, labels = draw(2 * K, *SHAPE), torch.tensor([2, 0, 1, 1, 0, 2])
     found = fitted(foreign(images=pixels, labels=labels, factor=2, values="pixels"), DATA)
-    synthetic = as_set(found, 0.1, MEANSTD, None, {})
+    synthetic = as_set(found, MEANSTD, None, {})
     assert synthetic.ipc == 8 and torch.equal(synthetic.labels, hard_logits(synthetic.classes, K))
     assert synthetic.factor == 2 and torch.equal(decoded(synthetic.stored, 2, K), synthetic.images)
     for c in range(K):
@@ -123,7 +123,7 @@ SOFT = SOFT / SOFT.sum(1, keepdim=True)
     ],
 )
 def test_labels_are_what_they_are_said_to_be(labels, form, targets):
-    synthetic = as_set(fitted(foreign(labels=labels, label_form=form), DATA), 0.1, MEANSTD, None, {})
+    synthetic = as_set(fitted(foreign(labels=labels, label_form=form), DATA), MEANSTD, None, {})
     torch.testing.assert_close(synthetic.labels.double().softmax(1), targets, rtol=0, atol=1e-6)
     synthetic._refuse_unusable("it")
 
@@ -141,7 +141,7 @@ def test_images_in_other_units_come_to_the_same():
         (((pixels - mean) / std).float(), "network", None),
         (other.apply(bytes_), "network", other),
     ):
-        synthetic = as_set(fitted(foreign(images=images, values=values), DATA), 0.1, MEANSTD, of, {})
+        synthetic = as_set(fitted(foreign(images=images, values=values), DATA), MEANSTD, of, {})
         torch.testing.assert_close(synthetic.images.double(), expected, rtol=0, atol=1e-5)
 
 

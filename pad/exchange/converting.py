@@ -50,9 +50,7 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
     return dataclasses.replace(found, images=images[order], labels=labels[order], label_form=LOGITS)
 
 
-def as_set(
-    found: Foreign, lr: float, preprocessing: Preprocessing, of: Preprocessing | None, metadata: dict
-) -> SyntheticSet:
+def as_set(found: Foreign, preprocessing: Preprocessing, of: Preprocessing | None, metadata: dict) -> SyntheticSet:
     """What :func:`fitted` gives, as networks see it under ``preprocessing``.
 
     ``of``: what the images are normalised by, where that is not ``preprocessing``. Multi-formation is kept where the
@@ -74,9 +72,8 @@ def as_set(
         labels = torch.cat([part.repeat(factor**2, 1) for part in labels.chunk(num_classes)])
         log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))
     classes = torch.arange(num_classes).repeat_interleave(len(images) // num_classes)
-    return SyntheticSet(
-        images.cpu(), labels, torch.tensor(lr), classes, metadata, preprocessing=preprocessing.to("cpu"), stored=stored
-    )
+    made = images.cpu(), labels, torch.tensor(found.lr), classes, metadata
+    return SyntheticSet(*made, preprocessing=preprocessing.to("cpu"), stored=stored)
 
 
 def _refuse_mislabelled(found: Foreign) -> None:

@@ -130,7 +130,7 @@ class Grid:
         _refuse_unknown(content, _KEYS, where)
         parts = ("common", "buffers", "methods", "evaluation")
         shared, buffers, methods, evaluation = (_mapping(content.get(key) or {}, f"{where}: {key}") for key in parts)
-        _refuse_unknown(shared, _names(by_study=False), f"{where}: common")
+        _refuse_unknown(shared, _names(), f"{where}: common")
         if not methods:
             raise InputError(f"{where}: methods: there are none")
         _refuse_bad_names(methods, f"{where}: methods")
@@ -273,14 +273,15 @@ class Grid:
 
     def _resolve(self, kind: type[Some], given: Mapping, about: str, decided: Mapping) -> Some:
         """``kind`` from what is common, as far as it has these settings, from ``given`` and ``decided``."""
-        decided_by_study = _names(by_study=True)
+        fields = kind.fields()
         for key in given:
             if key in _SHARED:
                 raise InputError(f"{about}: {key} is the same for the whole study: it belongs in common")
-            if key in decided_by_study:
+            if key in fields and fields[key].metadata["by_study"]:
                 raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
-        common = {key: getattr(self.common, key) for key in _SHARED if key in kind.fields()}
-        given = {**{key: value for key, value in self.shared.items() if key in kind.fields()}, **given}
+        common = {key: getattr(self.common, key) for key in _SHARED if key in fields}
+        own = {key for key, field in fields.items() if not field.metadata["by_study"]}
+        given = {**{key: value for key, value in self.shared.items() if key in own}, **given}
         try:
             return kind.resolve({**common, **kind.with_paths(given, path_base(Path(self.where))), **decided})
         except InputError as error:
@@ -292,11 +293,11 @@ def _makers() -> dict[str, type[MakesSet]]:
     return {name: command.settings for name, command in COMMANDS.items() if issubclass(command.settings, MakesSet)}
 
 
-def _names(by_study: bool) -> set[str]:
-    """The settings of all commands that a cell takes, those that the study decides or the others."""
+def _names() -> set[str]:
+    """The settings of all commands that a cell takes, but for those that the study decides."""
     kinds: list[type[Settings]] = [BufferSettings, *_makers().values(), EvaluationSettings]
     every = (item for kind in kinds for item in kind.fields().items())
-    return {name for name, field in every if field.metadata["by_study"] == by_study}
+    return {name for name, field in every if not field.metadata["by_study"]}
 
 
 def _recipe(settings: Settings) -> dict:

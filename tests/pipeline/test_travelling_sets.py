@@ -415,11 +415,78 @@ def test_exports_that_cannot_be(argv, words, tmp_path, monkeypatch, capfd):
     assert_refused(capfd, cli.export_set, argv, words, tmp_path)
 
 
-def test_stage_3_says_how_files_of_others_become_its_own(images, tmp_path, capfd):
-    for kind in ("DC", "npz"):
-        source, _ = theirs(kind, images, tmp_path / kind)
-        argv = command_line(synthetic=source, data_path=images, dataset="ImageFolder")
-        assert_refused(capfd, cli.evaluate, argv, ("scripts/import_set.py",), tmp_path)
+# ---- scored as they are
+
+NETWORKS = {"num_eval": 2, "epoch_eval_train": 2, "batch_train": 8, "baselines": "hard", "compile": "off"}
+
+
+def scored(source: Path, out: Path, **settings) -> dict:
+    """The results of stage 3 on a set's file."""
+    assert cli.evaluate(command_line(synthetic=source, out=out, **(NETWORKS | settings))) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_3_scores_files_of_others_as_what_they_become(kind, images, tmp_path):
+    source, asked = theirs(kind, images, tmp_path / "theirs")
+    import_(source, tmp_path / "set.safetensors", data_path=images, **FOLDER, **asked)
+    ours = scored(tmp_path / "set.safetensors", tmp_path / "ours.json", data_path=images)
+    found = scored(source, tmp_path / "theirs.json", data_path=images, **FOLDER, **asked)
+    assert [row["set"] for row in found["results"]] == ["synthetic"] + ["synthetic, hard labels"] * (kind == "DATM") + [
+        "random real, hard labels"
+    ]
+    assert found == ours
+
+
+def test_stage_3_scores_multi_formation_of_others(images, tmp_path):
+    source, asked = theirs("IDC", images, tmp_path / "theirs")
+    asked |= {"data_path": images, **FOLDER, "factor": 2}
+    found = scored(source, tmp_path / "theirs.json", **asked)
+    import_(source, tmp_path / "set.safetensors", **asked)
+    assert found == scored(tmp_path / "set.safetensors", tmp_path / "ours.json", data_path=images)
+    assert found["synthetic"]["factor"] == 2 and found["ipc"] == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stage_3_scores_an_export_without_being_told_of_it(form, sets, tmp_path):
+    folder = export(sets[False], form, tmp_path / "v1.0")
+    asked = {"batch_train": 50, "epoch_eval_train": 3, "baselines": "none"}
+    ours = scored(sets[False], tmp_path / "ours.json", **asked)
+    assert cli.evaluate(command_line(synthetic=folder, **(NETWORKS | asked))) == 0
+    found = json.loads((tmp_path / "v1.0.evaluation.json").read_text())
+    assert {key: found[key] for key in ("data", "settings", "ipc", "lr")} == {
+        key: ours[key] for key in ("data", "settings", "ipc", "lr")
+    }
+    assert (found["results"] == ours["results"]) == (form in ("npz", "published"))
+
+
+@pytest.mark.parametrize(
+    "kind, changes, words",
+    [
+        ("DC", {"zca": None, "lr_dir": None}, ("(DC, DSA, DM) does not say", "give --zca, --lr_dir")),
+        ("MTT", {"dataset": None, "values": None}, ("give --dataset, --values",)),
+        ("DATM", {"label_form": None}, ("give --label_form",)),
+        ("IDC", {"factor": 3}, ("factor: 3 does not divide",)),
+        ("MTT", {"values": "pixels"}, ("no pixels of 0 to 1",)),
+        ("DC", {"dataset": "FashionMNISTMini"}, ("but FashionMNISTMini has images [1, 28, 28]",)),
+        ("DC", {"data_dir": "images_best.pt"}, ("data_dir and synthetic exclude each other",)),
+        ("npz", {"synthetic": "gone.npz"}, ("gone.npz does not exist",)),
+        ("DC", {"mean": "0,0,0"}, ("mean and std belong together",)),
+    ],
+)
+def test_stage_3_asks_for_what_a_file_of_others_does_not_say(kind, changes, words, images, tmp_path, capfd):
+    source, asked = theirs(kind, images, tmp_path / "theirs")
+    settings = {"synthetic": source, "data_path": images, **FOLDER, **asked, **changes}
+    argv = command_line(**{name: value for name, value in settings.items() if value is not None})
+    assert_refused(capfd, cli.evaluate, argv, words, tmp_path)
+
+
+def test_a_trio_by_its_published_flags_is_read_as_published(images, tmp_path, capfd):
+    source, _ = theirs("DATM", images, tmp_path / "theirs")
+    trio = {"data_dir": "images", "label_dir": "labels", "lr_dir": "lr"}
+    trio = {name: source.with_name(f"{kind}_best.pt") for name, kind in trio.items()}
+    argv = command_line(**trio, data_path=images, **FOLDER, values="network")
+    assert_refused(capfd, cli.evaluate, argv, ("data_dir and values exclude each other", "--synthetic"), tmp_path)
 
 
 # ---- a set to begin with
