@@ -189,7 +189,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     ranks = bench.ranks
     hard = synthetic.is_hard
     _refuse_other_data(synthetic, bench)
-    asked = what_is_asked(settings, bench, hard=hard, ipc=synthetic.ipc)
+    asked = what_is_asked(settings, bench, hard=hard, counts=synthetic.counts)
     experts = None
     if any(name == "random_soft" or (name == "random_plain" and not hard) for name in asked.rows):
         experts = bench.labellers(str(settings.buffer_path), settings.model)
@@ -215,6 +215,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     results = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
+        **({} if synthetic.is_even else {"images_of_each_class": synthetic.counts}),
         "lr": synthetic.lr.item(),
         "protocol": settings.protocol,
         "epochs": settings.epoch_eval_train,
@@ -252,8 +253,8 @@ class Asked:
     stems: dict[str, str]
 
 
-def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool, ipc: int) -> Asked:
-    """What is asked for, of a set with ``ipc`` images of each class whose labels are ``hard``, or not.
+def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool, counts: Sequence[int]) -> Asked:
+    """What is asked for, of a set of ``counts`` images of the classes whose labels are ``hard``, or not.
 
     Raises InputError for all that can be refused before there is a set.
     """
@@ -261,16 +262,15 @@ def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool,
     if missing := missing_for(words(settings.metrics), names, hard):
         raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     bench.refuse_unfit(settings.pool)
-    classes = bench.data.num_classes
-    counts = {ipc * classes} | ({len(bench.labels)} if "full" in names else set())
+    sizes = {sum(counts)} | ({len(bench.labels)} if "full" in names else set())
     drawn = [name for name in names if not name.startswith("syn") and name != "full"]
     if drawn:
-        refuse_small_classes(bench.labels, classes, ipc)
+        refuse_small_classes(bench.labels, bench.data.num_classes, counts)
     held = None
     if settings.tune_lr:
-        held = held_out(bench.classes, settings.held_out, settings.seed, ipc if drawn else 1)
-        counts |= {len(held[1])} if "full" in names else set()
-    _refuse_lone_images(settings, bench, counts)
+        held = held_out(bench.classes, settings.held_out, settings.seed, counts if drawn else 1)
+        sizes |= {len(held[1])} if "full" in names else set()
+    _refuse_lone_images(settings, bench, sizes)
     methods = [name for name in drawn if name not in TITLES]
     stems = dict(zip(methods, bench.ranking_stems(settings, methods))) if methods else {}
     if "full" in names:

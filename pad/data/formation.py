@@ -4,6 +4,8 @@ A stored image is cut into f x f tiles, f the factor, and each is enlarged to th
 class; within a class the order is IDC's: the first tile of all its images, then the second, row by row of tiles.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,16 @@ def refuse_unfit_factor(factor: int, size: tuple[int, int]) -> None:
         raise InputError(f"factor: {factor} does not divide the sides of images of {size[0]}x{size[1]} pixels")
 
 
-def decoded(images: Tensor, factor: int, num_classes: int = 1) -> Tensor:
+def decoded(images: Tensor, factor: int, num_classes: int | Sequence[int] = 1) -> Tensor:
     """The images ``[f * f * N, C, H, W]`` that stored ones ``[N, C, H, W]`` stand for, f = ``factor``.
 
     Tiles are enlarged bilinearly, corners not aligned. ``num_classes``: so many parts of equal length, each in IDC's
-    order. Raises InputError when f does not divide H or W.
+    order; or the lengths of the parts. Raises InputError when f does not divide H or W.
     """
     if factor == 1:
         return images
+    if not isinstance(num_classes, int):
+        return torch.cat([decoded(part, factor) for part in images.split(list(num_classes))])
     return _enlarged(_tiles(images, factor, num_classes), factor)
 
 

@@ -181,7 +181,8 @@ def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
     scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
     hard = getattr(cell.distilling, "labels", "hard") == "hard"
     ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
-    what_is_asked(scored, bench, hard=hard, ipc=ipc)  # what it refuses is refused before the set is made
+    counts = [ipc] * bench.data.num_classes
+    what_is_asked(scored, bench, hard=hard, counts=counts)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):

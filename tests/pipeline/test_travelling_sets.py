@@ -447,6 +447,30 @@ def test_stage_3_scores_multi_formation_of_others(images, tmp_path):
     assert found["synthetic"]["factor"] == 2 and found["ipc"] == 8
 
 
+def test_a_folder_of_unequal_classes_goes_all_ways(images, tmp_path):
+    """Scored as it lies there, taken in, sent out, in fewer bits, and begun with."""
+    source, asked = theirs("ImageFolder", images, tmp_path / "theirs")
+    next((source / "bee").iterdir()).unlink()
+    asked |= {"data_path": images, **FOLDER}
+    found = scored(source, tmp_path / "theirs.json", **asked)
+    assert found["images_of_each_class"] == [2, 1, 2]
+    ours = import_(source, tmp_path / "set.safetensors", **asked)
+    assert ours.counts == [2, 1, 2]
+    assert scored(tmp_path / "set.safetensors", tmp_path / "ours.json", data_path=images) == found
+    for form in FORMS:
+        sent = export(tmp_path / "set.safetensors", form, tmp_path / form)
+        back = import_(sent, tmp_path / f"{form}.set", data_path=images)
+        assert back.counts == [2, 1, 2] and torch.equal(back.labels, ours.labels)
+        torch.testing.assert_close(back.images, ours.images, rtol=0, atol=2e-6)
+    small = tmp_path / "small.safetensors"
+    assert cli.quantise(command_line(source=tmp_path / "set.safetensors", bits=8, group="class", out=small)) == 0
+    again = scored(small, tmp_path / "small.json", data_path=images)
+    assert again["images_of_each_class"] == [2, 1, 2] and again["bits"]["labels"] == 0
+    run = distil(images, tmp_path, "DM", ipc=2, pix_init=small, lr_img=0)
+    begun = SyntheticSet.load(run / "Normal" / "synthetic_last.safetensors")
+    assert begun.counts == [2, 2, 2] and torch.equal(begun.images[2], begun.images[3])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_stage_3_scores_an_export_without_being_told_of_it(form, sets, tmp_path):
     folder = export(sets[False], form, tmp_path / "v1.0")
