@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from pad.bits import Cost
 from pad.data.formation import decoded
-from pad.data.preprocessing import known_preprocessing
+from pad.data.preprocessing import grey_of, known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
 from pad.quantise import Packed, Packing
@@ -194,7 +194,7 @@ class SyntheticSet:
         how = {name: value for name, value in packing.as_dict().items() if name not in ("shape", "labels")}
         provenance = {**(self.metadata.get("provenance") or {}), "quantised": {**how, "from": self.digest}}
         return SyntheticSet(
-            decoded(images, self.factor, self.kept_counts),
+            decoded(images, self.factor, self.kept_counts, grey_of(self.preprocessing_identity)),
             labels,
             self.lr.detach().cpu(),
             self.classes.cpu(),
@@ -244,9 +244,13 @@ class SyntheticSet:
         images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
         factor, stored = metadata.pop("factor", 1), None
         if factor != 1:
+            grey = grey_of(metadata.get("preprocessing"))
             _refuse_unfit_stored(images, labels, classes, factor, str(path))
             counts = [count // factor**2 for count in classes.bincount().tolist()]
-            images, stored = decoded(images, factor, counts), images
+            try:
+                images, stored = decoded(images, factor, counts, grey), images
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         loaded = cls(
             images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored, packed=packed
         )
@@ -375,7 +379,6 @@ def _refuse_unfit_stored(images: Tensor, labels: Tensor, classes: Tensor, factor
     usable = images.ndim == 4 and images.numel() and images.is_floating_point() and labels.ndim == 2 and labels.numel()
     if (
         not (usable and type(factor) is int and factor > 1)
-        or any(side % factor for side in images.shape[2:])
         or len(labels) != factor**2 * len(images)
         or not _in_order(classes, labels)
         or any(count % factor**2 for count in classes.bincount().tolist())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pad.data.formation import decoded
+from pad.data.formation import coarsened, decoded
 from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd
 from pad.errors import InputError
@@ -82,6 +82,41 @@ def test_stored_images_are_cut_into_tiles_and_enlarged(factor, size):
     ]
     assert found.shape == (2 * factor**2, 3, *size)
     np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor, size", [(3, (4, 8)), (2, (5, 4)), (4, (6, 7)), (5, (3, 4)), (3, (6, 9))])
+def test_grey_stands_around_images_whose_sides_the_factor_does_not_divide(factor, size):
+    """At the right and below, as in IDC's code; in any units."""
+    images, grey = draw(2, 3, *size).double(), torch.tensor([0.5, -1.0, 2.0]).double().view(3, 1, 1)
+    rows, columns = (math.ceil(side / factor) for side in size)
+    padded = np.empty((2, 3, rows * factor, columns * factor))
+    padded[:] = grey.numpy()
+    padded[:, :, : size[0], : size[1]] = images.numpy()
+    expected = [
+        [enlarged(channel[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns], *size) for channel in image]
+        for i in range(factor)
+        for j in range(factor)
+        for image in padded
+    ]
+    found = decoded(images, factor, grey=grey)
+    np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=0, atol=1e-12)
+    assert torch.equal(decoded(images, factor, [1, 1], grey)[: factor**2], decoded(images[:1], factor, grey=grey))
+
+
+def test_real_images_are_as_coarse_where_the_factor_does_not_divide():
+    """Means of the pixels that each of the tile's covers, whole or in part; enlarged again."""
+
+    def means(side: int) -> np.ndarray:
+        tile = math.ceil(side / 2)
+        covered = np.zeros((tile, side))
+        for i in range(tile):
+            first, end = i * side // tile, -(-(i + 1) * side // tile)
+            covered[i, first:end] = 1 / (end - first)
+        return covered
+
+    images = draw(2, 1, 7, 5).double()
+    expected = [[enlarged(means(7) @ channel @ means(5).T, 7, 5) for channel in image] for image in images.numpy()]
+    np.testing.assert_allclose(coarsened(images, 2).numpy(), np.array(expected), rtol=0, atol=1e-12)
 
 
 def test_a_factor_that_does_not_divide_a_side_is_refused():

@@ -46,6 +46,13 @@ class OfOthers(Common):
         by_study=True,
         later=True,
     )
+    padded: bool = setting(
+        False,
+        "the factor does not divide its sides: grey is put at the right and below, as by IDC's code",
+        RECIPE,
+        by_study=True,
+        later=True,
+    )
     experiment: int | None = setting(
         None, "res_*.pt: which of its sets, from 0", RECIPE, low=0, by_study=True, later=True
     )
@@ -64,7 +71,7 @@ class OfOthers(Common):
     def said(self) -> dict:
         """What is said of the set, but for its files."""
         values = {name: getattr(self, name) for name in OfOthers.names(RECIPE) if name not in self.files}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def check(self) -> None:
         super().check()
@@ -103,12 +110,15 @@ def read_set(settings: Asking, source: str) -> tuple[Asking, Foreign]:
         if (given or there) is None:
             missing.append(name)
         setattr(found, name, given or there)
+    found.padded = settings.padded
     if found.lr is None:
         missing.append("lr_dir")
     if missing:
         raise InputError(f"{found.where} ({found.form}) does not say all that is needed; give --{', --'.join(missing)}")
     if not float(found.lr or 0) > 0:
         raise InputError(f"lr_dir: {found.lr:g} is no learning rate, which is a positive number")
+    if settings.padded and settings.zca and found.values == NETWORK:
+        raise InputError(f"padded: {found.where} holds whitened images, of which grey is another at each place")
     if settings.mean is not None and found.values != NETWORK:
         raise InputError(f"mean and std are of normalised images, but those of {found.where} are pixels")
     return settings, found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pad.data.formation import decoded, refuse_unfit_factor
 from pad.data.images import ImageData
-from pad.data.preprocessing import Preprocessing
+from pad.data.preprocessing import Preprocessing, grey_of
 from pad.errors import InputError
 from pad.exchange.reading import CLASSES, LOGITS, NETWORK, PIXELS, Foreign
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
@@ -33,7 +33,9 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
     shape = [data.channels, *data.size]
     if list(images.shape[1:]) != shape:
         raise InputError(f"{found.where} holds images {list(images.shape[1:])}, but {data.name} has images {shape}")
-    refuse_unfit_factor(found.factor or 1, data.size)
+    if not found.padded:
+        remedy = "; give --padded if the code that made them puts grey around them, as IDC's does"
+        refuse_unfit_factor(found.factor or 1, data.size, remedy)
     if images.is_floating_point():
         _refuse_mislabelled(found)
     labels, classes = _labels(found, data)
@@ -60,14 +62,14 @@ def as_set(found: Foreign, preprocessing: Preprocessing, of: Preprocessing | Non
     stored = None
     whitens = found.values == PIXELS and preprocessing.kind == "zca"
     if whitens:
-        images = decoded(images, factor, counts)
+        images = decoded(images, factor, counts, torch.full((images.shape[1], 1, 1), 0.5))
     if of is not None:
         images = of.invert(images)
     if of is not None or found.values == PIXELS:
         images = preprocessing.apply(images)
     if factor > 1:
         if not whitens:
-            images, stored = decoded(images, factor, counts), images.cpu()
+            images, stored = decoded(images, factor, counts, grey_of(preprocessing.identity)), images.cpu()
         labels = torch.cat([part.repeat(factor**2, 1) for part in labels.split(counts)])
         classes = torch.arange(len(counts)).repeat_interleave(factor**2 * torch.tensor(counts))
         log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))

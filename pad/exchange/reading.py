@@ -31,9 +31,10 @@ class Foreign:
 
     form: what it is. where: of the images. images ``[N, C, H, W]``: uint8, which are pixels, or floating-point numbers.
     labels ``[N, ...]``. lr: learning rate. values: "pixels" (0 to 1) or "network" (normalised or whitened).
-    label_form: "classes", "probabilities" or "logits". factor: of multi-formation. folders: names that class numbers
-    are places among, where the numbers are not the data set's. about: what an export of this toolkit's says of itself.
-    classes ``[N]``: the numbers of those that images with soft labels stand for.
+    label_form: "classes", "probabilities" or "logits". factor: of multi-formation. padded: whether grey is put around
+    images whose sides it does not divide. folders: names that class numbers are places among, where the numbers are not
+    the data set's. about: what an export of this toolkit's says of itself. classes ``[N]``: the numbers of those that
+    images with soft labels stand for.
     """
 
     form: str
@@ -44,6 +45,7 @@ class Foreign:
     values: str | None = None
     label_form: str | None = None
     factor: int | None = 1
+    padded: bool = False
     folders: list[str] | None = None
     about: dict = field(default_factory=dict)
     classes: Tensor | None = None

@@ -309,6 +309,30 @@ def test_pixels_in_multi_formation_are_whitened_after_they_are_decoded(images, t
     torch.testing.assert_close(found.pixels()[8 + 2 : 8 + 3], expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("zca", [False, True])
+def test_images_that_their_code_pads_are_decoded_as_it_does(zca, images, tmp_path):
+    """The third of 16 is 6: grey is put around, so that 18 are cut. The file holds what was cut, but for whitened."""
+    source, asked = theirs("IDC", images, tmp_path / "theirs")
+    asked |= {"data_path": images, **FOLDER, "zca": zca, "factor": 3, "padded": True}
+    found = import_(source, tmp_path / "set.safetensors", **asked)
+    padded = torch.full((6, 3, 18, 18), 0.5)
+    padded[:, :, :16, :16] = real(images)[0].float() / 255
+    for i, (y, x) in {0: (0, 0), 5: (6, 12), 8: (12, 12)}.items():  # tiles of the second image of class 2
+        expected = F.interpolate(padded[5:, :, y : y + 6, x : x + 6], size=(16, 16), mode="bilinear")
+        at = 2 * 18 + 2 * i + 1
+        torch.testing.assert_close(found.pixels()[at : at + 1], expected, rtol=0, atol=1e-3 if zca else 1e-5)
+    assert found.counts == [18, 18, 18] and found.factor == (1 if zca else 3)
+    if not zca:
+        assert found.stored.shape == (6, 3, 16, 16) and found.cost.images == 32 * 6 * 3 * 16 * 16
+        small = found.quantised(8)
+        small.save(tmp_path / "small")
+        again = SyntheticSet.load(tmp_path / "small")
+        assert torch.equal(again.images, small.images) and (again.images - found.images).abs().max() < 0.05
+    more = {"batch_train": 64, "baselines": "none"}
+    results = scored(tmp_path / "set.safetensors", tmp_path / "ours.json", data_path=images, **more)
+    assert results == scored(source, tmp_path / "theirs.json", **more, **asked) and results["ipc"] == 18
+
+
 def test_images_that_were_normalised_by_other_numbers(images, tmp_path):
     pixels, normalised, classes = real(images)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(-1, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(-1, 1, 1)
@@ -351,7 +375,8 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
 @pytest.mark.parametrize(
     "kind, changes, words",
     [
-        ("IDC", {"factor": 3}, ("factor: 3 does not divide the sides of images of 16x16 pixels",)),
+        ("IDC", {"factor": 3}, ("factor: 3 does not divide the sides of images of 16x16 pixels", "give --padded")),
+        ("DC", {"factor": 3, "padded": True, "zca": True}, ("padded: ", "whitened images")),
         ("IDC", {"values": "network"}, ("values: network was given, but", "has pixels")),
         ("MTT", {"label_form": "logits"}, ("label_form: logits was given, but", "has classes")),
         ("DC", {"values": "pixels"}, ("values: pixels was given",)),
