@@ -1,7 +1,7 @@
 """The first images and labels of a synthetic set, from real images and experts (DATM, arXiv 2310.05773, sec. 3.3)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from pad.data.formation import coarsened, decoded, mixed
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.labels import hard_logits
+from pad.labels import hard_logits, per_class
 from pad.nn.flat import FlatModel
 from pad.rng import generator
-from pad.synthetic import SyntheticSet
+from pad.synthetic import SyntheticSet, in_words
 
 log = logging.getLogger("pad")
 
@@ -41,16 +41,20 @@ class WeakExperts(InputError):
     """The experts get too few images right."""
 
 
-def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int, factor: int = 1) -> None:
-    """Raise InputError for a class of fewer than ``ipc`` images, ``factor`` x ``factor`` for each."""
-    needed = ipc * factor**2
-    for c, count in enumerate(labels.cpu().bincount(minlength=num_classes).tolist()):
+def refuse_small_classes(labels: Tensor, num_classes: int, ipc: int | Sequence[int], factor: int = 1) -> None:
+    """Raise InputError for a class of fewer than ``ipc`` images (or its number), ``factor`` x ``factor`` for each."""
+    there = labels.cpu().bincount(minlength=num_classes).tolist()
+    for c, (count, wanted) in enumerate(zip(there, per_class(ipc, num_classes))):
+        needed = wanted * factor**2
         if count < needed:
-            asked = f"{ipc} images are" if factor == 1 else f"{ipc} with factor: {factor}, {needed} real images, is"
+            asked = f"{wanted} with factor: {factor}, {needed} real images, is"
+            asked = f"{wanted} images are" if factor == 1 else asked
             raise InputError(f"ipc: {asked} asked for, but class {c} has {count}")
 
 
-def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: int | str) -> list[Tensor]:
+def class_order(
+    labels: Tensor, num_classes: int, ipc: int | Sequence[int], seed: int, *stream: int | str
+) -> list[Tensor]:
     """For each class the indices of its images in random order; InputError for a class with fewer than ``ipc``."""
     refuse_small_classes(labels, num_classes, ipc)
     rows = []
@@ -61,16 +65,19 @@ def class_order(labels: Tensor, num_classes: int, ipc: int, seed: int, *stream: 
     return rows
 
 
-def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ipc: int, factor: int = 1) -> Tensor:
-    """Indices ``[num_classes * ipc]`` of real images that an expert classifies correctly, as tiles of ``factor``.
+def predicted_correctly(
+    experts: Experts, images: Images, rows: list[Tensor], ipc: int | Sequence[int], factor: int = 1
+) -> Tensor:
+    """Indices, ``ipc`` of each class, of real images that an expert classifies correctly, as tiles of ``factor``.
 
     Of each class, in the order of its row, those the first expert gets right; while a class runs short the next expert
     goes over the images that remain. Raises WeakExperts when all experts together get too few right.
     """
+    needed = per_class(ipc, len(rows))
     chosen: list[list[int]] = [[] for _ in rows]
     left = dict(enumerate(rows))
     for k in range(experts.count):
-        short = [c for c in left if len(chosen[c]) < ipc and len(left[c])]
+        short = [c for c in left if len(chosen[c]) < needed[c] and len(left[c])]
         if not short:
             break
         theta = experts.parameters(k)
@@ -83,15 +90,15 @@ def predicted_correctly(experts: Experts, images: Images, rows: list[Tensor], ip
             for c, part, prediction in zip(short, parts, predictions):
                 chosen[c] += part[prediction == c].tolist()
                 wrong[c].append(part[prediction != c])
-            if all(len(chosen[c]) >= ipc for c in short):
+            if all(len(chosen[c]) >= needed[c] for c in short):
                 break
         left = {c: torch.cat(wrong[c]) for c in short}
     for c, found in enumerate(chosen):
-        if len(found) < ipc:
+        if len(found) < needed[c]:
             right = f"only {len(found)} images of class {c} correctly"
-            needed = f"ipc is {ipc}" if factor == 1 else f"{ipc} are needed"
-            raise WeakExperts(f"the {experts.count} experts classify {right}, but {needed}")
-    return torch.tensor([index for found in chosen for index in found[:ipc]])
+            wanted = f"ipc is {needed[c]}" if factor == 1 else f"{needed[c]} are needed"
+            raise WeakExperts(f"the {experts.count} experts classify {right}, but {wanted}")
+    return torch.tensor([index for found, count in zip(chosen, needed) for index in found[:count]])
 
 
 def averaged_logits(experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
@@ -175,29 +182,31 @@ def from_set(
 ) -> tuple[Tensor, Tensor]:
     """Initial images and label logits as of :func:`initial_set`, those of another synthetic set.
 
-    All images in their order where ``ipc`` is the set's; random ones of each class, by the seed, where it is smaller;
-    otherwise each is repeated, as evenly as can be. Stored images of the same ``factor`` are taken as they are; else
-    the decoded ones are, as real images would be. Soft labels are the set's; where those are one-hot, from which
-    nothing can be learned, the experts' as of :func:`averaged_logits`. Lines in the log say so.
+    Of each class all images in their order where ``ipc`` is their number; random ones, by the seed, where it is
+    smaller; otherwise each is repeated, as evenly as can be. Stored images of the same ``factor`` are taken as they
+    are; else the decoded ones are, as real images would be. Soft labels are the set's; where those are one-hot, from
+    which nothing can be learned, the experts' as of :func:`averaged_logits`. Lines in the log say so.
     """
     num_classes = start.num_classes
     source, count = (start.kept, ipc) if start.factor == factor else (start.images, ipc * factor**2)
-    have, each = len(source) // num_classes, len(start.images) // len(source)  # images a class, labels of each
-    if count < have:
-        members = torch.arange(num_classes).repeat_interleave(have)
-        chosen = torch.cat([row[:count] for row in class_order(members, num_classes, count, seed)])
-    else:
-        chosen = torch.cat([c * have + torch.arange(count) % have for c in range(num_classes)])
-    if count != have:
-        way = "random ones of each class are taken" if count < have else "they are repeated"
+    have = start.kept_counts if start.factor == factor else start.counts
+    each = len(start.images) // len(source)  # labels of an image
+    places = torch.arange(len(start.labels)).split([n * each for n in have])  # of labels, as of decoded images
+    members = torch.arange(num_classes).repeat_interleave(torch.tensor(have))
+    images_of, labels_of = [], []
+    for row, place, n in zip(class_order(members, num_classes, 1, seed), places, have):
+        picked = row[:count] if count < n else row.min() + torch.arange(count) % n
+        images_of.append(picked)
+        labels_of.append(place.view(each, n)[:, picked - row.min()].flatten())
+    chosen = torch.cat(labels_of)
+    if any(n != count for n in have):
+        ways = ["random ones of each class are taken"] * (count < max(have))
+        ways += ["they are repeated"] * (count > min(have))
         asked = f"ipc is {ipc}" if count == ipc else f"{count} are needed"
-        log.info("pix_init: the set has %d images per class, %s: %s", have, asked, way)
-    images = source[chosen].to(device)
+        log.info("pix_init: the set has %s images per class, %s: %s", in_words(have), asked, ", or ".join(ways))
+    images = source[torch.cat(images_of)].to(device)
     if start.factor != factor:
         images = mixed(images, factor, num_classes)
-    # where the labels of what is chosen are, in the order of decoded images
-    places = torch.arange(len(start.labels)).view(num_classes, each, have).transpose(1, 2).flatten(0, 1)
-    chosen = places[chosen].view(num_classes, count, each).transpose(1, 2).flatten()
     classes = start.classes[chosen].to(device)
     soft = not torch.equal(start.probabilities(), F.one_hot(start.classes, num_classes).float())
     if hard:

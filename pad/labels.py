@@ -1,5 +1,7 @@
 """Labels in the form that synthetic sets hold, logits."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,3 +21,8 @@ def logits_of(probabilities: Tensor) -> Tensor:
 def looks_like_probabilities(labels: Tensor) -> bool:
     """Whether all rows of ``[N, K]`` lie in 0..1 and sum to 1, about."""
     return bool(labels.min() >= -1e-3 and (labels.sum(1) - 1).abs().max() < 1e-2)
+
+
+def per_class(ipc: int | Sequence[int], num_classes: int) -> list[int]:
+    """How many images each class has: ``ipc``, or the numbers themselves."""
+    return [ipc] * num_classes if isinstance(ipc, int) else list(ipc)

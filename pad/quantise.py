@@ -34,7 +34,8 @@ class Packing:
 
     bits: of a number of an image. group: of ``GROUPS``. label_bits: 32 and 16 are floating-point numbers; of fewer a
     row is a group; 0 are hard labels, which are not stored. top_k: instead, each row's so many largest probabilities
-    in 16 bits, of which the rest is spread evenly. Raises ValueError for what none is.
+    in 16 bits, of which the rest is spread evenly. counts: images of each class, where these are not as many of each.
+    Raises ValueError for what none is.
     """
 
     bits: int
@@ -43,15 +44,17 @@ class Packing:
     labels: tuple[int, int]
     label_bits: int = 32
     top_k: int | None = None
+    counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         whole = [self.bits, self.label_bits, *self.shape, *self.labels, *([] if self.top_k is None else [self.top_k])]
+        whole += self.counts or []
         if (
             any(type(number) is not int for number in whole)
             or (len(self.shape), len(self.labels)) != (4, 2)
             or min(*self.shape, *self.labels) < 1
-            or self.shape[0] % self.num_classes
-            or self.labels[0] % self.num_classes
+            or (self.counts is None and (self.shape[0] % self.num_classes or self.labels[0] % self.num_classes))
+            or (self.counts is not None and not self._of_counts)
             or self.bits not in BITS
             or self.group not in GROUPS
             or self.label_bits not in (0, *LABEL_BITS)
@@ -64,17 +67,33 @@ class Packing:
         """That which :meth:`as_dict` describes. Raises ValueError for anything else."""
         try:
             values = dict(described)  # type: ignore
-            lists = {name: tuple(values[name]) for name in ("shape", "labels")}
+            lists = {name: tuple(values[name]) for name in ("shape", "labels", "counts") if values.get(name)}
             return cls(**(values | lists))
         except (KeyError, TypeError):
             raise ValueError("no description of a packing") from None
 
     def as_dict(self) -> dict:
-        return dataclasses.asdict(self) | {"shape": list(self.shape), "labels": list(self.labels)}
+        described = dataclasses.asdict(self) | {"shape": list(self.shape), "labels": list(self.labels)}
+        del described["counts"]
+        return described | ({} if self.counts is None else {"counts": list(self.counts)})
+
+    @property
+    def _of_counts(self) -> bool:
+        """Whether images and labels are as many as the counts say."""
+        counts, rows = self.counts or (), self.labels[0]
+        whole = len(counts) == self.num_classes and min(counts) > 0 and sum(counts) == self.shape[0]
+        return whole and not rows % self.shape[0]
 
     @property
     def num_classes(self) -> int:
         return self.labels[1]
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each label, int64 ``[rows]``."""
+        (rows, num_classes), counts = self.labels, self.counts
+        each = [rows // num_classes] * num_classes if counts is None else [n * (rows // sum(counts)) for n in counts]
+        return torch.arange(num_classes).repeat_interleave(torch.tensor(each))
 
     @property
     def groups(self) -> int:
@@ -118,8 +137,20 @@ class Packing:
 
     def pack(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The tensors of ``images`` and ``labels`` (logits), as in :attr:`layout`, on the CPU."""
-        levels, scales = quantised(images.detach().cpu().reshape(self.groups, -1), self.bits)
+        images = images.detach().cpu()
+        if self.group == "class" and self.counts is not None:
+            each = [quantised(part.reshape(1, -1), self.bits) for part in images.split(list(self.counts))]
+            levels, scales = torch.cat([part.flatten() for part, _ in each]), torch.cat([scale for _, scale in each], 1)
+        else:
+            levels, scales = quantised(images.reshape(self.groups, -1), self.bits)
         return {"levels": packed(levels, self.bits), "scales": scales, **self._pack_labels(labels.detach().cpu())}
+
+    def rows(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the images as rows that share a scale ``[R, M]``, and the rows' scales ``[2, R]``."""
+        if self.group == "class" and self.counts is not None:
+            counts = torch.tensor(self.counts, device=scales.device)
+            return numbers.reshape(self.shape[0], -1), scales.repeat_interleave(counts, 1)
+        return numbers.reshape(self.groups, -1), scales
 
     def _pack_labels(self, labels: Tensor) -> dict[str, Tensor]:
         if self.top_k is not None:
@@ -140,7 +171,7 @@ class Packing:
         if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != self.layout:
             raise ValueError("other tensors than its description says")
         levels = unpacked(tensors["levels"], self.bits, math.prod(self.shape))
-        images = restored(levels.view(self.groups, -1), tensors["scales"]).view(self.shape)
+        images = restored(*self.rows(levels, tensors["scales"])).view(self.shape)
         return images, self._unpack_labels(tensors)
 
     def _unpack_labels(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -157,7 +188,7 @@ class Packing:
             return restored(levels.view(self.labels), tensors["label_scales"])
         if self.label_bits:
             return tensors["label_values"].float().view(self.labels)
-        return hard_logits(torch.arange(num_classes).repeat_interleave(rows // num_classes), num_classes)
+        return hard_logits(self.classes, num_classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,17 +204,17 @@ class Packed:
 
     def nearest(self, images: Tensor) -> Tensor:
         """The numbers nearest to ``images [N, C, H, W]`` that these scales have, on their device."""
-        scales = self.tensors["scales"].to(images.device)
-        return restored(self._levels(images, scales), scales).view_as(images)
+        rows, scales = self.packing.rows(images, self.tensors["scales"].to(images.device))
+        return restored(self._levels(rows, scales), scales).view_as(images)
 
     def moved(self, images: Tensor) -> "Packed":
         """These scales and labels, with the levels nearest to ``images [N, C, H, W]``."""
-        levels = self._levels(images.cpu(), self.tensors["scales"]).to(torch.uint8)
+        levels = self._levels(*self.packing.rows(images.cpu(), self.tensors["scales"])).to(torch.uint8)
         return Packed(self.packing, {**self.tensors, "levels": packed(levels, self.packing.bits)})
 
-    def _levels(self, images: Tensor, scales: Tensor) -> Tensor:
+    def _levels(self, rows: Tensor, scales: Tensor) -> Tensor:
         low, step = scales[:, :, None]
-        return _nearest(images.reshape(self.packing.groups, -1), low, step, 2**self.packing.bits - 1)
+        return _nearest(rows, low, step, 2**self.packing.bits - 1)
 
 
 def quantised(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from pad.bits import Cost
 from pad.data.formation import decoded
-from pad.data.preprocessing import known_preprocessing
+from pad.data.preprocessing import grey_of, known_preprocessing
 from pad.errors import InputError
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
 from pad.quantise import Packed, Packing
@@ -31,15 +31,19 @@ log = logging.getLogger("pad")
 KIND = "synthetic set"
 FORMAT = 1
 
+_SURE = 1 - 1e-6  # the least probability of a hard label
+
 
 @dataclass(eq=False)
 class SyntheticSet:
     """A distilled training set of K classes, ipc images each, N = ipc * K (arXiv 2408.03360).
 
+    One that was not distilled here may have other numbers of images of its classes: ``counts``.
+
     images [N, C, H, W] float32, in the space networks see (whitened or normalised), class by class.
     labels [N, K] float32, logits: the soft label of an image is softmax(labels).
     lr [] float32, > 0: the learned learning rate.
-    classes [N] int64: the class each image stands for, 0 .. K-1, ipc times each, in order.
+    classes [N] int64: the class each image stands for, 0 .. K-1 in order, each at least once.
     metadata: JSON-able; ``data`` and ``preprocessing`` (their identities), ``class_names``, ``model``, ``settings``,
         ``seed``, ``iteration``, ``provenance`` as far as known; :meth:`save` adds ``kind``, ``format`` and ``ipc``.
     preprocessing: inverts the images for viewing; may be left out, or set later.
@@ -67,7 +71,23 @@ class SyntheticSet:
 
     @property
     def ipc(self) -> int:
+        """Images per class; where classes have different numbers of them the mean, rounded down."""
         return len(self.images) // self.num_classes
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of images of each class."""
+        return self.classes.bincount(minlength=self.num_classes).tolist()
+
+    @property
+    def kept_counts(self) -> list[int]:
+        """The same of :attr:`kept`."""
+        return [count // self.factor**2 for count in self.counts]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether there are as many images of each class."""
+        return len(set(self.counts)) == 1
 
     @property
     def kept(self) -> Tensor:
@@ -82,9 +102,8 @@ class SyntheticSet:
     @property
     def size(self) -> str:
         """How large the set is, in words."""
-        stored = len(self.kept) // self.num_classes
-        said = f", decoded from {stored} stored" if self.stored is not None else ""
-        return f"{self.ipc} images per class{said}"
+        said = f", decoded from {in_words(self.kept_counts)} stored" if self.stored is not None else ""
+        return f"{in_words(self.counts)} images per class{said}"
 
     @property
     def class_names(self) -> list[str]:
@@ -100,7 +119,7 @@ class SyntheticSet:
     def digest(self) -> str:
         """16 hexadecimal digits of the SHA-256 of kept images, labels and learning rate, their shapes and numbers."""
         numbers = hashlib.sha256()
-        for tensor in (self.kept, self.labels, self.lr):
+        for tensor in (self.kept, self.labels, self.lr, *[self.classes] * (not self.is_even)):
             numbers.update(f"{tuple(tensor.shape)}".encode())
             numbers.update(tensor.detach().cpu().contiguous().numpy().data)
         return numbers.hexdigest()[:16]
@@ -121,7 +140,7 @@ class SyntheticSet:
     def is_hard(self) -> bool:
         """Whether each image is of one class for sure, that which it stands for."""
         p = self.probabilities().cpu()
-        return bool(p.gather(1, self.classes[:, None].cpu()).min() >= 1 - 1e-6)
+        return bool(p.gather(1, self.classes[:, None].cpu()).min() >= _SURE)
 
     def pixels(self) -> Tensor:
         """The images as a person sees them [N, C, H, W], inverse-preprocessed and clamped to [0, 1].
@@ -175,7 +194,7 @@ class SyntheticSet:
         how = {name: value for name, value in packing.as_dict().items() if name not in ("shape", "labels")}
         provenance = {**(self.metadata.get("provenance") or {}), "quantised": {**how, "from": self.digest}}
         return SyntheticSet(
-            decoded(images, self.factor, self.num_classes),
+            decoded(images, self.factor, self.kept_counts, grey_of(self.preprocessing_identity)),
             labels,
             self.lr.detach().cpu(),
             self.classes.cpu(),
@@ -190,7 +209,8 @@ class SyntheticSet:
         if self.is_hard:
             label_bits, top_k = 0, None
         described = {"bits": bits, "group": group, "label_bits": label_bits, "top_k": top_k}
-        return Packing.of({**described, "shape": self.kept.shape, "labels": self.labels.shape})
+        counts = None if self.is_even else self.kept_counts
+        return Packing.of({**described, "shape": self.kept.shape, "labels": self.labels.shape, "counts": counts})
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes. Raises InputError on an unusable set."""
@@ -224,8 +244,13 @@ class SyntheticSet:
         images, labels, lr, classes = (tensors[name] for name in ("images", "labels", "lr", "classes"))
         factor, stored = metadata.pop("factor", 1), None
         if factor != 1:
-            _refuse_unfit_stored(images, labels, factor, str(path))
-            images, stored = decoded(images, factor, labels.shape[1]), images
+            grey = grey_of(metadata.get("preprocessing"))
+            _refuse_unfit_stored(images, labels, classes, factor, str(path))
+            counts = [count // factor**2 for count in classes.bincount().tolist()]
+            try:
+                images, stored = decoded(images, factor, counts, grey), images
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         loaded = cls(
             images, labels, lr, classes, metadata, stored_pixels=tensors.get("pixels"), stored=stored, packed=packed
         )
@@ -272,16 +297,22 @@ class SyntheticSet:
         loaded._refuse_unusable_tensors(str(images_path), str(labels_path), str(lr_path))
         if images.min() >= 0 and images.max() <= 1:
             log.warning("%s: all values are in 0..1; they count as normalised images, not as pixels", images_path)
-        loaded.classes = _class_order(len(images), loaded.num_classes)
+        sure, classes = loaded.probabilities().max(1)
+        if sure.min() >= _SURE and _in_order(classes, loaded.labels):
+            loaded.classes = classes
+        elif len(images) % loaded.num_classes:
+            raise InputError(
+                f"{images_path}: {len(images)} images are not a multiple of the labels' {loaded.num_classes} classes"
+            )
+        else:
+            loaded.classes = _class_order(len(images), loaded.num_classes)
         return loaded
 
     def _refuse_unusable(self, where: str) -> None:
         """Raise InputError, naming the file and the thing, unless this is a whole and usable set."""
         self._refuse_unusable_tensors(where, where, where)
-        if self.classes.dtype != torch.int64 or not torch.equal(
-            self.classes.cpu(), _class_order(len(self.images), self.num_classes)
-        ):
-            raise InputError(f"{where}: classes are not 0 to {self.num_classes - 1} in order, {self.ipc} times each")
+        if not _in_order(self.classes, self.labels):
+            raise InputError(f"{where}: classes are not 0 to {self.num_classes - 1} in order, each of them there")
         for key in ("data", "preprocessing", "settings", "provenance"):
             if not isinstance(self.metadata.get(key) or {}, dict):
                 raise InputError(f"{where}: {key} in the description is {self.metadata[key]!r}, not named values")
@@ -312,11 +343,15 @@ class SyntheticSet:
                 raise InputError(f"{where}: {name} with a value that is not finite")
         if not lr > 0:
             raise InputError(f"{lr_at}: lr is {lr.item():g}, not a positive number")
-        count, num_classes = labels.shape
+        count = len(labels)
         if len(images) != count:
             raise InputError(f"{labels_at}: {count} labels for {len(images)} images ({images_at})")
-        if count % num_classes:
-            raise InputError(f"{images_at}: {count} images are not a multiple of the labels' {num_classes} classes")
+
+
+def in_words(counts: list[int]) -> str:
+    """How many there are of each, in words."""
+    few, many = min(counts), max(counts)
+    return f"{few}" if few == many else f"{few} to {many}"
 
 
 def set_file(path: Path | str) -> Path:
@@ -336,17 +371,17 @@ def _unpacked(tensors: dict[str, Tensor], described: object, where: str) -> tupl
         images, labels = packed.unpacked()
     except ValueError as error:
         raise InputError(f"{where} is no packed set: {error}") from None
-    return packed, {"images": images, "labels": labels, "classes": _class_order(*labels.shape), **others}
+    return packed, {"images": images, "labels": labels, "classes": packed.packing.classes, **others}
 
 
-def _refuse_unfit_stored(images: Tensor, labels: Tensor, factor, where: str) -> None:
+def _refuse_unfit_stored(images: Tensor, labels: Tensor, classes: Tensor, factor, where: str) -> None:
     """Raise InputError unless images ``[n, C, H, W]`` can be decoded to one for each of the labels ``[N, K]``."""
     usable = images.ndim == 4 and images.numel() and images.is_floating_point() and labels.ndim == 2 and labels.numel()
     if (
         not (usable and type(factor) is int and factor > 1)
-        or any(side % factor for side in images.shape[2:])
         or len(labels) != factor**2 * len(images)
-        or len(images) % labels.shape[1]
+        or not _in_order(classes, labels)
+        or any(count % factor**2 for count in classes.bincount().tolist())
     ):
         raise InputError(
             f"{where}: stored images {list(images.shape)} of factor {factor!r} and labels {list(labels.shape)} do not "
@@ -357,6 +392,15 @@ def _refuse_unfit_stored(images: Tensor, labels: Tensor, factor, where: str) -> 
 def _class_order(count: int, num_classes: int) -> Tensor:
     """The class of each of ``count`` images, class by class, as many of each. [count] int64"""
     return torch.arange(num_classes).repeat_interleave(count // num_classes)
+
+
+def _in_order(classes: Tensor, labels: Tensor) -> bool:
+    """Whether these are the classes of ``labels [N, K]``: int64 ``[N]``, from 0 to K - 1, all of them, in order."""
+    if classes.dtype != torch.int64 or classes.ndim != 1 or len(classes) != len(labels) or not len(classes):
+        return False
+    steps = classes.diff()
+    ends = classes[0].item() == 0 and classes[-1].item() == labels.shape[1] - 1
+    return bool(ends and ((steps == 0) | (steps == 1)).all())
 
 
 def _logits(labels: Tensor, where: Path | str) -> Tensor:

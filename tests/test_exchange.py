@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pad.data.formation import decoded
+from pad.data.formation import coarsened, decoded
 from pad.data.images import ImageData
 from pad.data.preprocessing import MeanStd
 from pad.errors import InputError
@@ -84,6 +84,41 @@ def test_stored_images_are_cut_into_tiles_and_enlarged(factor, size):
     np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("factor, size", [(3, (4, 8)), (2, (5, 4)), (4, (6, 7)), (5, (3, 4)), (3, (6, 9))])
+def test_grey_stands_around_images_whose_sides_the_factor_does_not_divide(factor, size):
+    """At the right and below, as in IDC's code; in any units."""
+    images, grey = draw(2, 3, *size).double(), torch.tensor([0.5, -1.0, 2.0]).double().view(3, 1, 1)
+    rows, columns = (math.ceil(side / factor) for side in size)
+    padded = np.empty((2, 3, rows * factor, columns * factor))
+    padded[:] = grey.numpy()
+    padded[:, :, : size[0], : size[1]] = images.numpy()
+    expected = [
+        [enlarged(channel[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns], *size) for channel in image]
+        for i in range(factor)
+        for j in range(factor)
+        for image in padded
+    ]
+    found = decoded(images, factor, grey=grey)
+    np.testing.assert_allclose(found.numpy(), np.array(expected), rtol=0, atol=1e-12)
+    assert torch.equal(decoded(images, factor, [1, 1], grey)[: factor**2], decoded(images[:1], factor, grey=grey))
+
+
+def test_real_images_are_as_coarse_where_the_factor_does_not_divide():
+    """Means of the pixels that each of the tile's covers, whole or in part; enlarged again."""
+
+    def means(side: int) -> np.ndarray:
+        tile = math.ceil(side / 2)
+        covered = np.zeros((tile, side))
+        for i in range(tile):
+            first, end = i * side // tile, -(-(i + 1) * side // tile)
+            covered[i, first:end] = 1 / (end - first)
+        return covered
+
+    images = draw(2, 1, 7, 5).double()
+    expected = [[enlarged(means(7) @ channel @ means(5).T, 7, 5) for channel in image] for image in images.numpy()]
+    np.testing.assert_allclose(coarsened(images, 2).numpy(), np.array(expected), rtol=0, atol=1e-12)
+
+
 def test_a_factor_that_does_not_divide_a_side_is_refused():
     with pytest.raises(InputError, match="factor: 4 does not divide the sides of images of 4x6 pixels"):
         decoded(draw(1, 1, 4, 6), 4)
@@ -92,7 +127,7 @@ def test_a_factor_that_does_not_divide_a_side_is_refused():
 def test_a_decoded_set_is_class_by_class_and_repeats_the_labels():
     pixels, labels = draw(2 * K, *SHAPE), torch.tensor([2, 0, 1, 1, 0, 2])
     found = fitted(foreign(images=pixels, labels=labels, factor=2, values="pixels"), DATA)
-    synthetic = as_set(found, 0.1, MEANSTD, None, {})
+    synthetic = as_set(found, MEANSTD, None, {})
     assert synthetic.ipc == 8 and torch.equal(synthetic.labels, hard_logits(synthetic.classes, K))
     assert synthetic.factor == 2 and torch.equal(decoded(synthetic.stored, 2, K), synthetic.images)
     for c in range(K):
@@ -123,7 +158,7 @@ SOFT = SOFT / SOFT.sum(1, keepdim=True)
     ],
 )
 def test_labels_are_what_they_are_said_to_be(labels, form, targets):
-    synthetic = as_set(fitted(foreign(labels=labels, label_form=form), DATA), 0.1, MEANSTD, None, {})
+    synthetic = as_set(fitted(foreign(labels=labels, label_form=form), DATA), MEANSTD, None, {})
     torch.testing.assert_close(synthetic.labels.double().softmax(1), targets, rtol=0, atol=1e-6)
     synthetic._refuse_unusable("it")
 
@@ -141,7 +176,7 @@ def test_images_in_other_units_come_to_the_same():
         (((pixels - mean) / std).float(), "network", None),
         (other.apply(bytes_), "network", other),
     ):
-        synthetic = as_set(fitted(foreign(images=images, values=values), DATA), 0.1, MEANSTD, of, {})
+        synthetic = as_set(fitted(foreign(images=images, values=values), DATA), MEANSTD, of, {})
         torch.testing.assert_close(synthetic.images.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -160,8 +195,8 @@ def test_images_in_other_units_come_to_the_same():
         ({"labels": torch.arange(6)}, "not numbers of the 3 classes of Odd"),
         ({"labels": torch.arange(6) % K - 1}, "not numbers of the 3 classes"),
         ({"labels": torch.arange(6) / 2}, "not numbers of the 3 classes"),
-        ({"labels": torch.arange(6) % 2}, "0 images of class 2, but 3 of class 0"),
-        ({"labels": torch.tensor([0, 0, 0, 1, 1, 2])}, "1 images of class 2, but 3 of class 0"),
+        ({"labels": torch.arange(6) % 2}, "has no image of class 2 of Odd's 3"),
+        ({"labels": draw(6, K), "label_form": "logits", "classes": torch.arange(6)}, "not numbers of the 3 classes"),
         ({"labels": draw(6, 4), "label_form": "logits"}, r"labels of shape \[6, 4\], but Odd has 3 classes"),
         ({"labels": draw(6, K) * 2, "label_form": "probabilities"}, "the labels are no probabilities"),
         ({"images": draw(7, *SHAPE), "labels": draw(7, K), "label_form": "logits"}, "7 images are not a multiple of 3"),

@@ -111,6 +111,9 @@ def test_figures_of_several_methods_name_them():
     outcomes = [Outcome(name, ipc, seed, [0.1, 0.2]) for name in methods for ipc in (1, 10) for seed in (0, 1)]
     written = drawn(report.plot(report.summarise(outcomes)))
     assert {short(name, 40) for name in methods} <= written
+    costly = [Outcome(name, 1, 0, [0.1], bits=1 + i) for i, name in enumerate(methods)]
+    written = drawn(report.plot_bits(report.summarise(costly)))
+    assert {f"1 image per class: {short(name, 40)}" for name in methods} <= written
 
 
 def ink_of(names, caption="") -> np.ndarray:

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from pad import cli
-from pad.commands.again import command_line, made_by, stage_2
+from pad.commands.again import command_line, made_by, stage_2, stage_3
 from pad.commands.distribution import DMSettings
+from pad.commands.evaluate import EvaluationSettings
 from pad.commands.page import CLASSES, PER_CLASS
 from pad.commands.trajectory import DistillSettings
 from pad.config import parse
@@ -323,6 +324,15 @@ def test_commands_give_the_settings_back(tmp_path):
     assert words[:2] == ["python", "distill/PAD.py"]
     again = parse(DistillSettings, words[2:], "PAD.py").as_dict()
     assert again == {name: config[name] for name in again}
+
+
+def test_a_trio_is_evaluated_without_what_is_asked_of_sets_of_others():
+    config = DistillSettings.resolve({"factor": 2, "dataset": "ImageFolder"}).as_dict()
+    file = Path("Normal/images_last.evaluation.json")
+    for results in ({}, {"settings": {"num_eval": 2}}):
+        words = shlex.split(stage_3(config, "run", file, results).replace("\\\n", " "))
+        assert "--data_dir" in words and "--factor" not in words
+        parse(EvaluationSettings, words[2:], "evaluation.py")
 
 
 def test_a_run_s_settings_say_which_command_made_it():

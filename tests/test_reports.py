@@ -10,7 +10,7 @@ import pytest
 from pad.show.layers import plot_layers_of
 from pad.show.tables import standard_error
 from pad.study.frame import Frame
-from pad.study.plots import plot, plot_curves
+from pad.study.plots import by_bits, plot, plot_bits, plot_curves
 from pad.study.published import Published
 from pad.study.report import Outcome, comma_separated, crossed, markdown, summarise, write_report
 
@@ -112,6 +112,48 @@ def test_equal_outcomes_give_equal_files(tmp_path):
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"results.md", "results.csv", "results.png"}
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+# ---- bits
+
+
+def quantised(ipc: int = 10) -> list[Outcome]:
+    """The methods, and A's sets in fewer bits, as a row that stands before it."""
+    of = {"A4": "A", "A": None, "B": None}
+    costs = {"A4": 400.0, "A": 3200.0, "B": 3200.0}
+    return [
+        Outcome(name, ipc, seed, [accuracy], bits=costs[name], of=of[name])
+        for name in of
+        for seed, accuracy in enumerate((0.25, 0.5) if name == "A4" else (0.5, 0.75))
+    ]
+
+
+def test_bits_stand_in_the_tables():
+    rows = summarise(quantised())
+    assert "| A4 | 37.50 | 12.50 | 2 | 1 | 400 |" in markdown(rows) and "| 3,200 |" in markdown(rows)
+    lines = {line["method"]: line["bits"] for line in csv.DictReader(io.StringIO(comma_separated(rows)))}
+    assert lines == {"A4": "400", "A": "3200", "B": "3200"}
+    unknown = summarise(outcomes())
+    assert "bits" not in markdown(unknown) + comma_separated(unknown)
+
+
+def test_the_plot_over_bits_has_a_line_for_each_set():
+    rows = summarise([*quantised(), *quantised(1)])
+    assert {key: [row.method for row in line] for key, line in by_bits(rows).items()} == {
+        (method, ipc): names for ipc in (1, 10) for method, names in (("A", ["A4", "A"]), ("B", ["B"]))
+    }
+    [axes] = plot_bits(rows).axes
+    drawn = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in axes.containers}
+    assert drawn["10 images per class: A"] == [[400, 37.5], [3200, 62.5]]
+    assert drawn["1 image per class: B"] == [[3200, 62.5]] and len(drawn) == 4
+    assert axes.get_xscale() == "log"
+
+
+def test_bits_are_drawn_where_there_are_several(tmp_path):
+    write_report(tmp_path, quantised())
+    assert (tmp_path / "bits.png").is_file()
+    write_report(tmp_path, [outcome for outcome in quantised() if not outcome.of])
+    assert not (tmp_path / "bits.png").exists(), "of an earlier form of the study"
 
 
 # ---- several networks and training sets

@@ -113,17 +113,17 @@ def test_tensors_that_need_gradients_or_are_views_are_saved(tmp_path):
         ({"images": torch.full((6, *SHAPE), torch.nan)}, "images with a value that is not finite"),
         ({"images": torch.randn(5, *SHAPE)}, "6 labels for 5 images"),
         ({"images": torch.randn(0, *SHAPE), "labels": torch.randn(0, K)}, "images are a tensor of shape"),
-        (
-            {"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)},
-            "7 images are not a multiple of the labels' 3",
-        ),
+        ({"images": torch.randn(7, *SHAPE), "labels": torch.randn(7, K)}, "classes are not 0 to 2 in order"),
         ({"labels": torch.tensor([0, 0, 1, 1, 2, 2])}, r"labels are a tensor of shape \[6\]"),
         ({"labels": torch.full((6, K), torch.inf)}, "labels with a value that is not finite"),
         ({"lr": torch.tensor([0.1])}, r"lr is a tensor of shape \[1\]"),
         ({"lr": torch.tensor(0.0)}, "lr is 0"),
         ({"lr": torch.tensor(-0.5)}, "lr is -0.5"),
         ({"lr": torch.tensor(torch.nan)}, "lr with a value that is not finite"),
-        ({"classes": torch.tensor([0, 1, 2, 0, 1, 2])}, "classes are not 0 to 2 in order, 2 times each"),
+        *[
+            ({"classes": torch.tensor(classes)}, "classes are not 0 to 2 in order, each of them there")
+            for classes in ([0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1], [0, 0, 0, 2, 2, 2], [1, 1, 1, 1, 2, 2], [0, 1, 2])
+        ],
         ({"metadata": {"class_names": ["cat"]}}, "1 class names for 3 classes"),
         ({"stored_pixels": torch.randn(6, 2, 4, 4)}, "pixels are not"),
     ],

@@ -9,7 +9,7 @@ from pad.commands.evaluate import EvaluationSettings
 from pad.commands.record import BufferSettings
 from pad.commands.rows import TITLES
 from pad.commands.table import COMMANDS, Command
-from pad.config import DATA, MODEL, RECIPE, Settings
+from pad.config import DATA, MODEL, Settings
 
 FOLDERS = {"buffer_CL.py": "buffer", "select_coreset.py": "scripts"}  # of a program in the checkout; others: distill
 WIDTH = 96  # of a line, about
@@ -80,7 +80,7 @@ def stage_3(config: Mapping, run: str, file: Path | None = None, results: Mappin
 
     ``run``: the run's folder, as the command is to name it. Without a file: with default settings.
     """
-    own = {name: config[name] for name in EvaluationSettings.names(DATA, MODEL, RECIPE) if name in config}
+    own = EvaluationSettings().taken_over(config)
     places, adopted = {"synthetic": run}, own  # stage 3 takes them over from a set of ours
     if file is not None:
         stem, folder = file.name.removesuffix(".evaluation.json"), f"{run}/{file.parent}"

@@ -13,6 +13,7 @@ import torch
 from pad.commands.bench import Workbench, identity_of_set, set_up
 from pad.commands.common import Ranked
 from pad.config import DATA, MODEL, PLACE, RECIPE, SEED, FilePath, setting
+from pad.data.formation import decoded, mixed, refuse_unfit_factor
 from pad.difficulty.ranking import first_of_each_class
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -32,6 +33,9 @@ class CoresetSettings(Ranked):
 
     method: str = setting("Herding", "difficulty method, or a ranking file's stem as CIFAR10_GraNd", RECIPE)
     ipc: int = setting(1, "images per class", RECIPE, by_study=True, low=1, memory=True)
+    factor: int = setting(
+        1, "multi-formation: each image is so many smaller real ones a side", RECIPE, low=1, later=True
+    )
     end: str = setting("easiest", "which end of the ranking", RECIPE, choices=("easiest", "hardest"))
     labels: str = setting("hard", "one-hot, or of the experts in buffer_path", RECIPE, choices=("hard", "soft"))
     buffer_path: FilePath | None = setting(None, "folder of the trajectories, for soft labels", PLACE, by_study=True)
@@ -53,31 +57,35 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     it says the same of itself, or ``settings.overwrite`` says so; InputError otherwise.
     """
     bench, out = bench or set_up(settings, ranks), Path(settings.out)
+    num_classes, factor = bench.data.num_classes, settings.factor
+    refuse_unfit_factor(factor, bench.data.size)
     [stem] = bench.ranking_stems(settings, [settings.method])
-    refuse_small_classes(bench.labels, bench.data.num_classes, settings.ipc)
+    refuse_small_classes(bench.labels, num_classes, settings.ipc, factor)
     ranks.on_main(lambda: refuse_unwritable(out))
     soft = settings.labels == "soft"
     experts = bench.labellers(str(settings.buffer_path), settings.model) if soft else None
-    name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
+    formed = f"_factor{factor}" if factor > 1 else ""
+    name = f"{stem}_{settings.ipc}{formed}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
     path = out / f"{name}.safetensors"
-    metadata = {**identity_of_set(bench, settings), "settings": settings.of(DATA, MODEL, RECIPE, SEED)}
+    metadata = {**identity_of_set(bench, settings), "settings": settings.telling(DATA, MODEL, RECIPE, SEED)}
     ranks.on_main(lambda: _refuse_other_set(settings, path, metadata))
 
     ranking = bench.rankings(settings, [stem], convert_flat=settings.convert_flat)[stem]
-    chosen = first_of_each_class(ranking.rows, settings.ipc, settings.end).to(bench.device)
-    images = bench.images[chosen]
+    chosen = first_of_each_class(ranking.rows, settings.ipc * factor**2, settings.end).to(bench.device)
+    stored = mixed(bench.images[chosen], factor, num_classes)
+    images = decoded(stored, factor, num_classes)
     classes = bench.labels[chosen]
     if experts is not None:
         labels = averaged_logits(experts, images, classes)
     else:
-        labels = hard_logits(classes, bench.data.num_classes)
+        labels = hard_logits(classes, num_classes)
     metadata["provenance"] = {"ranking": ranking.metadata, "images": chosen.tolist()}
     if experts is not None:
         metadata["provenance"]["experts"] = experts.digest
     ranks.on_main(lambda: _refuse_other_set(settings, path, metadata))  # the ranking is kept
-    coreset = SyntheticSet(
-        images, labels, torch.tensor(settings.lr), classes.cpu(), metadata, preprocessing=bench.preprocessing
-    )
+    made = images, labels, torch.tensor(settings.lr), classes.cpu(), metadata
+    kept = stored if factor > 1 else None
+    coreset = SyntheticSet(*made, preprocessing=bench.preprocessing, stored=kept)
     if ranks.is_main:
         coreset.export_published(out, name)
         coreset.save(path)

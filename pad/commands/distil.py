@@ -40,7 +40,7 @@ from pad.store.identity import refuse_difference
 from pad.store.locks import only_writer
 from pad.store.run import Follower, Place, Run, finished_iterations, recorded_settings, run_folder, run_state
 from pad.store.trackers import TRACKERS
-from pad.synthetic import SyntheticSet, set_file
+from pad.synthetic import SyntheticSet, in_words, set_file
 
 log = logging.getLogger("pad")
 
@@ -310,7 +310,7 @@ def _packed_start(settings: Distilling, task: Task, bench: Workbench) -> Packed:
     if not (torch.equal(start.kept, task.images.cpu()) and torch.equal(start.labels, task.labels.cpu())):
         raise InputError(
             f"tune_levels: the run would begin with other images or labels than those of {path}: ipc and factor are "
-            f"to be its own ({len(start.kept) // start.num_classes}, {start.factor}), and so are labels (soft or hard)"
+            f"to be its own ({in_words(start.kept_counts)}, {start.factor}), and so are labels (soft or hard)"
         )
     return start.packed
 

@@ -9,7 +9,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,7 @@ from typing_extensions import Self
 
 from pad.commands.bench import Workbench, set_up
 from pad.commands.common import ByProtocol, Ranked, words
+from pad.commands.foreign import OfOthers, is_of_others, ours, read_set
 from pad.commands.kept import Kept
 from pad.commands.results import as_text, scores_of
 from pad.commands.rows import TITLES, Row, Rows, held_out, missing_for, row_names
@@ -39,17 +41,13 @@ log = logging.getLogger("pad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(ByProtocol, Ranked):
+class EvaluationSettings(OfOthers, ByProtocol, Ranked):
     """Stage 3, ``distill/evaluation.py``: train fresh networks on a synthetic set and test them on real images."""
 
     batch_train: int = setting(128, "batch size for training networks", REPORT, low=1, memory=True)
     data_dir: FilePath | None = setting(None, "images_*.pt of a published set", RECIPE, by_study=True)
-    label_dir: FilePath | None = setting(None, "labels_*.pt of a published set", RECIPE, by_study=True)
-    lr_dir: FilePath | float | None = setting(
-        None, "lr_*.pt of a published set; of one that has none, the learning rate as a number", RECIPE, by_study=True
-    )
     synthetic: FilePath | None = setting(
-        None, "its own file, or its run's folder, instead of the three", RECIPE, by_study=True
+        None, "file or folder of a set, of this toolkit's or of others, or its run's folder", RECIPE, by_study=True
     )
     buffer_path: FilePath | None = setting(
         None, "folder of the trajectories, for soft labels of real images", PLACE, by_study=True
@@ -98,16 +96,15 @@ class EvaluationSettings(ByProtocol, Ranked):
         "no_aug": "it is about matching, in the second stage",
         "parall_eva": "torchrun deals networks to several devices",
     }
-    trio: ClassVar[tuple[str, ...]] = ("data_dir", "label_dir", "lr_dir")
+    trio: ClassVar[tuple[str, ...]] = ("data_dir", *OfOthers.files)
     refused = {"lr_net": "a set brings its learning rate; for one that has none, give the number as --lr_dir"}
 
     def check(self) -> None:
         super().check()
         trio = {name: getattr(self, name) for name in self.trio}
-        if self.synthetic and {*trio.values()} != {None}:
-            raise InputError(
-                "synthetic and data_dir, label_dir, lr_dir exclude each other: give the one file or the three"
-            )
+        others = ["synthetic"] * bool(self.synthetic) + list(self.said)
+        if self.data_dir and others:
+            raise InputError(f"data_dir and {others[0]} exclude each other: name the set's file with --synthetic")
         missing = [key for key, value in trio.items() if value is None]
         if not self.synthetic and missing:
             if missing == ["lr_dir"]:
@@ -177,21 +174,22 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks = ALONE, bench: Workbenc
     written, so that a stopped command, given again, trains those only that are missing. Results that say that they are
     of another set, or by other settings, are replaced only when ``settings.overwrite`` says so.
     """
-    settings, synthetic = _read_set(settings)
-    out = Path(settings.out or Path(str(settings.synthetic or settings.data_dir)).with_suffix(".evaluation.json"))
+    settings, on = _read_set(settings)
+    out = Path(settings.out or _beside(str(settings.synthetic or settings.data_dir)))
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; name a file")
     ranks.on_main(lambda: refuse_unwritable(out.parent))
     lock = only_writer(out.with_name(f".{out.name}.lock"), f"{out}")
     with lock if ranks.is_main else contextlib.nullcontext():
-        return _evaluate(settings, synthetic, out, bench or set_up(settings, ranks))
+        bench = bench or set_up(settings, ranks)
+        return _evaluate(settings, on(bench), out, bench)
 
 
 def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, bench: Workbench) -> dict:
     ranks = bench.ranks
     hard = synthetic.is_hard
     _refuse_other_data(synthetic, bench)
-    asked = what_is_asked(settings, bench, hard=hard, ipc=synthetic.ipc)
+    asked = what_is_asked(settings, bench, hard=hard, counts=synthetic.counts)
     experts = None
     if any(name == "random_soft" or (name == "random_plain" and not hard) for name in asked.rows):
         experts = bench.labellers(str(settings.buffer_path), settings.model)
@@ -217,6 +215,7 @@ def _evaluate(settings: EvaluationSettings, synthetic: SyntheticSet, out: Path, 
     results = {
         "dataset": bench.data.name,
         "ipc": synthetic.ipc,
+        **({} if synthetic.is_even else {"images_of_each_class": synthetic.counts}),
         "lr": synthetic.lr.item(),
         "protocol": settings.protocol,
         "epochs": settings.epoch_eval_train,
@@ -254,8 +253,8 @@ class Asked:
     stems: dict[str, str]
 
 
-def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool, ipc: int) -> Asked:
-    """What is asked for, of a set with ``ipc`` images of each class whose labels are ``hard``, or not.
+def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool, counts: Sequence[int]) -> Asked:
+    """What is asked for, of a set of ``counts`` images of the classes whose labels are ``hard``, or not.
 
     Raises InputError for all that can be refused before there is a set.
     """
@@ -263,16 +262,15 @@ def what_is_asked(settings: EvaluationSettings, bench: Workbench, *, hard: bool,
     if missing := missing_for(words(settings.metrics), names, hard):
         raise InputError(f"metrics: {missing}; ask for them with --rows, or for all of them with --rows all")
     bench.refuse_unfit(settings.pool)
-    classes = bench.data.num_classes
-    counts = {ipc * classes} | ({len(bench.labels)} if "full" in names else set())
+    sizes = {sum(counts)} | ({len(bench.labels)} if "full" in names else set())
     drawn = [name for name in names if not name.startswith("syn") and name != "full"]
     if drawn:
-        refuse_small_classes(bench.labels, classes, ipc)
+        refuse_small_classes(bench.labels, bench.data.num_classes, counts)
     held = None
     if settings.tune_lr:
-        held = held_out(bench.classes, settings.held_out, settings.seed, ipc if drawn else 1)
-        counts |= {len(held[1])} if "full" in names else set()
-    _refuse_lone_images(settings, bench, counts)
+        held = held_out(bench.classes, settings.held_out, settings.seed, counts if drawn else 1)
+        sizes |= {len(held[1])} if "full" in names else set()
+    _refuse_lone_images(settings, bench, sizes)
     methods = [name for name in drawn if name not in TITLES]
     stems = dict(zip(methods, bench.ranking_stems(settings, methods))) if methods else {}
     if "full" in names:
@@ -296,22 +294,33 @@ def _refuse_lone_images(settings: EvaluationSettings, bench: Workbench, counts: 
                     ) from None
 
 
-def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, SyntheticSet]:
-    """The set to evaluate, and the settings, with what its file says of its data and network where none was given."""
+def _read_set(settings: EvaluationSettings) -> tuple[EvaluationSettings, Callable[[Workbench], SyntheticSet]]:
+    """The settings, with what a set's file says of its data and network where none was given, and the set on these."""
     if not settings.synthetic:
-        return settings, SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
+        trio = SyntheticSet.from_published(*(getattr(settings, name) for name in settings.trio))
+        return settings, lambda bench: trio
     path = set_file(settings.synthetic)
+    if not os.path.exists(path) and is_of_others(settings.synthetic):
+        path = Path(settings.synthetic)
     settings = dataclasses.replace(settings, synthetic=FilePath(str(path)))
-    if reason := unreadable(path) or "is a published file" * (path.suffix in (".pt", ".npz")):
-        raise InputError(
-            f"synthetic: {path} {reason}; published sets are given by --{', --'.join(settings.trio)}, "
-            "or become such a file by scripts/import_set.py"
-        )
-    synthetic = SyntheticSet.load(str(settings.synthetic))
-    made_with = synthetic.metadata.get("settings") or {}
-    own = {name for name, field in settings.fields().items() if field.metadata["by_study"]} | settings.given
-    wanted = [name for name in settings.names(DATA, MODEL, RECIPE) if name not in own]
-    return settings.adopting({name: made_with[name] for name in wanted if name in made_with}), synthetic
+    if is_of_others(str(path)):
+        settings, found = read_set(settings, str(path))
+        return settings, lambda bench: ours(settings, found, bench)
+    if reason := unreadable(path):
+        raise InputError(f"synthetic: {path} {reason}")
+    for name in (*settings.files, *settings.said):
+        if getattr(settings, name) is not None:
+            raise InputError(f"{name}: {path} is a file of this toolkit's, which says that itself")
+    synthetic = SyntheticSet.load(str(path))
+    return settings.adopting(settings.taken_over(synthetic.metadata.get("settings"))), lambda bench: synthetic
+
+
+def _beside(source: str) -> Path:
+    """The results of the set at ``source``, in the same folder."""
+    if not os.path.isdir(source):
+        return Path(source).with_suffix(".evaluation.json")
+    folder = Path(os.path.abspath(source))
+    return folder.with_name(f"{folder.name}.evaluation.json")
 
 
 def _refuse_other_data(synthetic: SyntheticSet, bench: Workbench) -> None:
@@ -340,7 +349,7 @@ def _refuse_other(what: str, synthetic: SyntheticSet, here: dict) -> None:
 
 def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workbench, experts: Experts | None) -> dict:
     """What results are of, as plain values: the set, wherever it lies, the images, the experts, the settings."""
-    elsewhere = ("synthetic", *EvaluationSettings.trio)
+    elsewhere = ("synthetic", "data_dir", *OfOthers.names(RECIPE))
     named = {"digest": synthetic.digest, "iteration": synthetic.metadata.get("iteration")}
     if synthetic.factor > 1:
         named["factor"] = synthetic.factor

@@ -449,6 +449,7 @@ def _plots(study: _Reading) -> Markup:
     for name, about in (
         ("results.png", "accuracy of each method"),
         ("curves.png", "accuracy along curves"),
+        ("bits.png", "accuracy over bits per class"),
         ("layers.png", "matching loss of each layer"),
     ):
         if name == "results.png" or (study.folder / name).exists():

@@ -21,14 +21,14 @@ log = logging.getLogger("pad")
 class QuantiseSettings(Settings):
     """``scripts/quantise.py SET --bits 8|4|2 --out FILE``: store a synthetic set in fewer bits."""
 
-    source: FilePath | None = setting(None, "file of a synthetic set, or its run's folder", PLACE)
+    source: FilePath | None = setting(None, "file of a synthetic set, or its run's folder", PLACE, by_study=True)
     bits: int | None = setting(None, f"bits of a value of an image, one of {BITS}", RECIPE)
     group: str = setting("image", "what shares a scale; channel: one of an image", RECIPE, choices=GROUPS)
     label_bits: int = setting(32, f"bits of a value of a label, one of {LABEL_BITS}", RECIPE)
     top_k: int | None = setting(None, "instead, keep so many of the largest probabilities of a label", RECIPE, low=1)
     budget: int | None = setting(None, "bits per class, images and labels, not to exceed", RECIPE, low=1)
-    out: FilePath | None = setting(None, "the .safetensors file to write", PLACE)
-    overwrite: bool = setting(False, "replace the file", PLACE)
+    out: FilePath | None = setting(None, "the .safetensors file to write", PLACE, by_study=True)
+    overwrite: bool = setting(False, "replace the file", PLACE, by_study=True)
 
     arguments = ("source",)
 

@@ -15,6 +15,7 @@ from pad.difficulty.ranking import Ranking, first_of_each_class
 from pad.errors import InputError
 from pad.evaluation import TrainingSet, TrainingSets
 from pad.initialisation import Experts, averaged_logits, class_order, predicted_correctly
+from pad.labels import per_class
 from pad.metrics import NEEDS
 from pad.rng import generator
 from pad.shares import exact_share
@@ -78,7 +79,7 @@ def needed(metric: str, hard: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Makes rows of a set, and of real images of the same number, which are as coarse as its multi-formation.
+    """Makes rows of a set, and of as many real images of each class, which are as coarse as its multi-formation.
 
     Args:
         experts: to label with, where rows ask for them.
@@ -135,7 +136,7 @@ class Rows:
         """As distillation starts from. Raises WeakExperts."""
         bench, experts = self.bench, self.experts
         assert experts is not None, "rows of soft labels ask for experts"
-        how_many = self.synthetic.ipc, self.synthetic.factor
+        how_many = self.synthetic.counts, self.synthetic.factor
         chosen = predicted_correctly(experts, bench.images, self._drawn(j), *how_many).to(bench.device)
         images, classes = self._images(chosen), bench.labels[chosen]
         return images, averaged_logits(experts, images, classes).softmax(dim=1)
@@ -145,14 +146,14 @@ class Rows:
         return self._hard_labelled(self._taken(self._allowed(self.rankings()[name].rows)))
 
     def _drawn(self, j: int) -> list[Tensor]:
-        bench, ipc = self.bench, self.synthetic.ipc
-        return self._allowed(class_order(bench.labels, bench.data.num_classes, ipc, self.seed, "baseline", j))
+        bench, counts = self.bench, self.synthetic.counts
+        return self._allowed(class_order(bench.labels, bench.data.num_classes, counts, self.seed, "baseline", j))
 
     def _allowed(self, rows: Sequence[Tensor]) -> list[Tensor]:
         return list(rows) if self._may is None else [row[self._may[row]] for row in rows]
 
     def _taken(self, rows: Sequence[Tensor]) -> Tensor:
-        return first_of_each_class(rows, self.synthetic.ipc)
+        return first_of_each_class(rows, self.synthetic.counts)
 
     def _hard_labelled(self, chosen: Tensor) -> TrainingSet:
         chosen = chosen.to(self.bench.device)
@@ -165,23 +166,24 @@ class Rows:
         return F.one_hot(classes, self.bench.data.num_classes).to(self.bench.images.dtype)
 
 
-def held_out(classes: Sequence[Tensor], share: float, seed: int, ipc: int) -> tuple[Tensor, Tensor]:
+def held_out(classes: Sequence[Tensor], share: float, seed: int, ipc: int | Sequence[int]) -> tuple[Tensor, Tensor]:
     """Training images that no row is taken from while learning rates are tried on them, and the others.
 
     Args:
         classes: for each class the indices of its images.
         share: of each class, drawn at random.
-        ipc: what must be left of each.
+        ipc: how many must be left of each.
 
     Raises InputError where a class would have none to try on, or too few that are left.
     """
     parts = []
-    for c, members in enumerate(classes):
+    for c, (members, wanted) in enumerate(zip(classes, per_class(ipc, len(classes)))):
         count = int(exact_share(share) * len(members))
         if not count:
             raise InputError(f"held_out: {share:g} of the {len(members)} images of class {c} are none")
-        if len(members) - count < ipc:
-            raise InputError(f"held_out: {share:g} leaves {len(members) - count} images of class {c}, and ipc is {ipc}")
+        if len(members) - count < wanted:
+            rest = f"{len(members) - count} images of class {c}"
+            raise InputError(f"held_out: {share:g} leaves {rest}, and ipc is {wanted}")
         order = members[torch.randperm(len(members), generator=generator(seed, "held out", c))]
         parts.append((order[:count], order[count:]))
     held, left = zip(*parts)

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -183,6 +183,12 @@ def known_preprocessing(identity: object) -> Preprocessing | None:
         return found if found.identity == said else None
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
+
+
+def grey_of(identity: object) -> Tensor | None:
+    """Grey, 0.5 as a pixel, as networks see it, ``[C, 1, 1]``; None where it is another at each place, or not known."""
+    known = known_preprocessing(identity) if isinstance(identity, Mapping) and identity.get("kind") != "zca" else None
+    return None if known is None else known.apply(torch.full((1, len(known.identity["mean"]), 1, 1), 0.5))[0]
 
 
 def _kept_zca(path: Path, identity: dict, dimensions: int) -> Preprocessing | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pad.errors import InputError
+from pad.labels import per_class
 from pad.store.foreign import load_pt, save_pt
 from pad.store.tensors import load_tensors, save_tensors
 
@@ -174,14 +175,15 @@ def read_published(path: Path | str, labels: Tensor, num_classes: int, convert_f
     return ranking
 
 
-def first_of_each_class(rows: Sequence[Tensor], ipc: int, end: str = "easiest") -> Tensor:
-    """The coreset of ``ipc`` images per class: data-set indices ``[K * ipc]`` int64, class by class.
+def first_of_each_class(rows: Sequence[Tensor], ipc: int | Sequence[int], end: str = "easiest") -> Tensor:
+    """The coreset of ``ipc`` images per class, or so many of each: data-set indices int64, class by class.
 
     Coresets are real images that a ranking chooses, as training sets of a synthetic set's size (arXiv 2204.08499).
     rows: of the K classes, as :attr:`Ranking.rows` has them. end: "easiest", the first of each row, or "hardest", the
     last of each, hardest first. Raises InputError when a class has fewer images.
     """
-    for c, row in enumerate(rows):
-        if len(row) < ipc:
-            raise InputError(f"ipc: {ipc} images are asked for, but class {c} has {len(row)}")
-    return torch.cat([(row if end == "easiest" else row.flip(0))[:ipc] for row in rows])
+    counts = per_class(ipc, len(rows))
+    for c, (row, count) in enumerate(zip(rows, counts)):
+        if len(row) < count:
+            raise InputError(f"ipc: {count} images are asked for, but class {c} has {len(row)}")
+    return torch.cat([(row if end == "easiest" else row.flip(0))[:count] for row, count in zip(rows, counts)])

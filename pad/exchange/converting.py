@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pad.data.formation import decoded, refuse_unfit_factor
 from pad.data.images import ImageData
-from pad.data.preprocessing import Preprocessing
+from pad.data.preprocessing import Preprocessing, grey_of
 from pad.errors import InputError
 from pad.exchange.reading import CLASSES, LOGITS, NETWORK, PIXELS, Foreign
 from pad.labels import hard_logits, logits_of, looks_like_probabilities
@@ -24,7 +24,7 @@ _WIDEST_PIXELS = 0.6  # standard deviation: of pixels in 0..1 it is at most 0.5,
 def fitted(found: Foreign, data: ImageData) -> Foreign:
     """A set of which nothing is unknown any more, as one of ``data``: class by class, with logits for labels.
 
-    Raises InputError where it cannot be one: other classes, unequal numbers of them, other sides or channels, a factor
+    Raises InputError where it cannot be one: other classes, one that has no image, other sides or channels, a factor
     that does not divide the sides, numbers that are not what they are called.
     """
     images = found.images
@@ -33,50 +33,48 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
     shape = [data.channels, *data.size]
     if list(images.shape[1:]) != shape:
         raise InputError(f"{found.where} holds images {list(images.shape[1:])}, but {data.name} has images {shape}")
-    refuse_unfit_factor(found.factor or 1, data.size)
+    if not found.padded:
+        remedy = "; give --padded if the code that made them puts grey around them, as IDC's does"
+        refuse_unfit_factor(found.factor or 1, data.size, remedy)
     if images.is_floating_point():
         _refuse_mislabelled(found)
     labels, classes = _labels(found, data)
     counts = classes.bincount(minlength=data.num_classes).tolist()
-    if len(set(counts)) > 1:
-        few, many = counts.index(min(counts)), counts.index(max(counts))
-        raise InputError(
-            f"{found.where} has {counts[few]} images of class {few}, but {counts[many]} of class {many}; "
-            "a set has as many of each"
-        )
+    if 0 in counts:
+        raise InputError(f"{found.where} has no image of class {counts.index(0)} of {data.name}'s {data.num_classes}")
     order = classes.argsort(stable=True)
     if not torch.equal(order, torch.arange(len(order))):
         log.info("%s: the images are put in the order of their classes", found.where)
-    return dataclasses.replace(found, images=images[order], labels=labels[order], label_form=LOGITS)
+    images, labels, classes = images[order], labels[order], classes[order]
+    return dataclasses.replace(found, images=images, labels=labels, label_form=LOGITS, classes=classes)
 
 
-def as_set(
-    found: Foreign, lr: float, preprocessing: Preprocessing, of: Preprocessing | None, metadata: dict
-) -> SyntheticSet:
+def as_set(found: Foreign, preprocessing: Preprocessing, of: Preprocessing | None, metadata: dict) -> SyntheticSet:
     """What :func:`fitted` gives, as networks see it under ``preprocessing``.
 
     ``of``: what the images are normalised by, where that is not ``preprocessing``. Multi-formation is kept where the
     stored images can be preprocessed; whitening is of whole images, so pixels are decoded before it.
     """
-    images, labels, factor = found.images, found.labels, found.factor or 1
+    images, labels, factor, classes = found.images, found.labels, found.factor or 1, found.classes
+    assert classes is not None, "fitted() tells the classes"
+    counts = classes.bincount().tolist()
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    num_classes, stored = labels.shape[1], None
+    stored = None
     whitens = found.values == PIXELS and preprocessing.kind == "zca"
     if whitens:
-        images = decoded(images, factor, num_classes)
+        images = decoded(images, factor, counts, torch.full((images.shape[1], 1, 1), 0.5))
     if of is not None:
         images = of.invert(images)
     if of is not None or found.values == PIXELS:
         images = preprocessing.apply(images)
     if factor > 1:
         if not whitens:
-            images, stored = decoded(images, factor, num_classes), images.cpu()
-        labels = torch.cat([part.repeat(factor**2, 1) for part in labels.chunk(num_classes)])
+            images, stored = decoded(images, factor, counts, grey_of(preprocessing.identity)), images.cpu()
+        labels = torch.cat([part.repeat(factor**2, 1) for part in labels.split(counts)])
+        classes = torch.arange(len(counts)).repeat_interleave(factor**2 * torch.tensor(counts))
         log.info("%s: %d images, each cut into %d, become %d", found.where, len(found.images), factor**2, len(images))
-    classes = torch.arange(num_classes).repeat_interleave(len(images) // num_classes)
-    return SyntheticSet(
-        images.cpu(), labels, torch.tensor(lr), classes, metadata, preprocessing=preprocessing.to("cpu"), stored=stored
-    )
+    made = images.cpu(), labels, torch.tensor(found.lr), classes, metadata
+    return SyntheticSet(*made, preprocessing=preprocessing.to("cpu"), stored=stored)
 
 
 def _refuse_mislabelled(found: Foreign) -> None:
@@ -90,12 +88,14 @@ def _refuse_mislabelled(found: Foreign) -> None:
 
 
 def _labels(found: Foreign, data: ImageData) -> tuple[Tensor, Tensor]:
-    """Logits ``[N, K]`` float32, and the class of each image ``[N]``: of soft labels by the order."""
+    """Logits ``[N, K]`` float32, and the class of each image ``[N]``: of soft labels by the order, if not said."""
     labels, num_classes = found.labels, data.num_classes
-    if found.label_form == CLASSES:
-        classes = labels.long()
-        if not torch.equal(classes.double(), labels.double()) or classes.min() < 0 or classes.max() >= num_classes:
+    stated = labels if found.label_form == CLASSES else found.classes
+    if stated is not None:
+        classes = stated.long()
+        if not torch.equal(classes.double(), stated.double()) or classes.min() < 0 or classes.max() >= num_classes:
             raise InputError(f"{found.where}: the labels are not numbers of the {num_classes} classes of {data.name}")
+    if found.label_form == CLASSES:
         if found.folders is not None:
             classes = torch.tensor(_numbers_of(found, data))[classes]
         return hard_logits(classes, num_classes), classes
@@ -104,14 +104,19 @@ def _labels(found: Foreign, data: ImageData) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"{found.where}: labels of shape {list(labels.shape)}, but {data.name} has {num_classes} classes"
         )
-    if count % num_classes:
-        raise InputError(f"{found.where}: {count} images are not a multiple of {num_classes} classes")
+    if stated is None:
+        if count % num_classes:
+            raise InputError(
+                f"{found.where}: {count} images are not a multiple of {num_classes} classes, and nothing says which "
+                "stands for which"
+            )
+        classes = torch.arange(num_classes).repeat_interleave(count // num_classes)
     soft = labels.float()
     if found.label_form != LOGITS:
         if not looks_like_probabilities(soft):
             raise InputError(f"{found.where}: the labels are no probabilities, rows in 0..1 that sum to 1")
         soft = logits_of(soft)
-    return soft, torch.arange(num_classes).repeat_interleave(count // num_classes)
+    return soft, classes
 
 
 def _numbers_of(found: Foreign, data: ImageData) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,10 @@ class Foreign:
 
     form: what it is. where: of the images. images ``[N, C, H, W]``: uint8, which are pixels, or floating-point numbers.
     labels ``[N, ...]``. lr: learning rate. values: "pixels" (0 to 1) or "network" (normalised or whitened).
-    label_form: "classes", "probabilities" or "logits". factor: of multi-formation. folders: names that class numbers
-    are places among, where the numbers are not the data set's. about: what an export of this toolkit's says of itself.
+    label_form: "classes", "probabilities" or "logits". factor: of multi-formation. padded: whether grey is put around
+    images whose sides it does not divide. folders: names that class numbers are places among, where the numbers are not
+    the data set's. about: what an export of this toolkit's says of itself. classes ``[N]``: the numbers of those that
+    images with soft labels stand for.
     """
 
     form: str
@@ -42,8 +45,10 @@ class Foreign:
     values: str | None = None
     label_form: str | None = None
     factor: int | None = 1
+    padded: bool = False
     folders: list[str] | None = None
     about: dict = field(default_factory=dict)
+    classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError for what no set can be; what classes and sides there are is for the data set to say."""
@@ -62,6 +67,8 @@ class Foreign:
             raise InputError(f"{self.where}: labels with a value that is not finite")
         if labels.numel() == len(labels):
             self.labels, self.label_form = labels.flatten(), CLASSES
+        if self.classes is not None and self.classes.shape != (len(images),):
+            raise InputError(f"{self.where}: classes are a tensor of shape {list(self.classes.shape)}, not [N]")
 
 
 def read_foreign(
@@ -122,7 +129,18 @@ def _pt(path: Path, labels_path: Path | str | None, experiment: int | None) -> F
         values=(PIXELS if path.name.startswith(_UNWHITENED) else NETWORK) if about else None,
         label_form=LOGITS if about else None,
         about=about,
+        classes=_counted(about, path),
     )
+
+
+def _counted(about: dict, where: Path) -> Tensor | None:
+    """The classes of an export's images, where it says that these are not as many of each."""
+    counts = about.get("images_of_each_class")
+    if counts is None:
+        return None
+    if not isinstance(counts, list) or not all(type(count) is int and 0 < count < 1 << 31 for count in counts):
+        raise InputError(f"{where.parent / ABOUT} is damaged: images_of_each_class is no list of numbers")
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 def _beside(path: Path, name: str) -> Path | None:
@@ -163,7 +181,13 @@ def _npz(path: Path) -> Foreign:
         values=NETWORK if about else None,
         label_form=LOGITS if about else None,
         about=about,
+        classes=_class_numbers(arrays.get("classes"), path),
     )
+
+
+def _class_numbers(array: np.ndarray | None, path: Path) -> Tensor | None:
+    """Those that stand beside the labels. Others call their classes' names so."""
+    return None if array is None or array.dtype.kind not in "iu" else numbers(array, f"{path}, classes")
 
 
 def _folder(folder: Path, labels_path: Path | str | None) -> Foreign:
@@ -197,26 +221,35 @@ def _pictures(folder: Path, about: dict) -> Foreign:
         if table.suffix == ".csv":
             lines = list(csv.DictReader(text.splitlines()))
             columns = [f"{LOGIT}{c}" for c in range(sum(name.startswith(LOGIT) for name in lines[0]))]
-            rows = [(line["file"], [float(line[column]) for column in columns]) for line in lines]
+            rows = [(line["file"], int(line["class"]), [float(line[column]) for column in columns]) for line in lines]
         else:
             found = map(json.loads, text.splitlines())
-            rows = [(str(row["file_name"]), list(map(float, row["logits"]))) for row in found]
-        labels = torch.tensor([logits for _, logits in rows])
+            rows = [(str(row["file_name"]), int(row["label"]), list(map(float, row["logits"]))) for row in found]
+        labels, classes = torch.tensor([logits for *_, logits in rows]), torch.tensor([c for _, c, _ in rows])
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {PNG_TABLE} and no {ROWS_TABLE}") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error, RecursionError) as error:
         raise InputError(f"{table} is damaged ({type(error).__name__})") from None
     if not labels.numel():
         raise InputError(f"{table} is damaged (it holds no labels)")
-    outside = [file for file, _ in rows if Path(file).is_absolute() or ".." in Path(file).parts]
+    outside = [file for file, *_ in rows if Path(file).is_absolute() or ".." in Path(file).parts]
     if outside:
         raise InputError(f"{table} names {outside[0]!r}, which is not in its folder")
-    [images] = read_images([[table.parent / file for file, _ in rows]], None, as_seen=True)
+    [images] = read_images([[table.parent / file for file, *_ in rows]], None, as_seen=True)
     lr = about.get("lr")
     if not isinstance(lr, (int, float)):
         raise InputError(f"{folder / ABOUT} is damaged: it says no learning rate")
     form = "PNG" if table.suffix == ".csv" else "Hugging Face"
-    return Foreign(form=form, where=folder, images=images, labels=labels, lr=float(lr), label_form=LOGITS, about=about)
+    return Foreign(
+        form=form,
+        where=folder,
+        images=images,
+        labels=labels,
+        lr=float(lr),
+        label_form=LOGITS,
+        about=about,
+        classes=classes,
+    )
 
 
 def _about(folder: Path) -> dict:

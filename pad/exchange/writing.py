@@ -46,6 +46,8 @@ def export_set(
         "preprocessing": synthetic.preprocessing_identity,
         "set": synthetic.metadata,
     }
+    if not synthetic.is_even:
+        about["images_of_each_class"] = synthetic.counts
     levels = None
     if to in ("png", "huggingface"):
         levels, about["precision"] = eight_bits(synthetic)
@@ -105,8 +107,9 @@ def _pictures(synthetic: SyntheticSet, levels: Tensor, folder: Path, to: str) ->
     for name in names:
         (table.parent / name).mkdir(parents=True)
     rows = []
+    within = [i for count in synthetic.counts for i in range(count)]
     for i, (image, c) in enumerate(zip(levels.numpy(), synthetic.classes.tolist())):
-        file = f"{names[c]}/{i % synthetic.ipc:05d}.png"
+        file = f"{names[c]}/{within[i]:05d}.png"
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(table.parent / file)
         rows.append((file, c, [float(f"{logit:.9g}") for logit in synthetic.labels[i].tolist()]))  # exact in float32
     if to == "png":

@@ -1,5 +1,6 @@
 """A study's file: methods x images per class x seeds, each cell with the settings of all commands it takes, checked."""
 
+import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from pad.commands.common import Common, words
 from pad.commands.coreset import CoresetSettings
 from pad.commands.distil import Distilling
 from pad.commands.evaluate import EvaluationSettings
+from pad.commands.quantise import QuantiseSettings
 from pad.commands.record import BufferSettings
 from pad.commands.table import COMMANDS
 from pad.config import (
@@ -43,7 +45,7 @@ _KEYS = ("scales", "out", "store", "seeds", "ipc", "reference", "note", "x", "fi
 _OWN = ("by", "buffer", "published", "curve", "x")  # keys of a method that are not settings of its command
 _SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
 
-MakesSet = CoresetSettings | Distilling
+MakesSet = CoresetSettings | Distilling | QuantiseSettings
 # What the images are, and what they are on, is the same for all cells
 _SHARED = Common.names(*(role for role in Role if role not in (MODEL, SEED)))
 
@@ -107,6 +109,7 @@ class Cell:
     evaluation: dict  # what is given, and what stage 3 takes over from a set otherwise; the set is yet to be made
     name: str  # of its files: says all settings
     recipe: dict  # what the name stands for
+    of: "Cell | None" = None  # whose set this one's is, quantised
 
     @property
     def about(self) -> str:
@@ -150,7 +153,7 @@ class Grid:
         figures = content.get("figures") or []
         if not isinstance(figures, list) or not {*map(str, figures)} <= {*FIGURES}:
             raise InputError(f"{where}: figures: {figures!r} is not a list of {' and '.join(FIGURES)}")
-        _refuse_unknown(shared, _names(by_study=False), f"{where}: common")
+        _refuse_unknown(shared, _names(), f"{where}: common")
         if not methods:
             raise InputError(f"{where}: methods: there are none")
         _refuse_bad_names(methods, f"{where}: methods")
@@ -246,6 +249,8 @@ class Grid:
             raise InputError(f"{about}: by: {by!r} is not one of {', '.join(makers)}")
         kind = makers[by]
         own = {key: value for key, value in entry.items() if key not in _OWN}
+        if issubclass(kind, QuantiseSettings):
+            return self._quantised(method, own, ipc, seed)
         buffer = self._buffer(entry.get("buffer"), about, seed)
         decided: dict = {"ipc": ipc, "seed": seed}
         if buffer is not None:
@@ -281,6 +286,22 @@ class Grid:
             recipe=recipe,
         )
 
+    def _quantised(self, method: str, own: dict, ipc: int, seed: int) -> Cell:
+        """A cell whose set is that of another row, at this size and with this seed, in fewer bits."""
+        about, name = f"{self.where}: {method}", own.pop("of", None)
+        whole = [each for each, entry in self.methods.items() if entry.get("by") != self.methods[method]["by"]]
+        if name not in whole:
+            raise InputError(f"{about}: of: {name!r} is no row of whole sets; the nearest is {nearest(name, whole)}")
+        if self.methods[method].get("buffer") is not None:
+            raise InputError(f"{about}: buffer: the experts are those of {name}")
+        of = self._cell(name, ipc, seed)
+        decided: dict = {"source": ".", "out": "."}  # which are yet to be made
+        recipe = {**of.recipe, "quantised": _recipe(self._resolve(QuantiseSettings, own, about, decided))}
+        named = f"{slug(self.methods[method]['by'] if self.shares else method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
+        decided |= {"out": str(self.store / "sets" / named / "quantised.safetensors"), "overwrite": True}
+        made = self._resolve(QuantiseSettings, own, about, decided)
+        return dataclasses.replace(of, method=method, distilling=made, name=named, recipe=recipe, of=of)
+
     def _buffer(self, name: str | None, about: str, seed: int) -> BufferSettings | None:
         if name is None:
             return None
@@ -309,14 +330,15 @@ class Grid:
 
     def _resolve(self, kind: type[Some], given: Mapping, about: str, decided: Mapping) -> Some:
         """``kind`` from what is common, as far as it has these settings, from ``given`` and ``decided``."""
-        decided_by_study = _names(by_study=True)
+        fields = kind.fields()
         for key in given:
             if key in _SHARED:
                 raise InputError(f"{about}: {key} is the same for the whole study: it belongs in common")
-            if key in decided_by_study:
+            if key in fields and fields[key].metadata["by_study"]:
                 raise InputError(f"{about}: {key} is not for a part of a study: the study decides it")
-        common = {key: value for key, value in self.common.as_dict().items() if key in _SHARED}
-        given = {**{key: value for key, value in self.shared.items() if key in kind.fields()}, **given}
+        common = {key: getattr(self.common, key) for key in _SHARED if key in fields}
+        own = {key for key, field in fields.items() if not field.metadata["by_study"]}
+        given = {**{key: value for key, value in self.shared.items() if key in own}, **given}
         try:
             return kind.resolve({**common, **kind.with_paths(given, path_base(Path(self.where))), **decided})
         except InputError as error:
@@ -328,8 +350,8 @@ def _makers() -> dict[str, type[MakesSet]]:
     return {name: command.settings for name, command in COMMANDS.items() if issubclass(command.settings, MakesSet)}
 
 
-def _names(by_study: bool) -> set[str]:
-    """The settings of all commands that a cell takes, those that the study decides or the others."""
+def _names(by_study: bool = False) -> set[str]:
+    """The settings of all commands that a cell takes: those that the study decides, or the others."""
     kinds: list[type[Settings]] = [BufferSettings, *_makers().values(), EvaluationSettings]
     every = (item for kind in kinds for item in kind.fields().items())
     return {name for name, field in every if field.metadata["by_study"] == by_study}

@@ -71,3 +71,33 @@ def plot_curves(
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+def by_bits(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The rows that have accuracies and bits, by the method and size that the sets are of; the fewest bits first."""
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted((row for row in rows if row.values and row.bits), key=lambda row: row.bits or 0):
+        lines.setdefault((row.of, row.ipc), []).append(row)
+    return lines
+
+
+def plot_bits(rows: Sequence[Row]) -> Figure:
+    """Mean and standard error over the bits of a class, a line for each method and size with those made of its sets."""
+    lines = by_bits(rows)
+    names = [f"{in_words(ipc)}: {short(method, 40)}" for method, ipc in lines]
+    figure = new_figure(6 + widest(names), max(4, 1 + 0.25 * len(lines)))
+    axes = figure.subplots()
+    for i, (name, line) in enumerate(zip(names, lines.values())):
+        errors = [row.error if len(row.values) > 1 else 0 for row in line]
+        means, bits = [row.mean for row in line], [row.bits or 0 for row in line]
+        style = ("-", "--", ":")[i // 10 % 3]  # there are 10 colours
+        axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("bits per class, images and labels")
+    axes.set_ylabel("test accuracy, %: mean, standard error")
+    axes.grid(alpha=0.3)
+    legend = figure.legend(loc="outside right center")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure

@@ -5,7 +5,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pad.show.results import SCORES, plus_minus, title
 from pad.show.tables import standard_error
 from pad.store.files import write_text
 from pad.study.frame import PLAIN, Frame
-from pad.study.plots import plot, plot_curves
+from pad.study.plots import by_bits, plot, plot_bits, plot_curves
 from pad.study.published import MEAN, NOTHING, Published
 from pad.study.rows import Row, in_words
 
@@ -33,6 +33,8 @@ class Outcome:
     made: str | None = None  # the set's file, relative to the study's folder, or to its store
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
+    bits: float | None = None  # what the set costs, per class; known where sets are there in fewer bits
+    of: str | None = None  # the method whose set this one's is, in fewer bits
 
     @property
     def percent(self) -> float:
@@ -133,6 +135,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, publish
         paper, minus = published.of(method, ipc), None
         if paper is not None and reference not in (None, method):
             minus = published.of(str(reference), ipc)
+        bits = [o.bits for o in own if o.bits is not None]
         rows.append(
             Row(
                 method=method,
@@ -145,6 +148,8 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, publish
                 difference=difference,
                 published=paper,
                 published_difference=None if paper is None or minus is None else paper - minus,
+                bits=statistics.mean(bits) if bits else None,
+                of=own[0].of or method,
             )
         )
     return rows
@@ -208,11 +213,28 @@ def _entries(
     return entries
 
 
+@dataclass(frozen=True)
+class _Column:
+    """One more column of the table: its head, its name in CSV, what it shows of a row, and how."""
+
+    head: str
+    name: str
+    value: Callable[[Row], float | None]
+    form: str
+
+
+def _more_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Those that some row has something for."""
+    columns = [_Column("bits per class", "bits", lambda row: row.bits, ",.10g")]
+    return [column for column in columns if any(column.value(row) is not None for row in rows)]
+
+
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None, frame: Frame = PLAIN) -> None:
     """Write ``results.md`` and ``results.csv``, print the tables, then draw ``results.png``, if that can be drawn.
 
-    Where cells have several results, also what :func:`crossed` makes of them, and ``curves.png`` where ``frame`` has
-    points. ``reference``: a method that others are compared with.
+    Where cells have several results, also what :func:`crossed` makes of them; ``curves.png`` where ``frame`` has
+    points, and ``bits.png`` where sets are there in several numbers of bits. ``reference``: a method that others are
+    compared with.
     """
     rows, tables = summarise(outcomes, reference, frame.published), crossed(outcomes, frame.published)
     text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()], frame)
@@ -228,6 +250,10 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
         draw_figure(folder / "results.png", plot, rows)
     if any(row.values for row in rows if (row.method, row.ipc) in frame.points):
         draw_figure(folder / "curves.png", plot_curves, rows, frame.points, frame.x, frame.published)
+    if any(len(line) > 1 for line in by_bits(rows).values()):
+        draw_figure(folder / "bits.png", plot_bits, rows)
+    else:
+        (folder / "bits.png").unlink(missing_ok=True)
 
 
 def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = (), frame: Frame = PLAIN) -> str:
@@ -236,7 +262,9 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
     published = any(row.published is not None for row in rows)
     also = any(row.published_difference is not None for row in rows)
     minus = [f"minus {_in_markdown(reference)}, by seed"] * compared + ["published difference"] * also
+    more_columns = _more_columns(rows)
     head = ["method", *["published %"] * published, "accuracy %", "standard error", "n", *minus, "networks each"]
+    head += [column.head for column in more_columns]
     parts = [_in_markdown(text) for text in (frame.heading, frame.note) if text]
     for ipc in dict.fromkeys(row.ipc for row in rows):
         mine = sorted((row for row in rows if row.ipc == ipc), key=lambda row: -row.mean if row.values else 1)
@@ -248,7 +276,8 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
             pair += [_number(row.published_difference, "+.2f", "-")] * also
             paper = [_number(row.published, ".2f", "-")] * published
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
-            lines.append([_in_markdown(row.method), *paper, *figures, n, *pair, str(row.networks)])
+            shown = [_number(column.value(row), column.form, "-") for column in more_columns]
+            lines.append([_in_markdown(row.method), *paper, *figures, n, *pair, str(row.networks), *shown])
         parts += [f"## {in_words(ipc, frame.published.size(ipc))}", _table(head, lines)]
     parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
@@ -272,12 +301,14 @@ def comma_separated(rows: Sequence[Row]) -> str:
     """One line per method and size."""
     lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
     published = any(row.published is not None for row in rows)
-    lines[0] += ["published", "published_difference"] * published
+    more_columns = _more_columns(rows)
+    lines[0] += ["published", "published_difference"] * published + [column.name for column in more_columns]
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
         rest = [f"{row.seconds:.1f}", "; ".join(row.failed)]
         rest += [_number(row.published), _number(row.published_difference)] * published
+        rest += [_number(column.value(row), ".10g") for column in more_columns]
         lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
     return _csv(lines)
 

@@ -24,6 +24,8 @@ class Row:
     difference: tuple[float, float] | None
     published: float | None = None
     published_difference: float | None = None
+    bits: float | None = None  # per class, the mean of the seeds', where it is known
+    of: str = ""  # the method whose sets these are, in fewer bits or not
 
     @property
     def mean(self) -> float:

@@ -6,6 +6,7 @@ store in common share their cells.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -20,14 +21,16 @@ from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import distill
 from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
+from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.record import record_experts
+from pad.config import FilePath
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped, is_of_memory
 from pad.show.figures import draw_figure
 from pad.show.layers import plot_layers_of
 from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, save_picture, slug, write_text
-from pad.store.locks import each_once, remove_leftovers
+from pad.store.locks import each_once, in_turn, remove_leftovers
 from pad.streams import silence
 from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
@@ -52,7 +55,8 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
         )
     grid = Grid.read(settings)
     cells = grid.cells()
-    wanted = grid.wanted(settings, cells)
+    # What is made of another cell's set comes last, so that no process waits for one while others are to be made
+    wanted = sorted(grid.wanted(settings, cells), key=lambda cell: cell.of is not None)
     frame = frame_of(grid)
     for folder in (grid.out, grid.store):
         refuse_unwritable(folder)
@@ -63,7 +67,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     finally:  # an interrupted study shows what is there
         outcomes = [work.outcome(cell) for cell in cells]
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
-            write_report(grid.out, outcomes, grid.reference, frame)
+            write_report(grid.out, _costed(grid.store, outcomes), grid.reference, frame)
             if grid.shares:
                 with contextlib.suppress(OSError):  # no cell has needed the images yet
                     write_text(grid.out / "data.json", (grid.store / "data.json").read_text(encoding="utf-8"))
@@ -118,6 +122,7 @@ class _Work:
             method=cell.method,
             ipc=cell.ipc,
             seed=cell.seed,
+            of=cell.of.method if cell.of else None,
             accuracies=record.get("accuracies"),
             failed=record.get("failed"),
             seconds=record.get("seconds"),
@@ -131,13 +136,16 @@ class _Work:
         before = self.outcome(cell)
         if before.accuracies or (before.failed and self._record(cell).stat().st_mtime >= self._began):
             return
+        if cell.of is not None:
+            with in_turn(self.lock(cell.of), cell.of.about):
+                self.obtain(cell.of)
         log.info("== %s", cell.about)
         started = time.perf_counter()
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
         bench = self.bench  # those of another study are no cell's failure
         try:
             with silence():  # a line is said of it below
-                made, found = _run(cell, bench)
+                made, found = _run(cell, bench, self._whole(cell))
             accuracies = found["results"][0]["accuracies"]
             record |= {"set": str(made.relative_to(self._grid.store)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
@@ -160,21 +168,40 @@ class _Work:
         else:
             print(f"{cell.about}: {said} ({record['seconds']:.0f} s)", flush=True)
 
+    def _whole(self, cell: Cell) -> str | None:
+        """The file of the set that a cell's is made of, if it is. Raises InputError where that failed."""
+        if cell.of is None:
+            return None
+        whole = self.outcome(cell.of)
+        if whole.made is None:
+            raise InputError(f"there is no set of {cell.of.about}")
+        return str(self._grid.store / whole.made)
 
-def _run(cell: Cell, bench: Workbench) -> tuple[Path, dict]:
-    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it."""
+
+def _run(cell: Cell, bench: Workbench, whole: str | None) -> tuple[Path, dict]:
+    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it.
+
+    ``whole``: the file of the set that is to be quantised.
+    """
+    made = _made(cell, bench, whole)
+    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
+    return made, evaluate(settings, bench=bench)
+
+
+def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
+    """The file of a cell's set."""
+    if isinstance(cell.distilling, QuantiseSettings):
+        return quantise(dataclasses.replace(cell.distilling, source=FilePath(str(whole))))
     scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
     hard = getattr(cell.distilling, "labels", "hard") == "hard"
     ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
-    what_is_asked(scored, bench, hard=hard, ipc=ipc)  # what it refuses is refused before the set is made
+    counts = [ipc] * bench.data.num_classes
+    what_is_asked(scored, bench, hard=hard, counts=counts)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
-        made = select_coreset(cell.distilling, bench=bench)
-    else:
-        made = distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
-    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
-    return made, evaluate(settings, bench=bench)
+        return select_coreset(cell.distilling, bench=bench)
+    return distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
 
 
 def _more(found: dict) -> dict:
@@ -182,6 +209,19 @@ def _more(found: dict) -> dict:
     if len(found["results"]) == 1 and "last" not in found["results"][0]:
         return {}
     return {"results": found["results"], "metrics": found.get("metrics") or {}}
+
+
+def _costed(store: Path, outcomes: list[Outcome]) -> list[Outcome]:
+    """With what their sets cost, where sets are there in fewer bits."""
+    if not any(outcome.of for outcome in outcomes):
+        return outcomes
+    found = []
+    for outcome in outcomes:
+        bits = None
+        with contextlib.suppress(InputError):  # it is gone, or damaged
+            bits = SyntheticSet.load(store / outcome.made).cost.per_class if outcome.made else None
+        found.append(dataclasses.replace(outcome, bits=bits))
+    return found
 
 
 def _pictures(grid: Grid, outcomes: list[Outcome]) -> None:

@@ -109,7 +109,7 @@ def test_a_set_without_a_learning_rate(images, made, tmp_path, refused):
 
 
 def test_where_a_set_may_lie(images, made, tmp_path, refused):
-    """A run's folder, its folder of sets, but no .pt file."""
+    """A run's folder, its folder of sets, or where files of others lie."""
     normal = tmp_path / "run" / "Normal"
     normal.mkdir(parents=True)
     shutil.copy(made, normal / "synthetic_last.safetensors")
@@ -117,10 +117,11 @@ def test_where_a_set_may_lie(images, made, tmp_path, refused):
         assert cli.evaluate(evaluation_args(images, folder)) == 0
     assert [path.name for path in normal.glob("*.json")] == ["synthetic_last.evaluation.json"]
     pt = made.with_name(f"images_{made.stem}.pt")
-    refused(
-        cli.evaluate, evaluation_args(images, pt), pt, "published sets are given by --data_dir, --label_dir, --lr_dir"
-    )
-    refused(cli.evaluate, evaluation_args(images, tmp_path), "Normal/synthetic_last.safetensors does not exist; pub")
+    refused(cli.evaluate, evaluation_args(images, pt), pt, "give --dataset, --zca, --values, --label_form")
+    refused(cli.evaluate, evaluation_args(images, made, values="pixels"), made, "values: ", "which says that itself")
+    (tmp_path / "config.yaml").touch()  # of a run that has no set yet
+    refused(cli.evaluate, evaluation_args(images, tmp_path), "Normal/synthetic_last.safetensors does not exist")
+    refused(cli.evaluate, evaluation_args(images, tmp_path / "gone.pt"), "gone.pt does not exist")
 
 
 # ---- results are kept

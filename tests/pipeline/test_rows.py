@@ -13,6 +13,8 @@ from helpers import EXPERTS, assert_refused, command_line, make_images, slow
 
 from pad import cli
 from pad.commands.rows import ALSO, TITLES, Rows, held_out, missing_for, row_names
+from pad.data.preprocessing import fit_preprocessing
+from pad.data.sources import load_data
 from pad.errors import InputError
 from pad.evaluation import Evaluation
 from pad.initialisation import WeakExperts
@@ -335,3 +337,34 @@ def test_a_network_of_the_same_name_that_is_made_of_something_else_is_trained_an
     trained.clear()
     results("hard", "--overwrite", rows="full", num_eval=1)
     assert len([case for _, case in trained if case.epochs is not None]) == 1
+
+
+# ---- sets whose classes have different numbers of images
+
+
+def test_real_images_are_as_many_of_each_class_as_the_set_has(argv, place, tmp_path, monkeypatch):
+    whole = SyntheticSet.load(place / "soft.safetensors")
+    chosen = torch.tensor([0, 2, 3, 5])  # one of class 0, two of class 1, one of class 2
+    made = whole.images[chosen], whole.labels[chosen], whole.lr, whole.classes[chosen], whole.metadata
+    SyntheticSet(*made, stored_pixels=whole.pixels()[chosen]).save(tmp_path / "uneven.safetensors")
+    seen, run = [], Evaluation.run
+
+    def watched(self, cases, *args, **more):
+        seen.extend(case.training_set(0) for case in cases)
+        return run(self, cases, *args, **more)
+
+    monkeypatch.setattr(Evaluation, "run", watched)
+    asked = {"synthetic": tmp_path / "uneven.safetensors", "rows": "syn,syn_hard,random,random_soft,EL2N"}
+    asked |= {"score_repeats": 1, "score_epochs": 1}
+    assert cli.evaluate(argv("soft", **asked)) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["images_of_each_class"] == [1, 2, 1] and len(results["results"]) == len(seen) == 5
+    data = load_data("ImageFolder", place / "images")
+    real = fit_preprocessing(data, False).apply(data.train_images)
+    known = {image.numpy().tobytes(): c for image, c in zip(real, data.train_labels.tolist())}
+    for i, (images, targets) in enumerate(seen):
+        assert len(images) == 4
+        if i != 0 and i != 3:  # soft labels are of any class
+            assert targets.argmax(1).tolist() == [0, 1, 1, 2]
+        if i > 1:
+            assert [known[image.numpy().tobytes()] for image in images] == [0, 1, 1, 2]

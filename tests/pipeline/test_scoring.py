@@ -252,6 +252,33 @@ def test_the_first_images_of_either_end_in_both_forms(scored, tmp_path):
     assert len(files_in(tmp_path)) == 10
 
 
+def test_four_real_images_are_kept_in_each(scored, tmp_path):
+    data = load_data("FashionMNISTMini", None).first_per_class(12)
+    seen = fit_preprocessing(data, zca=False).apply(data.train_images).double()
+    assert cli.coreset(coreset_args(scored, tmp_path, method="GraNd", ipc=2, factor=2)) == 0
+    coreset = SyntheticSet.load(tmp_path / "FashionMNISTMini_GraNd_2_factor2.safetensors")
+    assert (coreset.factor, coreset.ipc, coreset.kept.shape) == (2, 8, (20, 1, 28, 28))
+    assert coreset.is_hard and coreset.classes.tolist() == [c for c in range(10) for _ in range(8)]
+    for c, row in enumerate(Ranking.load(scored / "FashionMNISTMini_GraNd.safetensors").rows):
+        for i, which in enumerate(row[:8].tolist()):  # one tile of both images, then the next
+            tile, stored = divmod(i, 2)
+            y, x = 14 * (tile // 2), 14 * (tile % 2)
+            expected = seen[which].view(1, 14, 2, 14, 2).mean((2, 4))
+            found = coreset.kept[2 * c + stored, :, y : y + 14, x : x + 14].double()
+            assert (found - expected).abs().max() < 1e-6
+    assert len(torch.load(tmp_path / "images_FashionMNISTMini_GraNd_2_factor2.pt")) == 80
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [({"ipc": 4}, "ipc: 4 with factor: 2, 16 real images, is asked for"), ({"factor": 3}, "factor: 3 does not divide")],
+    ids=["ipc", "factor"],
+)
+def test_too_many_in_each_are_refused(scored, tmp_path, capsys, asked, words):
+    assert cli.coreset(coreset_args(scored, tmp_path / "out", method="GraNd", **{"ipc": 1, "factor": 2} | asked)) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_same_coreset_wherever_it_is_written(scored, tmp_path):
     for folder in ("a", "b"):
         assert cli.coreset(coreset_args(scored, tmp_path / folder, ipc=2)) == 0

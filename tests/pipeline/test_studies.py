@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import CHECKOUT, contents, slow
 
 from pad import cli
+from pad.config import read_yaml
 from pad.errors import InputError, Stopped
 from pad.study import study as studying
 from pad.study.grid import Grid, StudySettings
+from pad.synthetic import SyntheticSet
 
 STUDY = """
 seeds: [0, 1]
@@ -160,6 +163,15 @@ def test_every_set_is_evaluated_in_the_same_way(tmp_path):
     assert all(way == ways[0] for way in ways) and ways[0]["dsa"] is True and ways[0]["model"] == "ConvNetD1W8"
 
 
+def test_what_is_common_reaches_no_part_that_the_study_decides(tmp_path):
+    """Of a set a factor is a recipe; stage 3's is that of a file of others."""
+    methods = {"DM": yaml.safe_load(STUDY)["methods"]["DM"]}
+    common = yaml.safe_load(STUDY)["common"] | {"factor": 2}
+    study = StudySettings.resolve({"study": str(write(tmp_path, methods=methods, common=common, reference=None))})
+    for cell in Grid.read(study).cells():
+        assert cell.distilling.factor == 2 and cell.evaluation["factor"] is None
+
+
 def test_paths_in_the_file_and_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = write(tmp_path, common={"dataset": "ImageFolder", "data_path": "here"}, out="there")
@@ -227,6 +239,105 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
     assert all(rows[method]["n"] == "1" for method in METHODS if method != "DM")
     assert run(tmp_path, seeds=[0]) == 0
     assert table(tmp_path / "out")["DM"]["failed"] == ""
+
+
+# ---- sets of other cells in fewer bits
+
+FEWER = {
+    "random real": {"by": "coreset", "method": "Uniform", "factor": 2},
+    "real 4": {"by": "quantise", "of": "random real", "bits": 4},
+    "real 2": {"by": "quantise", "of": "random real", "bits": 2, "by_ipc": {1: {"group": "channel"}}},
+}
+ASKED = {"methods": FEWER, "reference": None, "seeds": [0], "evaluation": {"num_eval": 1, "epoch_eval_train": 1}}
+
+
+def recorded(out: Path) -> dict[str, dict]:
+    """The cells of a study of one size and seed."""
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    return {cell["method"]: cell for cell in cells}
+
+
+def test_a_row_may_be_another_s_sets_in_fewer_bits(tmp_path, capsys):
+    assert run(tmp_path, "out", "--methods", "real 4", **ASKED) == 0
+    assert recorded(tmp_path / "out").keys() == {"random real", "real 4"}, "the whole set is made first"
+    before = (tmp_path / "out" / recorded(tmp_path / "out")["random real"]["set"]).stat().st_mtime_ns
+    assert run(tmp_path, **ASKED) == 0
+    cells = recorded(tmp_path / "out")
+    sets = {name: SyntheticSet.load(tmp_path / "out" / cell["set"]) for name, cell in cells.items()}
+    assert (tmp_path / "out" / cells["random real"]["set"]).stat().st_mtime_ns == before, "made once"
+    whole = sets["random real"]
+    assert (whole.factor, len(whole.kept), whole.ipc) == (2, 10, 4)
+    assert torch.equal(sets["real 4"].images, whole.quantised(4).images)
+    assert torch.equal(sets["real 2"].images, whole.quantised(2, "channel").images)
+    values = 10 * 28 * 28
+    bits = {"random real": 32 * values, "real 4": 4 * values + 10 * 64, "real 2": 2 * values + 10 * 64}
+    assert {name: float(row["bits"]) for name, row in table(tmp_path / "out").items()} == {
+        name: each / 10 for name, each in bits.items()
+    }
+    assert (tmp_path / "out" / "bits.png").is_file() and "bits" not in cells["real 4"]
+    assert cli.report([str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").read_text().count('class="sheet"') == 2
+    (tmp_path / "out" / cells["real 2"]["set"]).unlink()
+    assert run(tmp_path, **ASKED) == 0, "what is gone has no bits"
+    assert {name: bool(row["bits"]) for name, row in table(tmp_path / "out").items()} == {
+        name: name != "real 2" for name in FEWER
+    }
+
+
+def test_a_set_in_fewer_bits_fails_with_the_whole_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(studying, "select_coreset", lambda *_, **__: raised(InputError("no such thing")))
+        assert run(tmp_path, **ASKED) == 1
+    cells = recorded(tmp_path / "out")
+    assert cells["random real"]["failed"] == "no such thing"
+    assert cells["real 4"]["failed"] == "there is no set of random real, ipc 1, seed 0"
+    assert run(tmp_path, **ASKED) == 0 and not any("failed" in cell for cell in recorded(tmp_path / "out").values())
+
+
+def raised(error: Exception):
+    raise error
+
+
+def test_whole_sets_are_made_before_those_in_fewer_bits(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(studying, "_run", lambda cell, *_: made.append(cell.method) or raised(InputError("later")))
+    first = {"real 4": FEWER["real 4"], **FEWER, "DM": yaml.safe_load(STUDY)["methods"]["DM"]}
+    assert run(tmp_path, **ASKED | {"methods": first}) == 1
+    assert made[:2] == ["random real", "DM"]
+
+
+def test_a_change_of_the_whole_set_is_one_of_those_in_fewer_bits(tmp_path):
+    def names(methods: dict) -> dict[str, str]:
+        study = StudySettings.resolve({"study": str(write(tmp_path, **ASKED | {"methods": methods}))})
+        return {cell.method: cell.name for cell in Grid.read(study).cells()}
+
+    before, other = names(FEWER), names({**FEWER, "random real": {**FEWER["random real"], "lr": 0.1}})
+    assert all(before[method] != other[method] for method in FEWER)
+    assert len({name.rsplit("-", 1)[1] for name in before.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"bits": 4}, ("of: None is no row", "the nearest is ")),
+        ({"bits": 4, "of": "random reel"}, ("of: 'random reel'", "the nearest is random real")),
+        ({"bits": 4, "of": "real 2"}, ("of: 'real 2' is no row of whole sets",)),
+        ({"bits": 4, "of": ["random real"]}, ("of: ['random real']",)),
+        ({"of": "random real"}, ("give --bits",)),
+        ({"bits": 3, "of": "random real"}, ("bits: 3",)),
+        ({"bits": 4, "of": "random real", "buffer": "SGD"}, ("buffer: the experts are those of random real",)),
+        ({"bits": 4, "of": "random real", "source": "x"}, ("source is not for a part of a study",)),
+        ({"bits": 4, "of": "random real", "ipc": 3}, ("unknown key 'ipc'",)),
+        ({"bits": 4, "of": "random real", "lr": 3}, ("unknown key 'lr'",)),
+        ({"by": "coreset", "of": "random real"}, ("unknown key 'of'",)),
+    ],
+)
+def test_a_wrong_row_of_fewer_bits_is_refused(tmp_path, capsys, entry, words):
+    methods = {**FEWER, "mine": {"by": "quantise", **entry}}
+    assert run(tmp_path, **ASKED | {"methods": methods}) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("mine", *words)) and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def entry(network: str, row: str, accuracies: list[float], **more) -> dict:
@@ -374,3 +485,30 @@ def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, 
 def test_wrong_flags_are_refused(tmp_path, capsys, more, words):
     assert run(tmp_path, "out", *more) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_study_over_bits_runs_at_a_toy_s_size(tmp_path):
+    study = read_yaml(str(CHECKOUT / "configs" / "studies" / "bits.yaml"))
+    del study["out"], study["templates"]
+    study |= {"seeds": [0], "ipc": [2], "evaluation": {"num_eval": 1, "epoch_eval_train": 3}}
+    study["common"] |= {"dataset": "FashionMNISTMini", "train_per_class": 40, "model": "ConvNetD2W8"}
+    study["common"] |= {"score_repeats": 1, "score_epochs": 1}
+    study["buffers"]["curriculum"] |= {"num_experts": 1, "train_epochs": 4, "batch_train": 50}
+    small = {"PAD": {"Iteration": 1, "syn_steps": 2, "max_start_epoch": 2, "current_max_start_epoch": 1}}
+    small["PAD"] |= {"pix_init": "real"}
+    small["DM"] = {"Iteration": 1, "batch_real": 16}
+    study["methods"] = {name: row | small.get(row["by"], {}) for name, row in study["methods"].items()}
+    (tmp_path / "bits.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    assert cli.study([str(tmp_path / "bits.yaml"), "--out", str(tmp_path / "out")]) == 0
+    rows = table(tmp_path / "out")
+    assert len(rows) == 24 and {row["n"] for row in rows.values()} == {"1"}
+    for name, labels in (("PAD", 2), ("PAD factor 2", 8), ("DM", 0), ("random real factor 2", 0)):  # soft ones a class
+        assert float(rows[name]["bits"]) == 2 * 784 * 32 + labels * 10 * 32
+        assert float(rows[f"{name} at 2 bits"]["bits"]) == 2 * (784 * 2 + 64) + labels * (10 * 8 + 64)
+    assert (tmp_path / "out" / "bits.png").is_file()
+
+
+def test_the_shipped_studies_are_studies():
+    for path in (CHECKOUT / "configs" / "studies").rglob("*.yaml"):
+        assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()
