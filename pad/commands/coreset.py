@@ -60,7 +60,7 @@ def select_coreset(settings: CoresetSettings, ranks: Ranks = ALONE, bench: Workb
     experts = bench.labellers(str(settings.buffer_path), settings.model) if soft else None
     name = f"{stem}_{settings.ipc}{'_hardest' * (settings.end == 'hardest')}{'_soft' * soft}"
     path = out / f"{name}.safetensors"
-    metadata = {**identity_of_set(bench, settings), "settings": settings.of(DATA, MODEL, RECIPE, SEED)}
+    metadata = {**identity_of_set(bench, settings), "settings": settings.telling(DATA, MODEL, RECIPE, SEED)}
     ranks.on_main(lambda: _refuse_other_set(settings, path, metadata))
 
     ranking = bench.rankings(settings, [stem], convert_flat=settings.convert_flat)[stem]
@@ -93,7 +93,7 @@ def _refuse_other_set(settings: CoresetSettings, path: Path, metadata: dict) -> 
     """Raise InputError when the set at ``path`` says otherwise than ``metadata``, and is not to be replaced."""
     if settings.overwrite or not path.exists():
         return
-    there, here = _comparable(SyntheticSet.load(path).metadata), _comparable(metadata)
+    there, here = (_comparable(each, settings) for each in (SyntheticSet.load(path).metadata, metadata))
     refuse_difference(
         path,
         {key: there[key] for key in here if key in there},
@@ -105,8 +105,10 @@ def _refuse_other_set(settings: CoresetSettings, path: Path, metadata: dict) -> 
     )
 
 
-def _comparable(metadata: dict) -> dict:
+def _comparable(metadata: dict, settings: CoresetSettings) -> dict:
     """What a set says of itself, but for where its images come from: which they are."""
     about = json.loads(json.dumps(metadata))
     origin = about.pop("provenance", {})
+    if "settings" in about:  # an older set may be older than a setting
+        about["settings"] = settings.untold() | about["settings"]
     return about | {key: digest(origin[key]) for key in ("images", "experts") if key in origin}
