@@ -28,6 +28,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.limit import TimeLimit
 from pad.matching.formation import MultiFormation
 from pad.matching.levels import OnLevels
 from pad.matching.loss import span
@@ -83,6 +84,13 @@ class Distilling(Evaluating, ABC):
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
     tune_levels: bool = setting(
         False, "pix_init is a quantised set: its images move on their levels, its labels stay", RECIPE, later=True
+    )
+    time_limit: float | None = setting(
+        None,
+        "seconds after which the command ends, the state and the set saved; --resume goes on",
+        PACE,
+        above=0,
+        later=True,
     )
     max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
 
@@ -163,6 +171,7 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
     The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder, and sees to it
     that no other process does.
     """
+    limit = TimeLimit(settings.time_limit)
     bench = bench or set_up(settings, ranks)
     refuse_unfit_factor(settings.factor, bench.data.size)
     name = settings.name or f"{settings.program}-seed{settings.seed}"
@@ -170,10 +179,10 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
     ranks.on_main(lambda: refuse_unwritable(folder))
     lock = only_writer(folder.with_name(f".{folder.name}.lock"), f"the run folder {folder}")
     with lock if ranks.is_main else contextlib.nullcontext():
-        return _distill(settings, ranks, bench, folder)
+        return _distill(settings, ranks, bench, folder, limit)
 
 
-def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path) -> Path:
+def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path, limit: TimeLimit) -> Path:
     goes_on = settings.resume and run_state(folder) != "absent"
     before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
     settings = dataclasses.replace(settings, name=before.get("name", settings.name))  # the folder's, given or not
@@ -254,12 +263,17 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
             evaluate=evaluate,
             ranks=ranks,
             identity={**task.made_from, "settings": fixed},
+            limit=limit,
         )
         if settings.resume:
             distiller.resume()
         distiller.distill()
         state = distiller.state
-        run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
+        if distiller.is_finished:
+            run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
+        else:
+            done, wanted = state.iteration, settings.Iteration + 1
+            log.info("time_limit: stopped after %d of %d iterations; --resume goes on", done, wanted)
     made = wrap(state.images, state.labels, state.lr, state.iteration)
     log.info("the synthetic set is in %s: %s", folder, made.cost)
     return folder
