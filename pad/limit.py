@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class TimeLimit:
-    """So many ``seconds`` from now on, None for no limit, by a ``clock`` in seconds."""
+    """So many ``seconds`` from now on, by a ``clock`` in seconds. None, which the attribute has as inf, is no limit."""
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic):
-        self._seconds = math.inf if seconds is None else seconds
+        self.seconds = math.inf if seconds is None else seconds
         self._clock, self._began = clock, clock()
 
     @property
@@ -20,7 +20,7 @@ class TimeLimit:
     @property
     def left(self) -> float:
         """Seconds that are left; negative when it is over."""
-        return self._seconds - self.used
+        return self.seconds - self.used
 
     @property
     def is_over(self) -> bool:

@@ -301,7 +301,7 @@ def test_an_expert_that_would_not_end_in_time_is_not_begun(bench, tmp_path, monk
     monkeypatch.setattr(recording, "TimeLimit", functools.partial(TimeLimit, clock=clock))
     caplog.set_level("INFO", "pad")
     for seconds, expected in ((1, [0]), (19, [0, 1]), (1, [0, 1, 2])):
-        bench.record(time_limit=seconds)
+        bench.record(time_limit=seconds, given=frozenset({"time_limit"}))
         assert recorded(bench.folder) == expected
         assert ("time_limit: the same command goes on" in caplog.text) == (len(expected) < 3)
         caplog.clear()

@@ -189,7 +189,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path,
     if "tf32" not in settings.given and "tf32" in before:
         settings = dataclasses.replace(settings, tf32=before["tf32"])
         use_tf32(bool(settings.tf32), bench.device)
-    model = _student(settings, before, bench)
+    model = _student(settings, before, bench, folder)
     settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
     place = Place(
         folder=folder,
@@ -271,7 +271,7 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path,
         state = distiller.state
         if distiller.is_finished:
             run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
-        else:
+        elif "time_limit" in settings.given:
             done, wanted = state.iteration, settings.Iteration + 1
             log.info("time_limit: stopped after %d of %d iterations; --resume goes on", done, wanted)
     made = wrap(state.images, state.labels, state.lr, state.iteration)
@@ -279,14 +279,19 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path,
     return folder
 
 
-def _student(settings: Distilling, before: dict, bench: Workbench) -> FlatModel:
+def _student(settings: Distilling, before: dict, bench: Workbench, folder: Path) -> FlatModel:
     """The student, with ``compile: auto`` turned into what it comes to.
 
-    A resumed run keeps what it began with, since each way rounds otherwise.
+    A resumed run keeps what it began with, since each way rounds otherwise. In one process it keeps the student itself,
+    which is compiled.
     """
     mode = before.get("compile", "auto") if settings.compile == "auto" else settings.compile
     compile = how_to_compile(mode, bench.device, settings.derivatives)
-    model = bench.flat_model(settings.model, compile, getattr(settings, "micro_batch", None))
+    how = folder, settings.model, compile, getattr(settings, "micro_batch", None)
+    if how not in bench.student:
+        bench.student.clear()
+        bench.student[how] = bench.flat_model(*how[1:])
+    model = bench.student[how]
     if before.get("compile", model.compile) != model.compile:
         log.warning("begun with compile: %s, now %s: results may differ by rounding", before["compile"], model.compile)
     return model

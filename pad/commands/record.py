@@ -137,7 +137,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     ranks.barrier()
     count = len(recorded(folder))
     log.info("%d experts are in %s", count, folder)
-    if count < settings.num_experts:
+    if count < settings.num_experts and "time_limit" in settings.given:
         log.info("time_limit: the same command goes on with the other %d", settings.num_experts - count)
     return folder
 
