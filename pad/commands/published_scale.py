@@ -22,6 +22,7 @@ from pad.config import (
     PACE,
     PLACE,
     RECIPE,
+    REPORT,
     SEED,
     Device,
     FilePath,
@@ -279,10 +280,10 @@ class _Experiment:
         file = self.evaluated / ("rehearsal" if epochs else f"iteration_{synthetic.metadata['iteration']:06d}")
         kept = file.with_suffix(".safetensors")
         synthetic.save(kept)
-        asked = {"synthetic": str(kept), "out": str(file.with_suffix(".json")), "overwrite": True}
-        asked |= {name: getattr(self.distilling, name) for name in ("data_path", "device", "seed", "buffer_path")}
-        asked |= {"epoch_eval_train": epochs or self.distilling.epoch_eval_train, "num_eval": NETWORKS}
-        asked |= {"batch_train": self.distilling.batch_train, "rows": ",".join(rows)}
+        shared = self.distilling.of(PLACE, SEED, REPORT).items()
+        asked = {name: value for name, value in shared if name in EvaluationSettings.fields()}
+        asked |= {"synthetic": str(kept), "out": str(file.with_suffix(".json")), "overwrite": True}
+        asked |= {"rows": ",".join(rows), "num_eval": NETWORKS} | ({"epoch_eval_train": epochs} if epochs else {})
         with self._timed("evaluation"):
             with silence():
                 found = evaluate(EvaluationSettings.resolve(asked), bench=self.bench)["results"][0]

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from helpers import CHECKOUT, Clock, assert_refused, command_line, files_in, forked, slow, wait_for
@@ -46,8 +47,18 @@ def test_the_next_step_by_hand(left, spent, each, budget, points, expected):
     assert (seconds, more) == (pytest.approx(expected[0]), expected[1])
 
 
+def shorten(monkeypatch, folder, **values) -> None:
+    """Other values in the tiny settings, of either stage."""
+    files = []
+    for name in published_scale.FILES["tiny"]:
+        lines = [line.split(": ") for line in (CHECKOUT / "configs" / name).read_text().splitlines() if ": " in line]
+        files.append(folder / Path(name).name)
+        files[-1].write_text("".join(f"{key}: {values.get(key, value)}\n" for key, value in lines if key[0] != "#"))
+    monkeypatch.setitem(published_scale.FILES, "tiny", tuple(files))
+
+
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch, tmp_path):
     """An expert takes 10 seconds, an iteration 1, five networks 2."""
     clock = Clock()
 
@@ -63,6 +74,7 @@ def clock(monkeypatch):
     passing(ExpertTraining, "train", lambda *_: 10)
     passing(TrajectoryObjective, "gradients", lambda *_: 1)
     passing(Evaluation, "run", lambda _, cases, *more: 2 * len(cases))
+    shorten(monkeypatch, tmp_path, epoch_eval_train=2)
     for module in (published_scale, record, distil):
         monkeypatch.setattr(module, "TimeLimit", functools.partial(TimeLimit, clock=clock))
     return clock
@@ -122,10 +134,7 @@ def test_too_slow_a_machine_ends_after_one_of_each(tmp_path, clock):
 
 @pytest.mark.slow
 def test_a_run_that_is_finished_is_evaluated_once_more_and_then_left_alone(tmp_path, clock, monkeypatch):
-    buffer, run = published_scale.FILES["tiny"]
-    shorter = (CHECKOUT / "configs" / run).read_text().replace("Iteration: 10000", "Iteration: 9")
-    (tmp_path / "shorter.yaml").write_text(shorter)
-    monkeypatch.setitem(published_scale.FILES, "tiny", (buffer, tmp_path / "shorter.yaml"))
+    shorten(monkeypatch, tmp_path, epoch_eval_train=2, Iteration=9)
     assert cli.at_published_scale(argv_of(tmp_path)) == 0
     found, before = results_in(tmp_path), clock.now
     assert found["iterations"] == {"done": 10, "wanted": 10} and found["curve"][-1]["iteration"] == 10
@@ -140,9 +149,10 @@ def test_a_run_that_is_finished_is_evaluated_once_more_and_then_left_alone(tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_one_goes_on(tmp_path):
+def test_a_killed_one_goes_on(tmp_path, monkeypatch):
     """In the first expert, in the first evaluation, and after the second point."""
-    work, argv = tmp_path / "work", argv_of(tmp_path, minutes=0.5)
+    shorten(monkeypatch, tmp_path, num_experts=2, epoch_eval_train=5)
+    work, argv = tmp_path / "work", argv_of(tmp_path, minutes=60)
 
     def experts() -> dict:
         return files_in(work / "buffer") if (work / "buffer").exists() else {}
@@ -157,7 +167,7 @@ def test_a_killed_one_goes_on(tmp_path):
     ]
     for moment in moments:
         process = forked(lambda: cli.at_published_scale(argv), tmp_path / "out", tmp_path / "err")
-        wait_for(lambda: moment() or not process.is_alive())
+        wait_for(lambda: moment() or not process.is_alive(), seconds=200)
         before = whole()
         process.kill()
         process.join()
