@@ -110,6 +110,7 @@ convexify_buffer: Callable[..., int] = partial(door, "convexify")  # pad-convexi
 import_set: Callable[..., int] = partial(door, "import_set")  # pad-import-set, scripts/import_set.py
 export_set: Callable[..., int] = partial(door, "export_set")  # pad-export-set, scripts/export_set.py
 quantise: Callable[..., int] = partial(door, "quantise")  # pad-quantise, scripts/quantise.py
+at_published_scale: Callable[..., int] = partial(door, "published_scale")  # pad-published-scale
 study: Callable[..., int] = partial(door, "study")  # pad-study, scripts/study.py
 report: Callable[..., int] = partial(door, "report")  # pad-report, scripts/report.py
 

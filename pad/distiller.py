@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pad.checkpoint import SMALLEST_LR, State
 from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
+from pad.limit import TimeLimit
 from pad.matching.objective import Gradients, Objective
 from pad.show.figures import draw_figure
 from pad.show.layers import plot_layers
@@ -66,6 +67,7 @@ class Distiller:
         ranks: the processes that run this together. All of them have the same state and take the same steps; rank 0
             writes the files.
         identity: what the run is of (settings, data, experts), as plain values: a checkpoint of another is refused.
+        limit: no iteration but the first begins when it is over.
     """
 
     run: Run
@@ -76,11 +78,13 @@ class Distiller:
     evaluate: Callable[[SyntheticSet], dict[str, tuple[float, float, int]]]
     ranks: Ranks = ALONE
     identity: dict = field(default_factory=dict)
+    limit: TimeLimit = field(default_factory=TimeLimit)
 
     def __post_init__(self):
         self._first_pixels = self._set().pixels() if self.ranks.is_main else torch.empty(0)
         self._signal = 0  # that this process was sent
         self._stop = 0  # the signal that stops the run
+        self._out_of_time = False
         self._saved = -1  # the iteration that the checkpoint goes on with
         self._at_once = False  # a signal need not wait
 
@@ -105,10 +109,21 @@ class Distiller:
             log.info("going on from iteration %d", state.iteration)
         self.run.truncate_metrics(self.state.iteration - 1)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.state.iteration > self.schedule.iterations
+
     def distill(self) -> SyntheticSet:
-        """Run to the end; returns the final set. Raises Stopped on SIGINT or SIGTERM, or when the numbers go wrong."""
+        """Run to the end, or until the time is over; returns the set. Nothing is evaluated any more when time is over.
+
+        Raises Stopped on SIGINT or SIGTERM, or when the numbers go wrong.
+        """
         with self._signals():
             self._loop()
+            if not self.is_finished:
+                self._checkpoint()
+                return self._save("last")
             it = self.state.iteration
             self._evaluate(it)
             final = self._save("last")
@@ -154,7 +169,7 @@ class Distiller:
             dynamic_ncols=True,
             disable=not self.ranks.is_main,
         ) as bar:
-            while state.iteration <= schedule.iterations:
+            while not (self.is_finished or self._out_of_time):
                 it = state.iteration
                 if schedule.evaluates(it):
                     accuracy = self._evaluate(it)
@@ -233,9 +248,9 @@ class Distiller:
         flags = [tensor.isfinite().all().to(gradients.loss) for tensor in tensors]
         of_layers = [number for pair in gradients.layers.values() for number in pair]
         found = torch.stack([gradients.loss, *flags, *of_layers]).tolist()
-        reports = self.ranks.gather((found, self._signal))
-        self._stop = max(sent for _, sent in reports)
-        loss, *others = reports[0][0]
+        reports = self.ranks.gather((found, self._signal, self.limit.is_over))
+        self._stop = max(sent for _, sent, _ in reports)
+        (loss, *others), _, self._out_of_time = reports[0]
         finite, numbers = others[: len(flags)], iter(others[len(flags) :])
         return loss, all(finite) and math.isfinite(loss), dict(zip(gradients.layers, map(list, zip(numbers, numbers))))
 

@@ -21,6 +21,17 @@ def generator(seed: int, stream: str, *index: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
 
 
+def normal(*shape: int, rng: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers ``shape``, of the type and on the device of ``like``; for millions of them.
+
+    ``rng``, a CPU generator, draws them. For CUDA a generator of that device does, which ``rng`` seeds: other numbers
+    than on a CPU, but there, too, a function of ``rng`` alone, and no copy.
+    """
+    if like.device.type == "cuda":
+        rng = torch.Generator(like.device).manual_seed(int(torch.randint(2**63 - 1, (), generator=rng)))
+    return torch.randn(shape, generator=rng, dtype=like.dtype, device=rng.device).to(like.device)
+
+
 @contextlib.contextmanager
 def seeded(seed: int, stream: str, *index: int | str, device: torch.device | None = None):
     """Run code that can only draw from torch's global generators (weight initialisers, dropout) on its own stream.

@@ -133,6 +133,16 @@ def signal_self(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+class Clock:
+    """One that is moved by hand."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ---- other processes
 
 

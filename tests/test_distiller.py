@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import events_in
+from helpers import Clock, events_in
 from PIL import Image
+from test_distributed import on_ranks
 
 from pad.checkpoint import SMALLEST_LR, State
 from pad.data.preprocessing import MeanStd
 from pad.distiller import Distiller, Schedule
 from pad.errors import InputError, Stopped
+from pad.limit import TimeLimit
 from pad.matching.objective import Gradients, Objective
 from pad.store.foreign import load_pt
 from pad.store.run import Place, Run, run_state
@@ -506,6 +508,61 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert [name for name in found if found[name] != uninterrupted[name]] == []
     assert {"metrics.jsonl", "checkpoint.safetensors", "Normal/images_best.pt"} <= found.keys()
     assert "pictures/before_after_000012.png" in found
+
+
+def passing(clock, change):
+    """A second passes in every iteration."""
+
+    def later(it, found):
+        clock.now += 1
+        return change(it, found)
+
+    return later
+
+
+@pytest.mark.parametrize("seconds, per_call", [(0.5, 1), (2, 2), (2.5, 3), (4, 4), (12, 12)])
+def test_a_run_out_of_time_stops_between_iterations_and_goes_on(tmp_path, uninterrupted, seconds, per_call):
+    """In as many calls as it takes, of one iteration at least; the files are those of one call."""
+    folder, clock, done = tmp_path / "run", Clock(), 0
+    for call in range(12):
+        ours = distiller(folder, Quadratic(passing(clock, rough)), resume=call > 0, threshold=1.0)
+        ours.limit = TimeLimit(seconds, clock)
+        last = ours.distill()
+        assert ours.objective.iterations == list(range(done, min(done + per_call, 12)))
+        done += per_call
+        saved = State.load(ours.checkpoint, initial_state())
+        assert same(saved, ours.state) and torch.equal(last.images, saved.images)
+        written = SyntheticSet.load(ours.run.artifacts / "synthetic_last.safetensors")
+        assert torch.equal(written.images, last.images) and written.metadata["iteration"] == saved.iteration
+        if ours.is_finished:
+            break
+        assert saved.iteration == done and done not in [it for it, *_ in ours.evaluated], "it would take too long"
+    assert done >= 12 and files(folder) == uninterrupted
+
+
+def test_time_has_no_limit_unless_there_is_one():
+    clock = Clock()
+    without, limit = TimeLimit(clock=clock), TimeLimit(3, clock)
+    clock.now += 2
+    assert (limit.used, limit.left, limit.is_over) == (2, 1, False)
+    clock.now += 1
+    assert limit.is_over and not without.is_over
+    assert without.left == math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [0.5, 100])
+def test_ranks_run_out_of_time_together(tmp_path, others):
+    """By the main rank's clock."""
+
+    def work(ranks):
+        clock = Clock()
+        ours = distiller(tmp_path / f"{others} {ranks.rank}", Quadratic(passing(clock, rough)), threshold=1.0)
+        ours.ranks, ours.limit = ranks, TimeLimit(others if ranks.rank else 2.5, clock)
+        ours.distill()
+        return ours.objective.iterations
+
+    assert on_ranks(2, work) == [[0, 1, 2]] * 2
 
 
 def test_a_run_killed_in_its_last_evaluation_goes_on_there(tmp_path, uninterrupted):

@@ -168,6 +168,18 @@ def test_what_nobody_has_begun_comes_first_then_what_others_had(tmp_path):
     assert worked == [0, 2, 1] and not list(tmp_path.iterdir())
 
 
+def test_nothing_is_begun_or_waited_for_once_it_is_enough(tmp_path):
+    def lock_of(item):
+        return tmp_path / f".{item}.lock"
+
+    worked = []
+    with another(lock_of(0)):
+        each_once(range(4), lock_of, worked.append, "item {}".format, lambda: len(worked) < 2)
+        assert worked == [1, 2]
+        each_once(range(2), lock_of, worked.append, "item {}".format, lambda: len(worked) < 3)
+    assert worked == [1, 2, 1]
+
+
 def test_several_processes_do_each_item_once(tmp_path):
     done = tmp_path / "done"
     done.touch()

@@ -20,7 +20,7 @@ IPCS = (1, 10, 50)
 # ---- what is known of each system, and what is not; all of it typed from the sources, not from the files
 
 EVERYWHERE = {"dataset": "CIFAR10", "model": "ConvNet", "data_path": str(CHECKOUT / "dataset")}
-SGD, GSAM = str(CHECKOUT / "buffer_storage_sgd"), str(CHECKOUT / "buffer_storage_gsam")
+SGD, GSAM, OF_FTD = (str(CHECKOUT / f"buffer_storage_{name}") for name in ("sgd", "gsam", "ftd"))
 MATCHING = EVERYWHERE | {"dsa": True, "loss_ratio": 0, "depth_ratio": 0}
 HARD = {
     "labels": "hard",
@@ -94,7 +94,8 @@ DATM = {
     },
 }
 MTT_WHOLE = MATCHING | HARD | {"batch_syn": None, "Iteration": 5000, "buffer_path": SGD}
-FTD_WHOLE = MATCHING | HARD | {"batch_syn": None, "buffer_path": GSAM}
+FTD_WHOLE = MATCHING | HARD | {"batch_syn": None}
+DECAY = {1: 0.9999, 10: 0.9995, 50: 0.999}  # FTD's
 TESLA_WHOLE = MATCHING | HARD | {"gradient": "truncated", "Iteration": 10000, "buffer_path": SGD}
 MCT_WHOLE = MATCHING | HARD | {"gradient": "truncated", "convexified": True, "Iteration": 5000, "buffer_path": SGD}
 MCT = {
@@ -131,8 +132,9 @@ FACTS, OURS = {}, {}  # by system and ipc: values that were found, and those tha
 for n in IPCS:
     FACTS["MTT", n], OURS["MTT", n] = MTT_WHOLE | MTT[n], {}
     FACTS["DATM", n], OURS["DATM", n] = MATCHING | SOFT | DATM[n] | {"buffer_path": GSAM}, {}
-    ftd = MTT[n] | {"Iteration": 5000, "ema_decay": 0.9995}
-    FACTS["FTD", n], OURS["FTD", n] = (FTD_WHOLE | ftd, {}) if n == 10 else (FTD_WHOLE, ftd)
+    ftd = MTT[n] | {"Iteration": 5000, "ema_decay": DECAY[n], "buffer_path": OF_FTD if n == 50 else GSAM}
+    OURS["FTD", n] = {} if n == 10 else {key: ftd.pop(key) for key in ("zca", "Iteration")}
+    FACTS["FTD", n] = FTD_WHOLE | ftd
     FACTS["TESLA", n], OURS["TESLA", n] = TESLA_WHOLE, MTT[n] | {"batch_syn": None}
     FACTS["MCT", n], OURS["MCT", n] = MCT_WHOLE | MCT[n], {"batch_syn": None}
     FACTS["DC", n], OURS["DC", n] = DC | loops(n), FOLLOWED
@@ -197,6 +199,7 @@ WHOLE_SET = {  # the same four, by size
 }
 OF_SGD = {"buffer_path": ("../buffer_storage/", "../buffer_storage_sgd/")}
 OF_GSAM = {"buffer_path": ("../buffer_storage/", "../buffer_storage_gsam/")}
+OF_FTDS = {1: OF_GSAM, 10: OF_GSAM, 50: {"buffer_path": ("../buffer_storage/", "../buffer_storage_ftd/")}}
 SHORTER = {"Iteration": ("10000", "5000")}  # MTT, FTD, MCT
 EARLIER = {1: {"max_start_epoch": ("4", "2")}, 10: {}, 50: {}}  # MTT, FTD
 TESLAS = {1: {"zca": ("True", "False"), "max_start_epoch": ("4", "5"), "lr_img": ("100", "500")}, 10: {}, 50: {}}
@@ -220,7 +223,7 @@ for n in IPCS:
     hard = WITH_HARD_LABELS | WHOLE_SET[n]
     DIFFERENCES["MTT", n] = {"method": ("PAD", "MTT")} | OF_SGD | hard | SHORTER | EARLIER[n]
     DIFFERENCES["FTD", n] = (
-        {"method": ("PAD", "FTD"), "ema_decay": ("0", "0.9995")} | OF_GSAM | hard | SHORTER | EARLIER[n]
+        {"method": ("PAD", "FTD"), "ema_decay": ("0", str(DECAY[n]))} | OF_FTDS[n] | hard | SHORTER | EARLIER[n]
     )
     DIFFERENCES["DATM", n] = {"method": ("PAD", "DATM")} | OF_GSAM | DATMS[n]
     DIFFERENCES["TESLA", n] = (
@@ -241,6 +244,7 @@ BUFFER = EVERYWHERE | {
 BUFFERS = {
     "SGD": BUFFER | {"train_epochs": 50, "rho_max": 0, "rho_min": 0, "alpha": 0, "buffer_path": SGD},
     "GSAM": BUFFER | {"train_epochs": 100, "rho_max": 0.01, "rho_min": 0.01, "alpha": 0.3, "buffer_path": GSAM},
+    "FTD": BUFFER | {"train_epochs": 50, "rho_max": 0.01, "rho_min": 0.01, "alpha": 1, "buffer_path": OF_FTD},
     "PAD": BUFFER
     | {
         "train_epochs": 100,
@@ -258,6 +262,7 @@ BUFFERS = {
     },
 }
 BUFFER_OF = {"MTT": "SGD", "TESLA": "SGD", "MCT": "SGD", "FTD": "GSAM", "DATM": "GSAM"}
+BUFFER_OF_SIZE = {("FTD", 50): "FTD"}  # where it is another
 
 
 # ---- reading
@@ -451,7 +456,7 @@ def test_the_commands_above_the_files_fit_together(method, ipc, caplog):
             "python",
             "buffer/buffer_CL.py",
             "--cfg",
-            f"configs/CIFAR-10/buffer-{BUFFER_OF[method]}.yaml",
+            f"configs/CIFAR-10/buffer-{BUFFER_OF_SIZE.get((method, ipc)) or BUFFER_OF[method]}.yaml",
         ]
         record = parse(BufferSettings, ["--cfg", str(CHECKOUT / words[3]), *words[4:]], "test")
         for key in ("dataset", "model", "zca", "buffer_path", "data_path"):

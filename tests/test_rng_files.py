@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pad.errors import InputError
 from pad.nn.networks import build
-from pad.rng import derive_seed, generator, seeded
+from pad.rng import derive_seed, generator, normal, seeded
 from pad.store.files import atomic_file, write_text
 from pad.store.foreign import load_pt, save_pt
 from pad.store.tensors import load_tensors, open_tensors, save_tensors
@@ -52,6 +52,28 @@ def test_streams_are_not_correlated_with_their_neighbours():
     draws = torch.stack([torch.rand(2000, generator=generator(0, "a", k)) for k in range(8)])
     assert (torch.corrcoef(draws) - torch.eye(8)).abs().max() < 0.1
     assert (draws.mean(dim=1) - 0.5).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_normal_numbers_on_a_cpu_are_the_streams_own(dtype):
+    ours, plain = generator(0, "a"), generator(0, "a")
+    for shape in ((300, 7), (5,)):
+        found = normal(*shape, rng=ours, like=torch.empty(0, dtype=dtype))
+        assert torch.equal(found, torch.randn(shape, generator=plain, dtype=dtype))
+
+
+@pytest.mark.cuda
+def test_many_normal_numbers_on_cuda_are_drawn_there_and_hang_on_the_stream_alone():
+    like = torch.empty(0, device="cuda")
+    rng = generator(0, "a")
+    first, second = (normal(400, 1000, rng=rng, like=like) for _ in range(2))
+    torch.manual_seed(1)
+    torch.randn(9, device="cuda")
+    again = generator(0, "a")
+    assert torch.equal(normal(400, 1000, rng=again, like=like), first) and first.device.type == "cuda"
+    assert torch.equal(normal(400, 1000, rng=again, like=like), second) and not torch.equal(first, second)
+    assert not torch.equal(normal(400, 1000, rng=generator(0, "b"), like=like), first)
+    assert abs(first.mean()) < 0.01 and abs(first.std() - 1) < 0.01
 
 
 def test_drawing_from_a_stream_leaves_the_global_generator_alone():

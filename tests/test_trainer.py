@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import math
 import shutil
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Clock
 
 from pad.commands import bench as workbench
 from pad.commands import record as recording
@@ -18,6 +20,7 @@ from pad.errors import InputError, Stopped
 from pad.experts.curriculum import Curriculum
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
+from pad.limit import TimeLimit
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
 from pad.store.foreign import save_pt
@@ -284,6 +287,28 @@ def test_an_expert_that_was_interrupted_is_trained_anew(bench, tmp_path, monkeyp
     monkeypatch.setenv("PAD_CACHE", str(tmp_path / "cache"))
     bench.record()
     assert digests(bench.folder) == whole
+
+
+def test_an_expert_that_would_not_end_in_time_is_not_begun(bench, tmp_path, monkeypatch, caplog):
+    """Each takes ten seconds. Every call trains one at least, and all of them make the buffer of one call."""
+    whole, clock, train = digests(bench.record(buffer_path=str(tmp_path / "other"))), Clock(), ExpertTraining.train
+
+    def passing(self, *of):
+        clock.now += 10
+        return train(self, *of)
+
+    monkeypatch.setattr(ExpertTraining, "train", passing)
+    monkeypatch.setattr(recording, "TimeLimit", functools.partial(TimeLimit, clock=clock))
+    caplog.set_level("INFO", "pad")
+    for seconds, expected in ((1, [0]), (19, [0, 1]), (1, [0, 1, 2])):
+        bench.record(time_limit=seconds, given=frozenset({"time_limit"}))
+        assert recorded(bench.folder) == expected
+        assert ("time_limit: the same command goes on" in caplog.text) == (len(expected) < 3)
+        caplog.clear()
+    assert digests(bench.folder) == whole
+    for seconds, expected in ((20, 2), (29.9, 2), (30, 3)):
+        folder = bench.record(time_limit=seconds, buffer_path=str(tmp_path / f"{seconds}"))
+        assert len(recorded(folder)) == expected
 
 
 def test_what_a_buffer_holds(bench):

@@ -72,6 +72,11 @@ class Workbench:
     def test_labels(self) -> Tensor:
         return self.data.test_labels.to(self.device)
 
+    @cached_property
+    def student(self) -> dict[tuple, FlatModel]:
+        """That of the run that was last worked on here, by what it is of."""
+        return {}
+
     @property
     def classes(self) -> list[Tensor]:
         """For each class the data-set indices of its training images, on the CPU, in their order."""

@@ -101,7 +101,7 @@ def _refuse_other_set(settings: CoresetSettings, path: Path, metadata: dict) -> 
     """Raise InputError when the set at ``path`` says otherwise than ``metadata``, and is not to be replaced."""
     if settings.overwrite or not path.exists():
         return
-    there, here = _comparable(SyntheticSet.load(path).metadata), _comparable(metadata)
+    there, here = (_comparable(each, settings) for each in (SyntheticSet.load(path).metadata, metadata))
     refuse_difference(
         path,
         {key: there[key] for key in here if key in there},
@@ -113,8 +113,10 @@ def _refuse_other_set(settings: CoresetSettings, path: Path, metadata: dict) -> 
     )
 
 
-def _comparable(metadata: dict) -> dict:
+def _comparable(metadata: dict, settings: CoresetSettings) -> dict:
     """What a set says of itself, but for where its images come from: which they are."""
     about = json.loads(json.dumps(metadata))
     origin = about.pop("provenance", {})
+    if "settings" in about:  # an older set may be older than a setting
+        about["settings"] = settings.untold() | about["settings"]
     return about | {key: digest(origin[key]) for key in ("images", "experts") if key in origin}

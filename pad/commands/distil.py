@@ -28,6 +28,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
 from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.limit import TimeLimit
 from pad.matching.formation import MultiFormation
 from pad.matching.levels import OnLevels
 from pad.matching.loss import span
@@ -83,6 +84,13 @@ class Distilling(Evaluating, ABC):
     lr_img: float = setting(1000.0, "learning rate of the images", RECIPE, low=0)
     tune_levels: bool = setting(
         False, "pix_init is a quantised set: its images move on their levels, its labels stay", RECIPE, later=True
+    )
+    time_limit: float | None = setting(
+        None,
+        "seconds after which the command ends, the state and the set saved; --resume goes on",
+        PACE,
+        above=0,
+        later=True,
     )
     max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
 
@@ -163,6 +171,7 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
     The ranks share the mini-batches and the evaluation networks; rank 0 reads and writes the run folder, and sees to it
     that no other process does.
     """
+    limit = TimeLimit(settings.time_limit)
     bench = bench or set_up(settings, ranks)
     refuse_unfit_factor(settings.factor, bench.data.size)
     name = settings.name or f"{settings.program}-seed{settings.seed}"
@@ -170,17 +179,17 @@ def distill(settings: Distilling, ranks: Ranks = ALONE, bench: Workbench | None 
     ranks.on_main(lambda: refuse_unwritable(folder))
     lock = only_writer(folder.with_name(f".{folder.name}.lock"), f"the run folder {folder}")
     with lock if ranks.is_main else contextlib.nullcontext():
-        return _distill(settings, ranks, bench, folder)
+        return _distill(settings, ranks, bench, folder, limit)
 
 
-def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path) -> Path:
+def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path, limit: TimeLimit) -> Path:
     goes_on = settings.resume and run_state(folder) != "absent"
     before = ranks.on_main(lambda: recorded_settings(folder) if goes_on else {})
     settings = dataclasses.replace(settings, name=before.get("name", settings.name))  # the folder's, given or not
     if "tf32" not in settings.given and "tf32" in before:
         settings = dataclasses.replace(settings, tf32=before["tf32"])
         use_tf32(bool(settings.tf32), bench.device)
-    model = _student(settings, before, bench)
+    model = _student(settings, before, bench, folder)
     settings = dataclasses.replace(settings, compile=model.compile).settled(bench)
     place = Place(
         folder=folder,
@@ -254,25 +263,35 @@ def _distill(settings: Distilling, ranks: Ranks, bench: Workbench, folder: Path)
             evaluate=evaluate,
             ranks=ranks,
             identity={**task.made_from, "settings": fixed},
+            limit=limit,
         )
         if settings.resume:
             distiller.resume()
         distiller.distill()
         state = distiller.state
-        run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
+        if distiller.is_finished:
+            run.finish(iterations=state.iteration, best_accuracy=state.best, skipped=state.skipped)
+        elif "time_limit" in settings.given:
+            done, wanted = state.iteration, settings.Iteration + 1
+            log.info("time_limit: stopped after %d of %d iterations; --resume goes on", done, wanted)
     made = wrap(state.images, state.labels, state.lr, state.iteration)
     log.info("the synthetic set is in %s: %s", folder, made.cost)
     return folder
 
 
-def _student(settings: Distilling, before: dict, bench: Workbench) -> FlatModel:
+def _student(settings: Distilling, before: dict, bench: Workbench, folder: Path) -> FlatModel:
     """The student, with ``compile: auto`` turned into what it comes to.
 
-    A resumed run keeps what it began with, since each way rounds otherwise.
+    A resumed run keeps what it began with, since each way rounds otherwise. In one process it keeps the student itself,
+    which is compiled.
     """
     mode = before.get("compile", "auto") if settings.compile == "auto" else settings.compile
     compile = how_to_compile(mode, bench.device, settings.derivatives)
-    model = bench.flat_model(settings.model, compile, getattr(settings, "micro_batch", None))
+    how = folder, settings.model, compile, getattr(settings, "micro_batch", None)
+    if how not in bench.student:
+        bench.student.clear()
+        bench.student[how] = bench.flat_model(*how[1:])
+    model = bench.student[how]
     if before.get("compile", model.compile) != model.compile:
         log.warning("begun with compile: %s, now %s: results may differ by rounding", before["compile"], model.compile)
     return model

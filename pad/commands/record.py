@@ -21,6 +21,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError, Stopped
 from pad.experts.gsam import GSAM
 from pad.experts.trainer import ExpertTraining
+from pad.limit import TimeLimit
 from pad.matching.real import without_ends
 from pad.nn.derivatives import how_to_compile
 from pad.nn.flat import FlatModel
@@ -40,6 +41,9 @@ class BufferSettings(Training, Ranked, OnCurriculum):
     """Stage 1, buffer/buffer_CL.py: rank the real images, train experts on a curriculum, record their trajectories."""
 
     num_experts: int = setting(100, "experts to train", PACE, low=1)
+    time_limit: float | None = setting(
+        None, "seconds after which no expert ends; the first is always trained", PACE, above=0, later=True
+    )
     lr_teacher: float = setting(0.01, "learning rate of the experts", RECIPE, above=0)
     mom: float = setting(0.0, "momentum", RECIPE, low=0, below=1)
     l2: float = setting(0.0, "weight decay", RECIPE, low=0)
@@ -93,8 +97,10 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
 
     Experts that are there already are kept, so a stopped run goes on and a buffer can grow. Those that are missing are
     dealt to the ranks, each of which writes its own files. Several runs on one folder share the work: each takes the
-    experts that no other has begun, and in the end waits for those that others have.
+    experts that no other has begun, and in the end waits for those that others have. Under a ``time_limit`` an
+    expert is not begun that would end too late if it took as long as the one before.
     """
+    limit = TimeLimit(settings.time_limit)
     bench = bench or set_up(settings, ranks)
     _refuse_too_few_images(settings, bench)
     folder = bench.experts_folder(settings.buffer_path, settings.model)
@@ -105,7 +111,7 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
         log.warning("sort_method does nothing: in %d epochs the curriculum takes all images", settings.train_epochs)
     stems = bench.ranking_stems(settings, [settings.sort_method or "GraNd"]) if uses_ranking else [""]
     settings = dataclasses.replace(settings, sort_method=stems[0])
-    buffer = _Buffer(folder, settings, bench)
+    buffer = _Buffer(folder, settings, bench, limit)
     buffer.refuse_other_experts(seen=False)
     there = set().union(*ranks.gather(recorded(folder)))
     missing = [expert for expert in range(settings.num_experts) if expert not in there]
@@ -123,9 +129,16 @@ def record_experts(settings: BufferSettings, ranks: Ranks = ALONE, bench: Workbe
     mine = ranks.deal(missing)
     with progress_bar(ranks, len(mine) * settings.train_epochs, "experts", "epoch") as bar:
         training = expert_training(settings, bench, buffer.model, rows)
-        each_once(mine, buffer.lock, lambda expert: buffer.obtain(expert, training, bar), "expert {}".format)
+
+        def obtain(expert: int) -> None:
+            buffer.obtain(expert, training, bar)
+
+        each_once(mine, buffer.lock, obtain, "expert {}".format, buffer.has_time)
     ranks.barrier()
-    log.info("%d experts are in %s", len(recorded(folder)), folder)
+    count = len(recorded(folder))
+    log.info("%d experts are in %s", count, folder)
+    if count < settings.num_experts and "time_limit" in settings.given:
+        log.info("time_limit: the same command goes on with the other %d", settings.num_experts - count)
     return folder
 
 
@@ -197,13 +210,15 @@ class _Diverged(Exception):
 class _Buffer:
     """A folder of experts, all of one recipe, to which others are added one at a time.
 
-    model: what they are parameters of. recipe: what makes an expert what it is.
+    model: what they are parameters of. recipe: what makes an expert what it is. limit: of the time for all.
     """
 
-    def __init__(self, folder: Path, settings: BufferSettings, bench: Workbench):
+    def __init__(self, folder: Path, settings: BufferSettings, bench: Workbench, limit: TimeLimit):
         self.folder = folder
         self.settings = settings
         self.bench = bench
+        self.limit = limit
+        self._took: float | None = None  # seconds, the last expert that was trained here
         # Steps of one expert, not of all: compiled code rounds differently, and an expert is the same however many
         steps = settings.train_epochs * math.ceil(len(bench.data.train_labels) / settings.batch_train)
         compile = how_to_compile(settings.compile, bench.device, 2 * steps)
@@ -225,6 +240,10 @@ class _Buffer:
         """Held while an expert is trained."""
         return self.folder / f".{expert_path('', expert).stem}.lock"
 
+    def has_time(self) -> bool:
+        """Whether another expert would end in time; of the first nobody knows."""
+        return self._took is None or self._took <= self.limit.left
+
     def obtain(self, expert: int, training: ExpertTraining, bar: tqdm) -> None:
         """Record an expert, unless it has come to be there; raises Stopped when it diverges whatever is drawn."""
         settings = self.settings
@@ -232,9 +251,12 @@ class _Buffer:
         if expert_path(self.folder, expert).exists():
             bar.total -= settings.train_epochs
             return
+        before = self.limit.used
         for attempt in range(_REPETITIONS + 1):
             try:
-                return self._record(expert, attempt, training, bar)
+                self._record(expert, attempt, training, bar)
+                self._took = self.limit.used - before
+                return
             except _Diverged as diverged:
                 bar.update(-max(0, diverged.epoch - 1))
                 then = "trained again with other random numbers" if attempt < _REPETITIONS else "given up"

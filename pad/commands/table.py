@@ -21,6 +21,7 @@ from pad.commands.published import (
     export_buffer,
     import_buffer,
 )
+from pad.commands.published_scale import PublishedScaleSettings, published_scale
 from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.rank import ScoreSettings, score_difficulty
 from pad.commands.record import BufferSettings, record_experts
@@ -59,4 +60,5 @@ COMMANDS: dict[str, Command] = {
     "import_set": Command("import_set.py", ImportSetSettings, import_synthetic),
     "export_set": Command("export_set.py", ExportSetSettings, export_synthetic),
     "quantise": Command("quantise.py", QuantiseSettings, quantise),
+    "published_scale": Command("published_scale.py", PublishedScaleSettings, published_scale),
 }

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pad.data.placement import to_device
 from pad.matching.distribution import Distance
 from pad.nn.adamw import adamw_
 from pad.nn.flat import FlatModel
-from pad.rng import seeded
+from pad.rng import normal, seeded
 
 SCALE = 300.0  # of the loss, in the published code alone
 PER_SCALE = 16  # frequencies of one scale, as published
@@ -68,9 +67,8 @@ class SamplingNetwork:
         """``[count, D]``, differentiable in the parameters."""
         like = self.parameters
         scales = math.ceil(count / PER_SCALE)
-        z, normal = (torch.randn(n, self.features, generator=rng, dtype=like.dtype) for n in (scales, count))
-        of_scale = self.model(like, to_device(z, like.device)).repeat_interleave(PER_SCALE, dim=0)
-        return of_scale[:count] * to_device(normal, like.device)
+        z, epsilon = (normal(n, self.features, rng=rng, like=like) for n in (scales, count))
+        return self.model(like, z).repeat_interleave(PER_SCALE, dim=0)[:count] * epsilon
 
     @torch.no_grad()
     def learn(self, gradient: Tensor) -> None:
@@ -100,7 +98,6 @@ class ToCharacteristic:
                 return difference(characteristic(found, t), characteristic(real, t), self.amplitude)
 
             return distance
-        t = torch.randn(self.frequencies, real.shape[1], generator=rng, dtype=real.dtype)
-        t = to_device(t, real.device)
+        t = normal(self.frequencies, real.shape[1], rng=rng, like=real)
         target = characteristic(real, t)
         return lambda found: difference(characteristic(found, t), target, self.amplitude)

@@ -83,21 +83,30 @@ def only_writer(path: Path | str, what: str) -> Iterator[None]:
 
 
 def each_once(
-    items: Iterable[Item], lock_of: Callable[[Item], Path], work: Callable[[Item], None], what: Callable[[Item], str]
+    items: Iterable[Item],
+    lock_of: Callable[[Item], Path],
+    work: Callable[[Item], None],
+    what: Callable[[Item], str],
+    go_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Do ``work`` on each of the items that several processes share: first on those that no other has begun.
 
     Then it waits for each of the others, saying for ``what``, and does ``work`` on them, too, for their processes may
     have ended before they were done. So ``work`` leaves an item that is done as it is. It holds the lock of its item.
+    It ends before the first item at which ``go_on`` says no.
     """
     others = []
     for item in items:
+        if not go_on():
+            return
         with claim(lock_of(item)) as mine:
             if mine:
                 work(item)
             else:
                 others.append(item)
     for item in others:
+        if not go_on():
+            return
         with in_turn(lock_of(item), what(item)):
             work(item)
 

@@ -153,6 +153,18 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert {"Normal/synthetic_last.safetensors", "Normal/images_last.pt", "metrics.jsonl"} <= ours.keys()
 
 
+@QUICK_BUT_DC
+def test_a_run_that_had_no_time_goes_on_and_ends_the_same(finished, tmp_path, system, capfd):
+    argv = argv_of(system, tmp_path, time_limit=1e-9)
+    assert DOORS[system](argv) == 0
+    assert "time_limit: stopped after 1 of 4 iterations; --resume goes on" in capfd.readouterr().err
+    assert len(losses(tmp_path)) == 1 and last_of(tmp_path).metadata["iteration"] == 1
+    assert not (run_folder(tmp_path) / "finished.json").exists()
+    assert DOORS[system]([*argv, "--resume"]) == 0 and len(losses(tmp_path)) == 2
+    assert DOORS[system](argv_of(system, tmp_path, "--resume")) == 0
+    assert_same_run(tmp_path, finished[system])
+
+
 @pytest.mark.slow
 def test_the_same_command_in_another_process_and_folder_writes_the_same_bytes(finished, tmp_path):
     done = run_script("distill/DC.py", argv_of("DC", "runs"), tmp_path)

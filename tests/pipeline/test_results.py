@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from helpers import EXPERTS, assert_refused, command_line, contents, slow
 
 from pad import cli
 from pad.commands import rows
+from pad.commands.coreset import CoresetSettings, select_coreset
+from pad.config import RECIPE, parse, setting
+from pad.errors import InputError
 from pad.evaluation import Evaluation
 from pad.synthetic import SyntheticSet
 
@@ -286,6 +290,35 @@ def test_a_coreset_by_other_settings_is_replaced_only_when_told(images, made, tm
     refused(cli.coreset, argv, made, f"settings {key}: ", f"{value} in this command", "--out", "--overwrite")
     assert cli.coreset([*argv, "--overwrite"]) == 0
     assert SyntheticSet.load(made).metadata["settings"][key] == value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown(CoresetSettings):
+    """These settings of a version with one more."""
+
+    sharpness: int = setting(3, "one that came later", RECIPE, later=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling(CoresetSettings):
+    """And of one that always says it."""
+
+    sharpness: int = setting(3, "one that came later", RECIPE)
+
+
+@pytest.mark.parametrize("before", [CoresetSettings, Telling])
+def test_a_coreset_is_of_the_settings_that_tell_something(images, tmp_path, before):
+    """An old one goes for that of a version with one more setting, at its default, whether or not it says it."""
+    argv, path = coreset_args(images, tmp_path), set_in(tmp_path)
+    select_coreset(parse(before, argv, ""))
+    assert select_coreset(parse(Grown, argv, "")) == path
+    assert "sharpness" not in SyntheticSet.load(path).metadata["settings"]
+    with pytest.raises(InputError, match="sharpness: 3 in this set, 4 in this command"):
+        select_coreset(parse(Grown, [*argv, "--sharpness", "4"], ""))
+    select_coreset(parse(Grown, [*argv, "--sharpness", "4", "--overwrite"], ""))
+    assert SyntheticSet.load(path).metadata["settings"]["sharpness"] == 4
+    with pytest.raises(InputError, match="sharpness: 4 in this set, 3 in this command"):
+        select_coreset(parse(Grown, argv, ""))
 
 
 def test_a_coreset_by_another_ranking_or_other_experts_is_replaced_only_when_told(images, tmp_path, refused, capfd):
