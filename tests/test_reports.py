@@ -307,8 +307,8 @@ def test_published_values_stand_beside_those_measured(tmp_path):
 
 
 def test_curves_show_means_with_errors_and_below_what_was_published():
-    rows = summarise(beside(), "A", BESIDE.published)
-    above, right, below, _ = plot_curves(rows, BESIDE.points, BESIDE.x, BESIDE.published).axes
+    rows = summarise(beside(), "A", BESIDE)
+    above, right, added, _, below, _ = plot_curves(rows, BESIDE.points, BESIDE.x, BESIDE.published).axes
     assert [axes.get_title() for axes in (above, right, below)] == [
         "10 images per class",
         "50 images per class",
@@ -318,9 +318,22 @@ def test_curves_show_means_with_errors_and_below_what_was_published():
     assert bar.lines[0].get_xydata() == pytest.approx(np.array([[0, 42.0], [0.25, 32.5]]))
     ends = [segment[:, 1] for segment in bar.lines[2][0].get_segments()]
     assert np.array(ends) == pytest.approx(np.array([[40.0, 44.0], [30.0, 35.0]]))
+    [bar] = added.containers
+    assert bar.lines[0].get_xydata() == pytest.approx(np.array([[0.25, -9.5]]))
+    assert bar.lines[2][0].get_segments()[0][:, 1] == pytest.approx(np.array([-10.0, -9.0]))
     [line] = below.lines
     assert line.get_xydata() == pytest.approx(np.array([[0, 67.2], [0.25, 65.15]]))
     assert below.get_xlabel() == "share masked"
+
+
+def test_a_row_of_a_curve_is_compared_with_the_one_that_the_curve_begins_with():
+    some = outcomes(10, {"half": [[0.3], [0.5]], "none": [[0.4], [0.7]], "other": [[0.9], [0.8]]})
+    frame = Frame(points={("half", 10): ("TM", 0.5), ("none", 10): ("TM", 0.0), ("other", 10): ("DM", 0.0)})
+    rows = {row.method: row for row in summarise(some, "other", frame)}
+    assert rows["half"].difference == pytest.approx((-15, 5)) and rows["half"].reference == "none"
+    assert rows["none"].difference is None and rows["other"].difference is None
+    assert rows["half"].difference != summarise(some, "other")[0].difference
+    assert "minus none, by seed" in markdown(list(rows.values()))
 
 
 def test_a_mean_over_the_networks_stands_beside_the_published_one(several, tmp_path):

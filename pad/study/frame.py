@@ -23,6 +23,12 @@ class Frame:
     points: Mapping[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
     x: str = "x"
 
+    def begins(self, method: str, ipc: int) -> str | None:
+        """The row that the curve of a row begins with, at its smallest x; None for a row of no curve."""
+        curve, _ = self.points.get((method, ipc), (None, 0))
+        own = {row: x for (row, size), (name, x) in self.points.items() if (name, size) == (curve, ipc)}
+        return min(own, key=lambda row: own[row]) if own else None
+
 
 PLAIN = Frame()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from pad.study.published import Published
 from pad.study.rows import Row, in_words
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -40,37 +42,51 @@ def plot(rows: Sequence[Row]) -> Figure:
 def plot_curves(
     rows: Sequence[Row], points: Mapping[tuple[str, int], tuple[str, float]], label: str, published: Published
 ) -> Figure:
-    """Accuracy over x, a panel for each size: mean and standard error of each curve; below, what was published of it.
+    """Each curve over x, a panel for each size: accuracy, and below it what a row adds to the first of its curve.
+
+    Both are means with standard errors. At the bottom stands what was published of the accuracy.
 
     ``points``: by row and size, its curve and x. ``label``: what the x are.
     """
     shown = [row for row in rows if (row.method, row.ipc) in points]
     sizes = list(dict.fromkeys(row.ipc for row in shown))
     curves = list(dict.fromkeys(curve for curve, _ in points.values()))
+    compared = any(row.difference for row in shown)
     below = any(row.published is not None for row in shown)
-    figure = new_figure(4 * len(sizes) + 1.5, 3.4 * (1 + below))
-    panels = figure.subplots(1 + below, len(sizes), sharex=True, squeeze=False)
+    figure = new_figure(4 * len(sizes) + 1.5, 3.4 * (1 + compared + below))
+    panels = figure.subplots(1 + compared + below, len(sizes), sharex=True, squeeze=False)
     for column, ipc in enumerate(sizes):
         for curve, colour in zip(curves, itertools.cycle(COLOURS)):
             style = {"color": colour, "marker": "o", "markersize": 5, "label": short(curve, 24)}
             own = [(points[row.method, ipc][1], row) for row in shown if row.ipc == ipc]
             own = sorted((each for each in own if points[each[1].method, ipc][0] == curve), key=lambda each: each[0])
-            there = [(x, row.mean, row.error if len(row.values) > 1 else 0) for x, row in own if row.values]
-            panels[0, column].errorbar(*zip(*there) if there else ((), ()), capsize=3, **style)
+            _with_errors(panels[0, column], [(x, row.mean, row.error) for x, row in own if row.values], style)
+            if compared:
+                _with_errors(panels[1, column], [(x, *row.difference) for x, row in own if row.difference], style)
             known = [(x, row.published) for x, row in own if row.published is not None]
             if known:
-                panels[1, column].plot(*zip(*known), linestyle=":", **style)
+                panels[-1, column].plot(*zip(*known), linestyle=":", **style)
         panels[0, column].set_title(in_words(ipc), fontsize=10)
         if below:
-            panels[1, column].set_title(f"published: {in_words(published.size(ipc))}", fontsize=10)
+            panels[-1, column].set_title(f"published: {in_words(published.size(ipc))}", fontsize=10)
         panels[-1, column].set_xlabel(label, parse_math=False)
     for panel in panels.flat:
         panel.set_ylabel("test accuracy, %", fontsize=9)
         panel.grid(alpha=0.3)
+    if compared:
+        for panel in panels[1]:
+            panel.axhline(0, color=GREY, linewidth=1)
+            panel.set_ylabel("minus the curve's first, points", fontsize=9)
     legend = figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+def _with_errors(panel: Axes, found: Sequence[tuple[float, float, float]], style: Mapping) -> None:
+    """Draw points of x, y and the error of y, which may be unknown."""
+    columns = zip(*[(x, y, 0 if math.isnan(error) else error) for x, y, error in found]) if found else ((), (), ())
+    panel.errorbar(*columns, capsize=3, **style)
 
 
 def by_bits(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:

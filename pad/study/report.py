@@ -118,8 +118,11 @@ class Crossed:
         return _csv(lines)
 
 
-def summarise(outcomes: Sequence[Outcome], reference: str | None = None, published: Published = NOTHING) -> list[Row]:
-    """One row per method and size, by size and in the order of the outcomes."""
+def summarise(outcomes: Sequence[Outcome], reference: str | None = None, frame: Frame = PLAIN) -> list[Row]:
+    """One row per method and size, by size and in the order of the outcomes.
+
+    A row of a curve is compared with the one that the curve begins with, others with ``reference``.
+    """
 
     def values(method: str | None, ipc: int) -> dict[int, float]:
         return {o.seed: o.percent for o in outcomes if (o.method, o.ipc) == (method, ipc) and o.accuracies}
@@ -127,14 +130,15 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, publish
     rows = []
     for ipc, method in sorted({(o.ipc, o.method): None for o in outcomes}, key=lambda key: key[0]):
         own = [o for o in outcomes if (o.ipc, o.method) == (ipc, method)]
-        found, other = values(method, ipc), values(reference, ipc)
+        with_it = frame.begins(method, ipc) or reference
+        found, other = values(method, ipc), values(with_it, ipc)
         pairs = [found[seed] - other[seed] for seed in found if seed in other]
-        difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != reference else None
+        difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != with_it else None
         networks = max((len(o.accuracies) for o in own if o.accuracies), default=0)
         failed = [f"seed {o.seed}: {o.failed}" for o in own if o.failed]
-        paper, minus = published.of(method, ipc), None
-        if paper is not None and reference not in (None, method):
-            minus = published.of(str(reference), ipc)
+        paper, minus = frame.published.of(method, ipc), None
+        if paper is not None and with_it not in (None, method):
+            minus = frame.published.of(str(with_it), ipc)
         bits = [o.bits for o in own if o.bits is not None]
         rows.append(
             Row(
@@ -146,6 +150,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, publish
                 seconds=sum(o.seconds or 0 for o in own),
                 failed=failed,
                 difference=difference,
+                reference=with_it,
                 published=paper,
                 published_difference=None if paper is None or minus is None else paper - minus,
                 bits=statistics.mean(bits) if bits else None,
@@ -236,8 +241,8 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
     points, and ``bits.png`` where sets are there in several numbers of bits. ``reference``: a method that others are
     compared with.
     """
-    rows, tables = summarise(outcomes, reference, frame.published), crossed(outcomes, frame.published)
-    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()], frame)
+    rows, tables = summarise(outcomes, reference, frame), crossed(outcomes, frame.published)
+    text = markdown(rows, [part for table in tables.values() for part in table.markdown()], frame)
     write_text(folder / "results.md", text)
     write_text(folder / "results.csv", comma_separated(rows))
     for name in ("networks.csv", "rows.csv", "metrics.csv"):
@@ -256,12 +261,14 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
         (folder / "bits.png").unlink(missing_ok=True)
 
 
-def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = (), frame: Frame = PLAIN) -> str:
+def markdown(rows: Sequence[Row], more: Iterable[str] = (), frame: Frame = PLAIN) -> str:
     """What the report is of, a table for each size, best first, ``more`` parts, and what failed."""
-    compared = any(row.difference for row in rows)
+    references = list(dict.fromkeys(row.reference for row in rows if row.difference))
+    compared = bool(references)
     published = any(row.published is not None for row in rows)
     also = any(row.published_difference is not None for row in rows)
-    minus = [f"minus {_in_markdown(reference)}, by seed"] * compared + ["published difference"] * also
+    other = _in_markdown(references[0]) if len(references) == 1 else "the first of its curve"
+    minus = [f"minus {other}, by seed"] * compared + ["published difference"] * also
     more_columns = _more_columns(rows)
     head = ["method", *["published %"] * published, "accuracy %", "standard error", "n", *minus, "networks each"]
     head += [column.head for column in more_columns]

@@ -10,8 +10,8 @@ from pad.show.tables import standard_error
 class Row:
     """One method at one size: mean over the seeds, in %, and its standard error, that of independent seeds.
 
-    ``difference``: to the reference method, the mean over the seeds that both have, and its standard error. Published:
-    the accuracy, and its difference to the reference's, where they were.
+    ``difference``: to the method ``reference``, the mean over the seeds that both have, and its standard error.
+    Published: the accuracy, and its difference to the reference's, where they were.
     """
 
     method: str
@@ -22,6 +22,7 @@ class Row:
     seconds: float
     failed: list[str]
     difference: tuple[float, float] | None
+    reference: str | None = None
     published: float | None = None
     published_difference: float | None = None
     bits: float | None = None  # per class, the mean of the seeds', where it is known
