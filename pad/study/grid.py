@@ -17,6 +17,7 @@ from pad.config import (
     MODEL,
     PLACE,
     RECIPE,
+    REPORT,
     SEED,
     UNNAMED,
     Device,
@@ -33,7 +34,7 @@ from pad.errors import InputError
 from pad.store.files import slug
 from pad.store.identity import digest, nearest
 
-_KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates")
+_KEYS = ("out", "seeds", "ipc", "reference", "common", "buffers", "methods", "evaluation", "templates", "costs")
 _OWN = ("by", "buffer", "by_ipc")  # keys of a method that are not settings of its command
 _SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
 
@@ -55,6 +56,7 @@ class StudySettings(Settings):
     methods: str = setting("", "only these of the file's methods, as DC,DM", RECIPE)
     seeds: str = setting("", "only these seeds, as 0,1,2", SEED)
     ipc: str = setting("", "only these sizes, as 1,10", RECIPE)
+    costs: bool = setting(False, "report the seconds and the peak memory of distilling; default: the file's", REPORT)
 
     arguments = ("study",)
 
@@ -118,6 +120,7 @@ class Grid:
     buffers: Mapping
     methods: Mapping
     evaluation: Mapping
+    costs: bool
 
     @classmethod
     def read(cls, settings: StudySettings) -> "Grid":
@@ -143,14 +146,14 @@ class Grid:
             data["device"] = settings.device
         try:
             common = Common.resolve(data)
-            own = StudySettings.with_paths({"study": where, "out": content.get("out")}, base)
-            out = StudySettings.resolve(own | {"study": where}).out
+            own = StudySettings.with_paths({"out": content.get("out"), "costs": content.get("costs", False)}, base)
+            said = StudySettings.resolve(own | {"study": where})
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return cls(
             where=where,
             text=Path(where).read_text(encoding="utf-8", errors="replace"),
-            out=Path(settings.out or out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
+            out=Path(settings.out or said.out or checkout() / "runs" / "studies" / Path(where).stem).absolute(),
             seeds=_numbers(content.get("seeds", [0]), f"{where}: seeds", low=0),
             sizes=_numbers(content.get("ipc"), f"{where}: ipc", low=1),
             reference=reference,
@@ -159,6 +162,7 @@ class Grid:
             buffers=buffers,
             methods=methods,
             evaluation=evaluation,
+            costs=(settings if "costs" in settings.given else said).costs,
         )
 
     def cells(self) -> list[Cell]:

@@ -30,6 +30,7 @@ class Outcome:
     made: str | None = None  # the set's file, relative to the study's folder
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
+    distilling: Mapping[str, float | None] | None = None  # what making the set took (:func:`pad.store.run.costs`)
 
     @property
     def percent(self) -> float:
@@ -52,6 +53,7 @@ class Row:
     seconds: float
     failed: list[str]
     difference: tuple[float, float] | None
+    costs: tuple[float, float]  # of distilling: seconds, and peak memory in MB; means over the seeds, NaN where unknown
 
     @property
     def mean(self) -> float:
@@ -147,6 +149,8 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
         difference = (statistics.mean(pairs), standard_error(pairs)) if pairs and method != reference else None
         networks = max((len(o.accuracies) for o in own if o.accuracies), default=0)
         failed = [f"seed {o.seed}: {o.failed}" for o in own if o.failed]
+        spent = [[(o.distilling or {}).get(name) for o in own] for name in ("seconds", "peak_memory")]
+        seconds, peak = (_mean([each for each in every if each is not None]) for every in spent)
         rows.append(
             Row(
                 method=method,
@@ -157,6 +161,7 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None) -> list
                 seconds=sum(o.seconds or 0 for o in own),
                 failed=failed,
                 difference=difference,
+                costs=(seconds, peak / 1e6),
             )
         )
     return rows
@@ -203,16 +208,18 @@ def _entries(found: Iterable[tuple[Outcome, str, Mapping]], scale: float = 100) 
     return entries
 
 
-def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None) -> None:
+def write_report(
+    folder: Path, outcomes: Sequence[Outcome], reference: str | None = None, *, costs: bool = False
+) -> None:
     """Write ``results.md`` and ``results.csv``, print the tables, then draw ``results.png``, if that can be drawn.
 
     Where cells have several results, also what :func:`crossed` makes of them. ``reference``: a method that others are
-    compared with.
+    compared with. ``costs``: the table also says what distilling took.
     """
     rows, tables = summarise(outcomes, reference), crossed(outcomes)
-    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()])
+    text = markdown(rows, reference, [part for table in tables.values() for part in table.markdown()], costs=costs)
     write_text(folder / "results.md", text)
-    write_text(folder / "results.csv", comma_separated(rows))
+    write_text(folder / "results.csv", comma_separated(rows, costs=costs))
     for name in ("networks.csv", "rows.csv", "metrics.csv"):
         if name in tables:
             write_text(folder / name, tables[name].comma_separated())
@@ -223,11 +230,14 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
         draw_figure(folder / "results.png", plot, rows)
 
 
-def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = ()) -> str:
-    """A table for each size, best first, ``more`` parts, and what failed."""
+def markdown(
+    rows: Sequence[Row], reference: str | None = None, more: Iterable[str] = (), *, costs: bool = False
+) -> str:
+    """A table for each size, best first, ``more`` parts, and what failed. ``costs``: with those of distilling."""
     compared = any(row.difference for row in rows)
     minus = [f"minus {_in_markdown(reference)}, by seed"] * compared
-    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each"]
+    spent = ["seconds", "peak memory, MB"] * costs
+    head = ["method", "accuracy %", "standard error", "n", *minus, "networks each", *spent]
     parts = []
     for ipc in dict.fromkeys(row.ipc for row in rows):
         mine = sorted((row for row in rows if row.ipc == ipc), key=lambda row: -row.mean if row.values else 1)
@@ -237,7 +247,8 @@ def markdown(rows: Sequence[Row], reference: str | None = None, more: Iterable[s
             forms = zip(row.difference or (), ("+.2f", ".2f"))
             pair = [" ± ".join(_text(value, form, "-") for value, form in forms)] * compared
             n = str(len(row.values)) if len(row.values) == row.seeds else f"{len(row.values)} of {row.seeds}"
-            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks)])
+            spent = [_text(each, form, "-") for each, form in zip(row.costs, (".1f", ".0f"))] * costs
+            lines.append([_in_markdown(row.method), *figures, n, *pair, str(row.networks), *spent])
         parts += [f"## {_size(ipc)}", _table(head, lines)]
     parts += more
     failed = [f"- {_in_markdown(f'{row.method}, ipc {row.ipc}, {why}')}" for row in rows for why in row.failed]
@@ -261,13 +272,15 @@ def _in_markdown(text: object) -> str:
     return re.sub(rf"[\\`*<>&~$\[\]]|{at_an_edge}", r"\\\g<0>", " ".join(str(text).split()))
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """One line per method and size."""
+def comma_separated(rows: Sequence[Row], *, costs: bool = False) -> str:
+    """One line per method and size. ``costs``: with those of distilling."""
     lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
+    lines[0] += ["distilling_seconds", "peak_memory_mb"] * costs
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
         pair = [_text(value, ".4f") for value in row.difference] if row.difference else ["", ""]
         rest = [f"{row.seconds:.1f}", "; ".join(row.failed)]
+        rest += [_text(each, ".1f") for each in row.costs] * costs
         lines.append([row.method, str(row.ipc), *figures, str(len(row.values)), str(row.networks), *pair, *rest])
     return _csv(lines)
 
@@ -276,6 +289,10 @@ def _csv(lines: Sequence[Sequence[str]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.mean(values) if values else math.nan
 
 
 def _text(value: float, form: str, unknown: str = "") -> str:

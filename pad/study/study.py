@@ -23,6 +23,7 @@ from pad.errors import InputError, Stopped, is_of_memory
 from pad.show.pictures import save_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, slug, write_text
 from pad.store.locks import each_once, remove_leftovers
+from pad.store.run import costs
 from pad.streams import silence
 from pad.study.grid import Cell, Grid, StudySettings
 from pad.study.report import Outcome, write_report
@@ -54,7 +55,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     finally:  # an interrupted study shows what is there
         outcomes = [work.outcome(cell) for cell in cells]
         if any(outcome.accuracies or outcome.failed for outcome in outcomes):
-            write_report(grid.out, outcomes, grid.reference)
+            write_report(grid.out, outcomes, grid.reference, costs=grid.costs)
             if not (asked := grid.out / "asked.yaml").exists() or not asked.samefile(grid.where):
                 write_text(asked, f"# {settings.command(grid)}\n{grid.text}")
             _pictures(grid.out, outcomes)
@@ -110,6 +111,7 @@ class _Work:
             made=record.get("set"),
             results=record.get("results"),
             metrics=record.get("metrics"),
+            distilling=record.get("distilling"),
         )
 
     def obtain(self, cell: Cell) -> None:
@@ -125,6 +127,8 @@ class _Work:
             with silence():  # a line is said of it below
                 made, found = _run(cell, bench)
             accuracies = found["results"][0]["accuracies"]
+            if not isinstance(cell.distilling, CoresetSettings):
+                record["distilling"] = costs(made.parents[1], SyntheticSet.load(made).metadata["iteration"])
             record |= {"set": str(made.relative_to(self._grid.out)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
         except Stopped as stop:
