@@ -33,6 +33,7 @@ from pad.evaluation import Evaluation
 from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
 from pad.matching.gradient import GradientObjective
+from pad.matching.influence import InfluenceObjective
 from pad.matching.trajectory import TrajectoryObjective
 from pad.store.foreign import load_pt
 from pad.store.tensors import load_tensors
@@ -44,11 +45,13 @@ RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eva
 RUN |= {"eval_it": 2, "checkpoint_every": 1}
 OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}, "TGDD": {"lr_img": 1}}
 OWN |= {"NCFM": {"frequencies": 160, "sampling_net": True}}
+OWN |= {"InfMatch": {"max_start_epoch": 3, "current_max_start_epoch": 2, "expansion_end_epoch": 2}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions, "TGDD": cli.match_along_trajectories}
-DOORS |= {"NCFM": cli.match_characteristics}
-FOLLOWING = {"TGDD", "NCFM"}  # experts, for whose buffer see recorded
+DOORS |= {"NCFM": cli.match_characteristics, "InfMatch": cli.match_influence}
+FOLLOWING = {"TGDD", "NCFM", "InfMatch"}  # experts, for whose buffer see recorded
 QUICK_BUT_DC = pytest.mark.parametrize("system", [slow("DC"), *(system for system in DOORS if system != "DC")])
 OBJECTIVES = {system: (DistributionObjective, "gradients") for system in DOORS} | {"DC": (GradientObjective, "steps")}
+OBJECTIVES |= {"InfMatch": (InfluenceObjective, "gradients")}
 
 
 def argv_of(system: str, runs: Path | str, *more: str, **settings) -> list[str]:
@@ -134,12 +137,14 @@ def test_a_name_that_is_not_utf8_is_no_runs(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("system", DOORS)
-def test_a_run_moves_the_images_and_nothing_else(finished, system):
+def test_a_run_moves_the_images_and_labels_that_are_learned(finished, system):
     folder, last = run_folder(finished[system]), last_of(finished[system])
     first = SyntheticSet.load(folder / "Normal" / "synthetic_0.safetensors")
     assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
     assert not torch.equal(last.images, first.images)
-    assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() == pytest.approx(0.01)
+    assert last.lr.item() == pytest.approx(0.01)
+    stay = hard_logits(torch.arange(10), 10) if system != "InfMatch" else first.labels
+    assert torch.equal(last.labels, stay) == (system != "InfMatch")
     assert len(losses(finished[system])) == 4 and all(loss > 0 for loss in losses(finished[system]))
     assert "ranking" not in last.metadata["provenance"]
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -214,6 +219,13 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
         slow("NCFM", ["--amplitude", "0.9"]),
         slow("NCFM", ["--ce_weight", "0"]),
         slow("NCFM", ["--decay_img", "100"]),
+        ("InfMatch", ["--match_to", "0.5"]),
+        ("InfMatch", ["--labels", "hard"]),
+        slow("InfMatch", ["--checkpoints", "1"]),
+        slow("InfMatch", ["--lr_y", "100"]),
+        slow("InfMatch", ["--pix_init", "noise"]),
+        slow("InfMatch", ["--factor", "2"]),
+        slow("InfMatch", ["--min_start_epoch", "1"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -278,6 +290,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         slow("TGDD", ["--stage_epochs", "2"], "stage_epochs: 7 in the run, 2 in the config"),
         ("NCFM", ["--optimiser", "sgd"], "optimiser: adamw in the run, sgd in the config"),
         slow("NCFM", ["--frequencies", "161"], "frequencies: 160 in the run, 161 in the config"),
+        ("InfMatch", ["--checkpoints", "1"], "checkpoints: 2 in the run, 1 in the config"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
