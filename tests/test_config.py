@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pad import cli
 from pad.commands.coreset import CoresetSettings
 from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
-from pad.commands.influence import InfluenceSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
+from pad.commands.influence import InfluenceSettings
 from pad.commands.rank import ScoreSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
