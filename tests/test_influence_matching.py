@@ -255,11 +255,14 @@ def test_ranks_give_what_one_gives(stores):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="needs a compiler")
 def test_kernels_give_the_same(stores):
+    """Up to rounding, but where it switches a ReLU: in most of three iterations."""
     name = NETWORKS[0]
-    ways = [objective(name, stores[name], SIAMESE, compile=way) for way in ("fused", "off")]
-    assert ways[0].model.compile == "fused"
-    exact = ways[1].gradients(IT, IMAGES, LABELS, LR)
-    found, other = (way.gradients(IT, IMAGES.float(), LABELS.float(), LR.float()) for way in ways)
-    for which in ("images", "labels"):
-        errors = [(getattr(each, which) - getattr(exact, which)).norm() for each in (found, other)]
-        assert errors[0] < 5 * errors[1] < 0.02 * getattr(exact, which).norm()
+    kernels, autograd = (objective(name, stores[name], SIAMESE, compile=way) for way in ("fused", "off"))
+    assert kernels.model.compile == "fused"
+    errors = []
+    for it in (3, 4, 6):
+        exact = autograd.gradients(it, IMAGES, LABELS, LR)
+        found = kernels.gradients(it, IMAGES.float(), LABELS.float(), LR.float())
+        pairs = (found.images, exact.images), (found.labels, exact.labels)
+        errors.append(max(((ours - other).norm() / other.norm()).item() for ours, other in pairs))
+    assert sorted(errors)[1] < 1e-5
