@@ -48,6 +48,7 @@ OWN |= {"NCFM": {"frequencies": 160, "sampling_net": True}}
 OWN |= {"InfMatch": {"max_start_epoch": 3, "current_max_start_epoch": 2, "expansion_end_epoch": 2}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions, "TGDD": cli.match_along_trajectories}
 DOORS |= {"NCFM": cli.match_characteristics, "InfMatch": cli.match_influence}
+SOFT = {"InfMatch"}  # labels, which are learned
 FOLLOWING = {"TGDD", "NCFM", "InfMatch"}  # experts, for whose buffer see recorded
 QUICK_BUT_DC = pytest.mark.parametrize("system", [slow("DC"), *(system for system in DOORS if system != "DC")])
 OBJECTIVES = {system: (DistributionObjective, "gradients") for system in DOORS} | {"DC": (GradientObjective, "steps")}
@@ -64,6 +65,11 @@ def run_folder(runs: Path) -> Path:
 
 def last_of(runs: Path) -> SyntheticSet:
     return SyntheticSet.load(run_folder(runs) / "Normal" / "synthetic_last.safetensors")
+
+
+def rows_of(system: str) -> list[str]:
+    """What stage 3 compares."""
+    return ["synthetic", *["synthetic, hard labels"] * (system in SOFT), "random real, hard labels"]
 
 
 def losses(runs: Path) -> list[float]:
@@ -143,8 +149,8 @@ def test_a_run_moves_the_images_and_labels_that_are_learned(finished, system):
     assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
     assert not torch.equal(last.images, first.images)
     assert last.lr.item() == pytest.approx(0.01)
-    stay = hard_logits(torch.arange(10), 10) if system != "InfMatch" else first.labels
-    assert torch.equal(last.labels, stay) == (system != "InfMatch")
+    assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) == (system not in SOFT)
+    assert torch.equal(last.labels, first.labels) == (system not in SOFT)
     assert len(losses(finished[system])) == 4 and all(loss > 0 for loss in losses(finished[system]))
     assert "ranking" not in last.metadata["provenance"]
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -384,7 +390,7 @@ def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path
     last, first = (SyntheticSet.load(folder / "Normal" / f"synthetic_{tag}.safetensors") for tag in ("last", 0))
     assert last.factor == 2 and len(last.stored) == 10 and len(last.images) == len(last.labels) == 40
     assert torch.equal(last.images, decoded(last.stored, 2, 10)) and not torch.equal(last.stored, first.stored)
-    assert torch.equal(last.labels, hard_logits(torch.arange(10).repeat_interleave(4), 10))
+    assert torch.equal(last.labels, hard_logits(torch.arange(10).repeat_interleave(4), 10)) == (system not in SOFT)
     assert torch.equal(load_pt(folder / "Normal" / "images_last.pt"), last.images)
     assert load_tensors(folder / "checkpoint.safetensors")[0]["images"].shape == (10, 1, 28, 28)
     assert (folder / "pictures" / "before_after_000004.png").exists()
@@ -411,7 +417,7 @@ def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path
     assert cli.evaluate(command_line(**asked)) == 0
     results = json.loads(out.read_text())
     assert sizes == {(40, 40)} and results["ipc"] == 4 and results["synthetic"]["factor"] == 2
-    assert [row["set"] for row in results["results"]] == ["synthetic", "random real, hard labels"]
+    assert [row["set"] for row in results["results"]] == rows_of(system)
     assert "4 images per class, decoded from 1 stored, accuracy on" in capfd.readouterr().out
 
 
@@ -486,7 +492,7 @@ def test_the_third_stage_scores_the_set(finished, tmp_path, system):
     asked = {"synthetic": run_folder(finished[system]), "num_eval": 2, "epoch_eval_train": 1, "out": out}
     assert cli.evaluate(command_line(**asked)) == 0
     rows = json.loads(out.read_text())["results"]
-    assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
+    assert [row["set"] for row in rows] == rows_of(system)
     assert all(row["network"] == MODEL and row["n"] == 2 and 0 <= row["mean"] <= 1 for row in rows)
 
 
