@@ -101,6 +101,7 @@ match_gradients: Callable[..., int] = partial(door, "DC")  # pad-dc, distill/DC.
 match_distributions: Callable[..., int] = partial(door, "DM")  # pad-dm, distill/DM.py
 match_along_trajectories: Callable[..., int] = partial(door, "TGDD")  # pad-tgdd, distill/TGDD.py
 match_characteristics: Callable[..., int] = partial(door, "NCFM")  # pad-ncfm, distill/NCFM.py
+match_influence: Callable[..., int] = partial(door, "InfMatch")  # pad-infmatch, distill/InfMatch.py
 evaluate: Callable[..., int] = partial(door, "evaluate")  # pad-evaluate, distill/evaluation.py
 score: Callable[..., int] = partial(door, "score")  # pad-score, scripts/score_difficulty.py
 coreset: Callable[..., int] = partial(door, "coreset")  # pad-coreset, scripts/select_coreset.py

@@ -19,6 +19,7 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import Stopped
 from pad.limit import TimeLimit
 from pad.matching.objective import Gradients, Objective
+from pad.peak import measure_peak
 from pad.show.figures import draw_figure
 from pad.show.layers import plot_layers
 from pad.show.pictures import before_after, image_grid, unless_it_fails
@@ -87,6 +88,7 @@ class Distiller:
         self._out_of_time = False
         self._saved = -1  # the iteration that the checkpoint goes on with
         self._at_once = False  # a signal need not wait
+        self._peak = measure_peak(self.state.images.device)
 
     @property
     def checkpoint(self) -> Path:
@@ -273,6 +275,7 @@ class Distiller:
 
     def _checkpoint(self) -> None:
         if self.ranks.is_main and self._saved != self.state.iteration:
+            self.run.record_peak(self.state.iteration, self._peak())
             self.state.save(self.checkpoint, processes=self.ranks.size, identity=self.identity)
         self._saved = self.state.iteration
 

@@ -18,6 +18,7 @@ from pad.commands.coreset import CoresetSettings
 from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
+from pad.commands.influence import InfluenceSettings
 from pad.commands.rank import ScoreSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
@@ -33,6 +34,7 @@ STAGES = (
     DMSettings,
     TGDDSettings,
     NCFMSettings,
+    InfluenceSettings,
     EvaluationSettings,
     ScoreSettings,
     CoresetSettings,
@@ -721,6 +723,8 @@ RANGES = [  # a value that is just in, and one that is just out
     (TGDDSettings, "stage_epochs", "1", "0"),
     (TGDDSettings, "ce_weight", "0", "-0.1"),
     (TGDDSettings, "max_start_epoch", "1", "0"),
+    (InfluenceSettings, "checkpoints", "1", "0"),
+    (InfluenceSettings, "labels", "hard", "smooth"),
     (NCFMSettings, "frequencies", "1", "0"),
     (NCFMSettings, "amplitude", "1", "1.1"),
     (NCFMSettings, "amplitude", "0", "-0.1"),
@@ -884,6 +888,7 @@ def test_settings_that_do_not_go_together(cls, argv, named):
 
 FRONT_DOORS = {DistillSettings: cli.distill, DCSettings: cli.match_gradients, DMSettings: cli.match_distributions}
 FRONT_DOORS |= {TGDDSettings: cli.match_along_trajectories, NCFMSettings: cli.match_characteristics}
+FRONT_DOORS |= {InfluenceSettings: cli.match_influence}
 REFUSED = [(cls, key) for cls in FRONT_DOORS for key in cls.refused]
 
 

@@ -10,6 +10,7 @@ from helpers import CHECKOUT
 from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings
 from pad.commands.gradient import DCSettings
+from pad.commands.influence import InfluenceSettings
 from pad.commands.record import BufferSettings
 from pad.commands.trajectory import DistillSettings
 from pad.config import parse
@@ -281,6 +282,7 @@ def command_of(method: str) -> tuple[str, type]:
     kind = method.split("-")[0]
     others = {"DC": ("DC", DCSettings), "DSA": ("DC", DCSettings), "DM": ("DM", DMSettings)}
     others |= {"TGDD": ("TGDD", TGDDSettings), "NCFM": ("NCFM", NCFMSettings)}
+    others |= {"InfMatch": ("InfMatch", InfluenceSettings)}
     return others.get(kind, ("PAD", DistillSettings))
 
 
@@ -326,9 +328,31 @@ def differences(ipc: int, method: str) -> dict:
 # ---- the files
 
 
+WINDOW = "Sequential_Generation min_start_epoch current_max_start_epoch max_start_epoch expansion_end_epoch".split()
+
+
 def test_the_folder_holds_these_files_and_no_others():
     expected = {f"{method}-IPC{ipc}" for method, ipc in FACTS} | {f"buffer-{name}" for name in BUFFERS}
+    expected |= {f"InfMatch-IPC{ipc}" for ipc in IPCS}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected | along_features("CIFAR-10")
+
+
+@pytest.mark.parametrize("ipc", IPCS)
+def test_files_of_influence_matching_have_what_was_found_and_the_window_of_datm(ipc, caplog):
+    script, cls = command_of("InfMatch")
+    found, datm = settings_of(file_of("InfMatch", ipc), cls), settings_of(file_of("DATM", ipc), DistillSettings)
+    facts = {"lr_img": 50, "lr_y": 7, "Momentum_y": 0.9, "labels": "soft", "pix_init": "real", "ipc": ipc}
+    assert {key: getattr(found, key) for key in facts} == facts
+    assert all(getattr(found, key) == getattr(datm, key) for key in WINDOW)
+    ours = {"zca", "dsa", "Iteration", "batch_real", "checkpoints", "num_eval", "eval_it", *WINDOW}
+    unused = {"current_max_start_epoch", "expansion_end_epoch"} if ipc == 1 else set()
+    assert marked(file_of("InfMatch", ipc)) == ours - unused
+    first, second, third = commands_in(file_of("InfMatch", ipc))
+    assert first == "python buffer/buffer_CL.py --cfg configs/CIFAR-10/buffer-GSAM.yaml"
+    assert second == f"python distill/{script}.py --cfg configs/CIFAR-10/InfMatch-IPC{ipc}.yaml"
+    score = parse(EvaluationSettings, third.split()[2:], "test")
+    assert Path(score.synthetic).parts[1:5] == ("CIFAR10", str(ipc), "ConvNet", found.name)
+    assert found.buffer_path == datm.buffer_path and not caplog.records
 
 
 @pytest.mark.parametrize(("method", "ipc"), CASES)

@@ -95,6 +95,18 @@ def test_the_csv_holds_the_table():
         assert float(line["standard_error"]) == pytest.approx(row.error, abs=1e-4)
 
 
+def test_costs_are_means_over_the_seeds_that_have_them():
+    spent = [{"seconds": 2.0, "peak_memory": 3e6}, None, {"seconds": 5.0, "peak_memory": None}]
+    every = [Outcome("A", 1, seed, [0.5], distilling=each) for seed, each in enumerate(spent)]
+    rows = summarise([*every, Outcome("B", 1, 0, [0.4])])
+    plain, *lines = csv.DictReader(io.StringIO(comma_separated(rows, Frame(costs=True))))
+    assert (plain["distilling_seconds"], plain["peak_memory_mb"]) == ("3.5", "3")
+    assert (lines[0]["distilling_seconds"], lines[0]["peak_memory_mb"]) == ("", "")
+    text = markdown(rows, frame=Frame(costs=True))
+    assert "| A | 50.00 | 0.00 | 3 | 1 | 3.5 | 3 |" in text and "| B | 40.00 | - | 1 | 1 | - | - |" in text
+    assert "3.5" not in markdown(rows) + comma_separated(rows)
+
+
 def test_the_plot_shows_every_mean_with_its_error():
     rows = summarise([*outcomes(1), *outcomes(10)])
     panels = plot(rows).axes

@@ -21,23 +21,25 @@ NETWORKS = ("ConvNetD3W8", "ConvNetD2W8BN")
 EPOCHS = 4
 
 
+def wanderers(folder, name):
+    """Two experts, 1 and 4, that move at random."""
+    module = network(name, 0)
+    named = [(key, parameter.shape) for key, parameter in module.named_parameters()]
+    rng = torch.Generator().manual_seed(0)
+    for expert in (1, 4):
+        description = describe({"dataset": "toy"}, name, named, {"kind": "none"})
+        with write_expert(folder, expert, description, epochs=EPOCHS, seed=0, settings={}) as record:
+            theta = torch.nn.utils.parameters_to_vector(module.parameters())
+            for _ in range(EPOCHS + 1):
+                record(theta)
+                theta = theta + 0.1 * torch.randn(len(theta), generator=rng)
+    return TrajectoryStore.open(folder)
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """By network: two experts that move at random."""
-    found = {}
-    for name in NETWORKS:
-        folder, module = tmp_path_factory.mktemp(name), network(name, 0)
-        named = [(key, parameter.shape) for key, parameter in module.named_parameters()]
-        rng = torch.Generator().manual_seed(0)
-        for expert in (1, 4):
-            description = describe({"dataset": "toy"}, name, named, {"kind": "none"})
-            with write_expert(folder, expert, description, epochs=EPOCHS, seed=0, settings={}) as record:
-                theta = torch.nn.utils.parameters_to_vector(module.parameters())
-                for _ in range(EPOCHS + 1):
-                    record(theta)
-                    theta = theta + 0.1 * torch.randn(len(theta), generator=rng)
-        found[name] = TrajectoryStore.open(folder)
-    return found
+    """By network."""
+    return {name: wanderers(tmp_path_factory.mktemp(name), name) for name in NETWORKS}
 
 
 def stages(store, last=EPOCHS, length=3, **changes):

@@ -16,7 +16,7 @@ from pad.show.pictures import before_after, image_grid, save_grid
 from pad.show.tables import result_table
 from pad.store import run as tracking
 from pad.store.files import save_picture
-from pad.store.run import Place, Run, append_line, finished_iterations, run_folder, run_state
+from pad.store.run import Place, Run, append_line, costs, finished_iterations, run_folder, run_state
 
 SETTINGS = {"dataset": "CIFAR10", "ipc": 10, "lr_lr": 1e-5, "threshold": math.inf, "epochs": 50, "rho": [0.1, 0.2]}
 
@@ -161,6 +161,25 @@ def test_metrics_are_one_sorted_json_object_per_event(tmp_path):
         '{"accuracy": 0.5, "event": "evaluate", "iteration": 3, "network": "ConvNet"}\n'
     )
     assert json.loads((tmp_path / "timing.jsonl").read_text()) == {"event": "step", "iteration": 3, "seconds": 1.234568}
+
+
+def test_costs_are_over_all_sessions_of_what_is_in_the_end(tmp_path):
+    """Of an iteration that was done twice the second time; a line that a kill has torn says nothing."""
+    with start(tmp_path, SETTINGS) as run:
+        for it, seconds in enumerate((1.0, 2.0, 4.0)):
+            run.record_time("match", it, seconds)
+        run.record_time("evaluation", 3, 100)
+        run.record_peak(3, 5000)
+        run.record_time("match", 3, 50)
+    with open(tmp_path / "timing.jsonl", "a") as handle:
+        handle.write('{"event": "ma')
+    with start(tmp_path, SETTINGS, resume=True) as run:
+        run.record_time("match", 2, 1000)  # joined to the torn line
+        run.record_time("match", 3, 8)
+        run.record_peak(4, 4000)
+        run.record_peak(4, None)
+        run.record_time("match", 4, 50)  # undone, and not done again
+    assert costs(tmp_path, 4) == {"seconds": 15, "iterations": 4, "peak_memory": 5000}
 
 
 def events_of(run, iterations):

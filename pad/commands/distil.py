@@ -27,7 +27,7 @@ from pad.distiller import Distiller, Schedule
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.evaluation import Case
-from pad.initialisation import INITIAL_IMAGES, Experts, from_set, initial_set
+from pad.initialisation import INITIAL_IMAGES, Experts, WeakExperts, from_set, initial_set
 from pad.limit import TimeLimit
 from pad.matching.formation import MultiFormation
 from pad.matching.levels import OnLevels
@@ -309,12 +309,11 @@ def first_set(
     """
     if pix_init in INITIAL_IMAGES:
         real = bench.images, bench.labels, bench.data.num_classes
-        found = bench.ranks.on_main(
-            lambda: initial_set(
-                pix_init, *real, settings.ipc, experts, seed=settings.seed, factor=settings.factor, **labels
-            )
-        )
-        return *found, {}
+        how = {"seed": settings.seed, "factor": settings.factor, **labels}
+        try:
+            return *bench.ranks.on_main(lambda: initial_set(pix_init, *real, settings.ipc, experts, **how)), {}
+        except WeakExperts as error:
+            raise InputError(f"{error}; train them longer, or use pix_init: real") from None
     start = _start(pix_init, bench)
     how = {"seed": settings.seed, "device": bench.device, "hard": labels.get("hard", False), "factor": settings.factor}
     return *bench.ranks.on_main(lambda: from_set(start, settings.ipc, experts, **how)), {"start": start.digest}

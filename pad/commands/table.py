@@ -13,6 +13,7 @@ from pad.commands.distil import distill
 from pad.commands.distribution import DMSettings, NCFMSettings, TGDDSettings
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.gradient import DCSettings
+from pad.commands.influence import InfluenceSettings
 from pad.commands.published import (
     ConvexifySettings,
     ExportSettings,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "DM": Command("DM.py", DMSettings, distill, resumes=True),
     "TGDD": Command("TGDD.py", TGDDSettings, distill, resumes=True),
     "NCFM": Command("NCFM.py", NCFMSettings, distill, resumes=True),
+    "InfMatch": Command("InfMatch.py", InfluenceSettings, distill, resumes=True),
     "evaluate": Command("evaluation.py", EvaluationSettings, evaluate),
     "score": Command("score_difficulty.py", ScoreSettings, score_difficulty),
     "coreset": Command("select_coreset.py", CoresetSettings, select_coreset),

@@ -16,7 +16,7 @@ from pad.commands.following import FromEpochs
 from pad.config import DATA, DETAIL, RECIPE, REPORT, FilePath, NetworkName, setting
 from pad.data.augment import NoAugmentation
 from pad.errors import InputError
-from pad.initialisation import INITIAL_IMAGES, WeakExperts, refuse_small_classes
+from pad.initialisation import INITIAL_IMAGES, refuse_small_classes
 from pad.matching.trajectory import TrajectoryObjective
 from pad.nn.flat import FlatModel
 from pad.nn.replay import replay_on
@@ -149,12 +149,9 @@ class DistillSettings(OfDepth, FromEpochs):
         else:
             labellers = experts_at(store, model, experts, self.Label_Model_Timestamp, bench.device)
         store.refuse_other(bench.describe(self.model, model))
-        try:
-            images, labels, begun_with = first_set(
-                self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
-            )
-        except WeakExperts as error:
-            raise InputError(f"{error}; train them longer, or use pix_init: real") from None
+        images, labels, begun_with = first_set(
+            self, bench, self.pix_init, labellers, noise_logit=self.noise_logit, hard=self.labels == "hard"
+        )
         batch_syn = min(self.batch_syn or len(labels), len(labels))  # of decoded images, as labels are
         if (self.batch_syn or 0) > len(labels):
             log.info(

@@ -8,6 +8,7 @@ Times below are those of docs/BENCHMARKS.md: a ConvNet of width 128, two cores.
 """
 
 import copy
+import inspect
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
 from pad.errors import is_of_memory
 from pad.nn.fused import FusedConvNet
@@ -242,6 +244,47 @@ class Fused(Eager):
         slope = -(p * (along - (logits.softmax(dim=1) * along).sum(dim=1, keepdim=True))).sum()
         h_theta, h_x, h_p = torch.autograd.grad(slope, (theta, x, p))
         return slope.detach(), h_theta, h_x, h_p
+
+
+class _PlainNorms(TorchFunctionMode):
+    """Computes BatchNorm, of the batch's statistics, and LayerNorm by operations that have all derivatives.
+
+    Of torch's own for them BatchNorm's has no third derivative, and LayerNorm's a wrong one (torch 2.14).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (F.batch_norm, F.layer_norm):
+            return func(*args, **kwargs)
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        x = given["input"]
+        first = x.dim() - len(given["normalized_shape"]) if func is F.layer_norm else 2
+        dims = [i for i in range(x.dim()) if i >= first or (func is F.batch_norm and i == 0)]
+        y = x - x.mean(dim=dims, keepdim=True)
+        y = y / (y.square().mean(dim=dims, keepdim=True) + given.get("eps", 1e-5)).sqrt()
+        shape = x.shape[first:] if func is F.layer_norm else (-1, *[1] * (x.dim() - 2))
+        weight, bias = (given.get(name) for name in ("weight", "bias"))
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
+
+
+@torch.enable_grad()
+def third(
+    f: FlatFunction, theta: Tensor, x: Tensor, p: Tensor, directions: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of the loss's second derivative in theta along two ``directions [P]``, the gradient in x and p.
+
+    By autograd, backwards three times. Memory: the activations of the forward pass and of two passes backwards. Raises
+    RuntimeError for a network with an operation that has no third derivative.
+    """
+    first, second = directions
+    theta, x, p = (tensor.detach().requires_grad_() for tensor in (theta, x, p))
+    with _PlainNorms():
+        loss = _loss(f, theta, x, p)
+    slope = torch.autograd.grad(loss, theta, create_graph=True)[0] @ first
+    along = torch.autograd.grad(slope, theta, create_graph=True)[0] @ second
+    t_x, t_p = torch.autograd.grad(along, (x, p))
+    return t_x, t_p
 
 
 def choose(word: str, f: FlatFunction) -> Derivatives:

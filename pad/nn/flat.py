@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pad.data.placement import Images
 from pad.errors import InputError
-from pad.nn.derivatives import Derivatives, Eager, Hvp, choose, contains
+from pad.nn.derivatives import Derivatives, Eager, Hvp, choose, contains, third
 from pad.nn.foreign import Foreign, flat_problem
 
 
@@ -82,6 +82,16 @@ class FlatModel:
             return slope, h_theta, h_x, h_p / n
         slopes, h_thetas, h_xs, h_ps = zip(*parts)
         return sum(slopes), sum(h_thetas), torch.cat(h_xs), torch.cat(h_ps) / n
+
+    def third(self, theta: Tensor, x: Tensor, p: Tensor, along: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`hvp`'s gradients in x ``[B, C, H, W]`` and p ``[B, K]`` change by as theta moves ``along [P]``.
+
+        By autograd alone: no other way to compute derivatives can be differentiated so often.
+        """
+        n = len(x)
+        parts = [third(self, theta, *piece, (along, lam)) for piece in self._pieces(x, p / n)]
+        t_xs, t_ps = zip(*parts)
+        return torch.cat(t_xs), torch.cat(t_ps) / n
 
     def running(self, theta: Tensor) -> "FlatModel":
         """This network with BatchNorm's running statistics, mean 0 and variance 1 at first, where ``theta [P]`` is.

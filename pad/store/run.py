@@ -65,6 +65,25 @@ def finished_iterations(folder: Path | str) -> int:
         return 0
 
 
+def costs(folder: Path | str, iterations: int) -> dict:
+    """What a run's first ``iterations`` took, which its set is made by.
+
+    seconds: of them alone, without evaluations; one that a kill undid counts as it was done again. peak_memory: bytes,
+    over all sessions (:func:`pad.peak.measure_peak`); None where it is not known.
+    """
+    seconds: dict[int, float] = {}
+    peaks: list[int] = []
+    for line in (Path(folder) / "timing.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # torn by a kill
+            entry = json.loads(line)
+            if entry["event"] == "match":
+                seconds[entry["iteration"]] = entry["seconds"]
+            elif entry["event"] == "peak":
+                peaks.append(entry["bytes"])
+    spent = sum(seconds[it] for it in seconds if it < iterations)
+    return {"seconds": round(spent, 3), "iterations": iterations, "peak_memory": max(peaks, default=None)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a run is to be, and what becomes of one that is there.
@@ -119,8 +138,8 @@ class Run:
     """One run's folder; make one with :meth:`start`, use it in a ``with`` block or call :meth:`close`.
 
     config.yaml: the resolved settings. metrics.jsonl: one JSON object per event, keys sorted, the same for two runs
-    of the same command. timing.jsonl: what depends on the clock. Normal/: artifacts, at the published place.
-    pictures/: PNG. finished.json: the summary, there once the run is done.
+    of the same command. timing.jsonl: what depends on the clock and the machine. Normal/: artifacts, at the published
+    place. pictures/: PNG. finished.json: the summary, there once the run is done.
     """
 
     def __init__(self, folder: Path, tracker: Tracker):
@@ -171,6 +190,11 @@ class Run:
     def record_time(self, event: str, iteration: int, seconds: float) -> None:
         """Append how long something took to timing.jsonl."""
         self._append("timing.jsonl", {"event": event, "iteration": iteration, "seconds": round(seconds, 6)})
+
+    def record_peak(self, iteration: int, peak: int | None) -> None:
+        """Append to timing.jsonl the most memory that the session took up to ``iteration``, in bytes, if known."""
+        if peak is not None:
+            self._append("timing.jsonl", {"event": "peak", "iteration": iteration, "bytes": peak})
 
     def _append(self, name: str, entry: dict) -> None:
         append_line(self.folder / name, json.dumps(entry, sort_keys=True, allow_nan=False) + "\n")
@@ -254,7 +278,7 @@ class Follower(Run):
 
     def _nothing(self, *_, **__) -> None: ...
 
-    record = record_time = truncate_metrics = save_picture = finish = _nothing
+    record = record_time = record_peak = truncate_metrics = save_picture = finish = _nothing
 
 
 def _plain(value, finite: bool = False):

@@ -14,7 +14,7 @@ class Frame:
     """What a report says around what came out.
 
     heading, note: its first lines, in a report with published values or of a scale. points: curve and x, by row and
-    size. x: what the points' x are.
+    size. x: what the points' x are. costs: whether the report says what distilling took.
     """
 
     heading: str = ""
@@ -22,6 +22,7 @@ class Frame:
     published: Published = NOTHING
     points: Mapping[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
     x: str = "x"
+    costs: bool = False
 
     def begins(self, method: str, ipc: int) -> str | None:
         """The row that the curve of a row begins with, at its smallest x; None for a row of no curve."""
@@ -37,7 +38,7 @@ def frame_of(grid: Grid) -> Frame:
     """The frame of a study's report. Raises InputError for published values or points that are none."""
     published = _published(grid)
     heading = _heading(grid) if grid.scale or published.rows else ""
-    return Frame(heading=heading, note=grid.note, published=published, points=_points(grid), x=grid.x)
+    return Frame(heading=heading, note=grid.note, published=published, points=_points(grid), x=grid.x, costs=grid.costs)
 
 
 def _heading(grid: Grid) -> str:

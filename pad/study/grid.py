@@ -21,6 +21,7 @@ from pad.config import (
     MODEL,
     PLACE,
     RECIPE,
+    REPORT,
     SEED,
     UNNAMED,
     Device,
@@ -41,7 +42,7 @@ from pad.study.scales import at_scale, from_base
 FIGURES = ("layers", "sets")
 
 _PARTS = ("common", "bases", "buffers", "methods", "evaluation", "stands_for")
-_KEYS = ("scales", "out", "store", "seeds", "ipc", "reference", "note", "x", "figures", "templates", *_PARTS)
+_KEYS = ("scales", "out", "store", "seeds", "ipc", "reference", "note", "x", "figures", "costs", "templates", *_PARTS)
 _OWN = ("by", "buffer", "published", "curve", "x")  # keys of a method that are not settings of its command
 _SCORED = {"synthetic": ".", "baselines": "none"}  # the set is named when it is there
 
@@ -67,6 +68,7 @@ class StudySettings(Settings):
     methods: str = setting("", "only these of the file's methods, as DC,DM", RECIPE)
     seeds: str = setting("", "only these seeds, as 0,1,2", SEED)
     ipc: str = setting("", "only these sizes, as 1,10", RECIPE)
+    costs: bool = setting(False, "report the seconds and the peak memory of distilling; default: the file's", REPORT)
 
     arguments = ("study",)
 
@@ -138,6 +140,7 @@ class Grid:
     note: str  # below the first line of the report
     x: str  # what the rows' x are
     figures: list[str]
+    costs: bool  # whether the report says what distilling took
 
     @classmethod
     def read(cls, settings: StudySettings) -> "Grid":
@@ -169,8 +172,8 @@ class Grid:
             data["device"] = settings.device
         try:
             common = Common.resolve(data)
-            places = {key: content.get(key) for key in ("out", "store")}
-            own = StudySettings.resolve(StudySettings.with_paths(places, base) | {"study": where})
+            said = {key: content.get(key) for key in ("out", "store")} | {"costs": content.get("costs", False)}
+            own = StudySettings.resolve(StudySettings.with_paths(said, base) | {"study": where})
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if scale:
@@ -196,6 +199,7 @@ class Grid:
             note=str(content.get("note") or ""),
             x=str(content.get("x") or "x"),
             figures=figures,
+            costs=(settings if "costs" in settings.given else own).costs,
         )
 
     @property

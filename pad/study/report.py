@@ -33,6 +33,7 @@ class Outcome:
     made: str | None = None  # the set's file, relative to the study's folder, or to its store
     results: list[dict] | None = None  # of stage 3, where there are several: each of a network and a training set
     metrics: Mapping[str, Mapping] | None = None  # of the first network, where there are rows for them
+    distilling: Mapping[str, float | None] | None = None  # what making the set took (:func:`pad.store.run.costs`)
     bits: float | None = None  # what the set costs, per class; known where sets are there in fewer bits
     of: str | None = None  # the method whose set this one's is, in fewer bits
 
@@ -139,7 +140,6 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, frame: 
         paper, minus = frame.published.of(method, ipc), None
         if paper is not None and with_it not in (None, method):
             minus = frame.published.of(str(with_it), ipc)
-        bits = [o.bits for o in own if o.bits is not None]
         rows.append(
             Row(
                 method=method,
@@ -153,7 +153,9 @@ def summarise(outcomes: Sequence[Outcome], reference: str | None = None, frame: 
                 reference=with_it,
                 published=paper,
                 published_difference=None if paper is None or minus is None else paper - minus,
-                bits=statistics.mean(bits) if bits else None,
+                distilling_seconds=_mean((o.distilling or {}).get("seconds") for o in own),
+                peak_memory=_mean((o.distilling or {}).get("peak_memory") for o in own),
+                bits=_mean(o.bits for o in own),
                 of=own[0].of or method,
             )
         )
@@ -228,10 +230,12 @@ class _Column:
     form: str
 
 
-def _more_columns(rows: Sequence[Row]) -> list[_Column]:
-    """Those that some row has something for."""
-    columns = [_Column("bits per class", "bits", lambda row: row.bits, ",.10g")]
-    return [column for column in columns if any(column.value(row) is not None for row in rows)]
+def _more_columns(rows: Sequence[Row], costs: bool) -> list[_Column]:
+    """Bits where some are known; what distilling took where that is asked for."""
+    bits = _Column("bits per class", "bits", lambda row: row.bits, ",.10g")
+    seconds = _Column("seconds", "distilling_seconds", lambda row: row.distilling_seconds, ".1f")
+    peak = _Column("peak memory, MB", "peak_memory_mb", lambda row: row.peak_memory and row.peak_memory / 1e6, ".0f")
+    return [bits] * any(row.bits is not None for row in rows) + [seconds, peak] * costs
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | None = None, frame: Frame = PLAIN) -> None:
@@ -244,7 +248,7 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
     rows, tables = summarise(outcomes, reference, frame), crossed(outcomes, frame.published)
     text = markdown(rows, [part for table in tables.values() for part in table.markdown()], frame)
     write_text(folder / "results.md", text)
-    write_text(folder / "results.csv", comma_separated(rows))
+    write_text(folder / "results.csv", comma_separated(rows, frame))
     for name in ("networks.csv", "rows.csv", "metrics.csv"):
         if name in tables:
             write_text(folder / name, tables[name].comma_separated())
@@ -269,7 +273,7 @@ def markdown(rows: Sequence[Row], more: Iterable[str] = (), frame: Frame = PLAIN
     also = any(row.published_difference is not None for row in rows)
     other = _in_markdown(references[0]) if len(references) == 1 else "the first of its curve"
     minus = [f"minus {other}, by seed"] * compared + ["published difference"] * also
-    more_columns = _more_columns(rows)
+    more_columns = _more_columns(rows, frame.costs)
     head = ["method", *["published %"] * published, "accuracy %", "standard error", "n", *minus, "networks each"]
     head += [column.head for column in more_columns]
     parts = [_in_markdown(text) for text in (frame.heading, frame.note) if text]
@@ -304,11 +308,11 @@ def _in_markdown(text: object) -> str:
     return re.sub(rf"[\\`*<>&~$\[\]]|{at_an_edge}", r"\\\g<0>", " ".join(str(text).split()))
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
+def comma_separated(rows: Sequence[Row], frame: Frame = PLAIN) -> str:
     """One line per method and size."""
     lines = ["method ipc accuracy standard_error n networks difference difference_error seconds failed".split()]
     published = any(row.published is not None for row in rows)
-    more_columns = _more_columns(rows)
+    more_columns = _more_columns(rows, frame.costs)
     lines[0] += ["published", "published_difference"] * published + [column.name for column in more_columns]
     for row in rows:
         figures = [_text(row.mean, ".4f"), _text(row.error, ".4f")] if row.values else ["", ""]
@@ -324,6 +328,12 @@ def _csv(lines: Sequence[Sequence[str]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def _text(value: float, form: str, unknown: str = "") -> str:

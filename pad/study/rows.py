@@ -25,7 +25,9 @@ class Row:
     reference: str | None = None
     published: float | None = None
     published_difference: float | None = None
-    bits: float | None = None  # per class, the mean of the seeds', where it is known
+    distilling_seconds: float | None = None  # this and the next two: means over the seeds, where they are known
+    peak_memory: float | None = None  # of distilling, in bytes
+    bits: float | None = None  # per class
     of: str = ""  # the method whose sets these are, in fewer bits or not
 
     @property

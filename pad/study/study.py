@@ -19,7 +19,7 @@ import numpy as np
 
 from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
-from pad.commands.distil import distill
+from pad.commands.distil import Distilling, distill
 from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
 from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.record import record_experts
@@ -31,6 +31,7 @@ from pad.show.layers import plot_layers_of
 from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, save_picture, slug, write_text
 from pad.store.locks import each_once, in_turn, remove_leftovers
+from pad.store.run import costs
 from pad.streams import silence
 from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
@@ -129,6 +130,7 @@ class _Work:
             made=record.get("set"),
             results=record.get("results"),
             metrics=record.get("metrics"),
+            distilling=record.get("distilling"),
         )
 
     def obtain(self, cell: Cell) -> None:
@@ -147,6 +149,8 @@ class _Work:
             with silence():  # a line is said of it below
                 made, found = _run(cell, bench, self._whole(cell))
             accuracies = found["results"][0]["accuracies"]
+            if isinstance(cell.distilling, Distilling):
+                record["distilling"] = costs(made.parents[1], SyntheticSet.load(made).metadata["iteration"])
             record |= {"set": str(made.relative_to(self._grid.store)), "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
         except Stopped as stop:

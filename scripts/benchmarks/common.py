@@ -191,21 +191,9 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if os.path.exists(path) else []
 
 
-def memory_status(entry: str) -> int:
-    """Bytes of this process's VmRSS (resident now) or VmHWM (most since :func:`forget_peak`); Linux only."""
-    return 1024 * next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(entry))
-
-
 def available_memory() -> int:
     """Bytes that can be had without swapping."""
     return 1024 * next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
-
-
-def forget_peak() -> None:
-    """Return what is freed to the kernel and let VmHWM begin anew."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 # ---- problems

@@ -18,12 +18,13 @@ import os
 import subprocess
 import sys
 
-from common import Matching, available_memory, describe_machine, forget_peak, matching_arguments, memory_status
+from common import Matching, available_memory, describe_machine, matching_arguments
 
 from matching import adjoint, unrolled
 
 from pad.allocator import keep_freed_memory
 from pad.nn.flat import FlatModel
+from pad.peak import forget_peak, memory_status
 from pad.show.tables import result_table
 
 KINDS = ("unrolled", "adjoint", "kept", "micro")

@@ -17,12 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import CLASSES, arguments, describe_machine, forget_peak, memory_status
+from common import CLASSES, arguments, describe_machine
 
 import torch
 
 from pad.nn.flat import FlatModel
 from pad.nn.networks import build
+from pad.peak import forget_peak, memory_status
 from pad.rng import generator
 from pad.show.tables import result_table
 from pad.store.trajectories import TrajectoryStore, describe, write_expert

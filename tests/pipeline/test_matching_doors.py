@@ -33,6 +33,7 @@ from pad.evaluation import Evaluation
 from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
 from pad.matching.gradient import GradientObjective
+from pad.matching.influence import InfluenceObjective
 from pad.matching.trajectory import TrajectoryObjective
 from pad.store.foreign import load_pt
 from pad.store.tensors import load_tensors
@@ -44,11 +45,14 @@ RUN = DATA | {"name": "run", "ipc": 1, "Iteration": 3, "num_eval": 1, "epoch_eva
 RUN |= {"eval_it": 2, "checkpoint_every": 1}
 OWN = {"DC": {"outer_loop": 2, "inner_loop": 1, "batch_train": 4}, "DM": {"depth_ratio": 0.5}, "TGDD": {"lr_img": 1}}
 OWN |= {"NCFM": {"frequencies": 160, "sampling_net": True}}
+OWN |= {"InfMatch": {"max_start_epoch": 3, "current_max_start_epoch": 2, "expansion_end_epoch": 2}}
 DOORS = {"DC": cli.match_gradients, "DM": cli.match_distributions, "TGDD": cli.match_along_trajectories}
-DOORS |= {"NCFM": cli.match_characteristics}
-FOLLOWING = {"TGDD", "NCFM"}  # experts, for whose buffer see recorded
+DOORS |= {"NCFM": cli.match_characteristics, "InfMatch": cli.match_influence}
+SOFT = {"InfMatch"}  # labels, which are learned
+FOLLOWING = {"TGDD", "NCFM", "InfMatch"}  # experts, for whose buffer see recorded
 QUICK_BUT_DC = pytest.mark.parametrize("system", [slow("DC"), *(system for system in DOORS if system != "DC")])
 OBJECTIVES = {system: (DistributionObjective, "gradients") for system in DOORS} | {"DC": (GradientObjective, "steps")}
+OBJECTIVES |= {"InfMatch": (InfluenceObjective, "gradients")}
 
 
 def argv_of(system: str, runs: Path | str, *more: str, **settings) -> list[str]:
@@ -61,6 +65,11 @@ def run_folder(runs: Path) -> Path:
 
 def last_of(runs: Path) -> SyntheticSet:
     return SyntheticSet.load(run_folder(runs) / "Normal" / "synthetic_last.safetensors")
+
+
+def rows_of(system: str) -> list[str]:
+    """What stage 3 compares."""
+    return ["synthetic", *["synthetic, hard labels"] * (system in SOFT), "random real, hard labels"]
 
 
 def losses(runs: Path) -> list[float]:
@@ -134,12 +143,14 @@ def test_a_name_that_is_not_utf8_is_no_runs(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("system", DOORS)
-def test_a_run_moves_the_images_and_nothing_else(finished, system):
+def test_a_run_moves_the_images_and_labels_that_are_learned(finished, system):
     folder, last = run_folder(finished[system]), last_of(finished[system])
     first = SyntheticSet.load(folder / "Normal" / "synthetic_0.safetensors")
     assert last.images.shape == (10, 1, 28, 28) and last.images.isfinite().all()
     assert not torch.equal(last.images, first.images)
-    assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) and last.lr.item() == pytest.approx(0.01)
+    assert last.lr.item() == pytest.approx(0.01)
+    assert torch.equal(last.labels, hard_logits(torch.arange(10), 10)) == (system not in SOFT)
+    assert torch.equal(last.labels, first.labels) == (system not in SOFT)
     assert len(losses(finished[system])) == 4 and all(loss > 0 for loss in losses(finished[system]))
     assert "ranking" not in last.metadata["provenance"]
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -226,6 +237,13 @@ def test_a_run_without_a_name_is_called_after_its_method(tmp_path, system):
         slow("NCFM", ["--amplitude", "0.9"]),
         slow("NCFM", ["--ce_weight", "0"]),
         slow("NCFM", ["--decay_img", "100"]),
+        ("InfMatch", ["--match_to", "0.5"]),
+        ("InfMatch", ["--labels", "hard"]),
+        slow("InfMatch", ["--checkpoints", "1"]),
+        slow("InfMatch", ["--lr_y", "100"]),
+        slow("InfMatch", ["--pix_init", "noise"]),
+        slow("InfMatch", ["--factor", "2"]),
+        slow("InfMatch", ["--min_start_epoch", "1"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -290,6 +308,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatc
         slow("TGDD", ["--stage_epochs", "2"], "stage_epochs: 7 in the run, 2 in the config"),
         ("NCFM", ["--optimiser", "sgd"], "optimiser: adamw in the run, sgd in the config"),
         slow("NCFM", ["--frequencies", "161"], "frequencies: 160 in the run, 161 in the config"),
+        ("InfMatch", ["--checkpoints", "1"], "checkpoints: 2 in the run, 1 in the config"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, monkeypatch, capfd, system, more, words):
@@ -383,7 +402,7 @@ def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path
     last, first = (SyntheticSet.load(folder / "Normal" / f"synthetic_{tag}.safetensors") for tag in ("last", 0))
     assert last.factor == 2 and len(last.stored) == 10 and len(last.images) == len(last.labels) == 40
     assert torch.equal(last.images, decoded(last.stored, 2, 10)) and not torch.equal(last.stored, first.stored)
-    assert torch.equal(last.labels, hard_logits(torch.arange(10).repeat_interleave(4), 10))
+    assert torch.equal(last.labels, hard_logits(torch.arange(10).repeat_interleave(4), 10)) == (system not in SOFT)
     assert torch.equal(load_pt(folder / "Normal" / "images_last.pt"), last.images)
     assert load_tensors(folder / "checkpoint.safetensors")[0]["images"].shape == (10, 1, 28, 28)
     assert (folder / "pictures" / "before_after_000004.png").exists()
@@ -410,7 +429,7 @@ def test_a_run_in_multi_formation_goes_on_and_its_set_is_scored_decoded(tmp_path
     assert cli.evaluate(command_line(**asked)) == 0
     results = json.loads(out.read_text())
     assert sizes == {(40, 40)} and results["ipc"] == 4 and results["synthetic"]["factor"] == 2
-    assert [row["set"] for row in results["results"]] == ["synthetic", "random real, hard labels"]
+    assert [row["set"] for row in results["results"]] == rows_of(system)
     assert "4 images per class, decoded from 1 stored, accuracy on" in capfd.readouterr().out
 
 
@@ -485,7 +504,7 @@ def test_the_third_stage_scores_the_set(finished, tmp_path, system):
     asked = {"synthetic": run_folder(finished[system]), "num_eval": 2, "epoch_eval_train": 1, "out": out}
     assert cli.evaluate(command_line(**asked)) == 0
     rows = json.loads(out.read_text())["results"]
-    assert [row["set"] for row in rows] == ["synthetic", "random real, hard labels"]
+    assert [row["set"] for row in rows] == rows_of(system)
     assert all(row["network"] == MODEL and row["n"] == 2 and 0 <= row["mean"] <= 1 for row in rows)
 
 

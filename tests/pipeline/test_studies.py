@@ -69,7 +69,8 @@ def outcome_of(folder: Path) -> dict[str, bytes]:
     def plain(name: str, data: bytes) -> bytes:
         if not name.startswith("cells/"):
             return data
-        return json.dumps({key: value for key, value in json.loads(data).items() if key != "seconds"}).encode()
+        dropped = ("seconds", "distilling")
+        return json.dumps({key: value for key, value in json.loads(data).items() if key not in dropped}).encode()
 
     return {
         name: plain(name, data)
@@ -103,6 +104,32 @@ def test_every_cell_is_in_the_table(done):
     assert float(rows["DM"]["accuracy"]) == pytest.approx(sum(means) / 2, abs=1e-4)
     names = {path.name for path in (done / "pictures").iterdir()}
     assert names == {f"{name}_ipc1.png" for name in ("random_real", "DM", "DATM", "PAD")}
+
+
+def test_the_report_says_what_distilling_took_where_that_is_asked_for(done, tmp_path):
+    """Of the iterations alone, as the runs' own files have it."""
+    shutil.copytree(done, tmp_path / "out")
+    assert run(tmp_path, costs=True) == 0
+    plain, found = table(done), table(tmp_path / "out")
+    new = {"distilling_seconds", "peak_memory_mb"}
+    assert all({key: value for key, value in row.items() if key not in new} == plain[key] for key, row in found.items())
+    assert {row[key] for key in new for row in [found["random real"]]} == {""}
+    for method in ("DM", "DATM", "PAD"):
+        runs = [path.parent for path in done.glob(f"sets/*/1/*/{method}-*/timing.jsonl")]
+        events = [[json.loads(line) for line in (each / "timing.jsonl").read_text().splitlines()] for each in runs]
+        spent = [sum(each["seconds"] for each in lines if each["event"] == "match") for lines in events]
+        assert float(found[method]["distilling_seconds"]) == pytest.approx(sum(spent) / 2, abs=0.06) and sum(spent) > 0
+        peaks = [max((each["bytes"] for each in lines if each["event"] == "peak"), default=0) for lines in events]
+        assert float(found[method]["peak_memory_mb"] or 0) == pytest.approx(sum(peaks) / 2e6, abs=0.06)
+        cells = [json.loads(path.read_text())["distilling"] for path in done.glob(f"cells/{method}-*.json")]
+        assert [cell["iterations"] for cell in cells] == [2, 2]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "networks each | seconds | peak memory, MB |" in text and "seconds" not in (done / "results.md").read_text()
+
+
+def test_costs_are_asked_for_by_true_or_false(tmp_path, capsys):
+    assert run(tmp_path, costs="maybe") == 2
+    assert "study.yaml: costs: 'maybe' is not" in capsys.readouterr().err
 
 
 def test_settings_reach_the_commands(done):
@@ -364,6 +391,7 @@ def test_several_networks_and_training_sets_are_recorded_and_reported(tmp_path, 
 def test_results_of_one_network_on_one_training_set_are_recorded_as_before(done):
     for path in (done / "cells").glob("*.json"):
         known = {"method", "ipc", "seed", "recipe", "set", "accuracies", "seconds"}
+        known |= {"distilling"} if "random_real" not in path.name else set()
         assert json.loads(path.read_text()).keys() == known
 
 
@@ -510,5 +538,5 @@ def test_the_study_over_bits_runs_at_a_toy_s_size(tmp_path):
 
 
 def test_the_shipped_studies_are_studies():
-    for path in (CHECKOUT / "configs" / "studies").rglob("*.yaml"):
+    for path in (CHECKOUT / "configs" / "studies").glob("*.yaml"):
         assert Grid.read(StudySettings.resolve({"study": str(path)})).cells()
