@@ -92,15 +92,16 @@ def _with_errors(panel: Axes, found: Sequence[tuple[float, float, float]], style
 def by_bits(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     """The rows that have accuracies and bits, by the method and size that the sets are of; the fewest bits first."""
     lines: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted((row for row in rows if row.values and row.bits), key=lambda row: row.bits or 0):
+    for row in (row for row in rows if row.values and row.bits):
         lines.setdefault((row.of, row.ipc), []).append(row)
-    return lines
+    return {key: sorted(line, key=lambda row: row.bits or 0) for key, line in lines.items()}
 
 
 def plot_bits(rows: Sequence[Row]) -> Figure:
     """Mean and standard error over the bits of a class, a line for each method and size with those made of its sets."""
     lines = by_bits(rows)
-    names = [f"{in_words(ipc)}: {short(method, 40)}" for method, ipc in lines]
+    sizes = {ipc for _, ipc in lines}
+    names = [f"{in_words(ipc)}: " * (len(sizes) > 1) + short(method, 40) for method, ipc in lines]
     figure = new_figure(6 + widest(names), max(4, 1 + 0.25 * len(lines)))
     axes = figure.subplots()
     for i, (name, line) in enumerate(zip(names, lines.values())):
@@ -108,6 +109,7 @@ def plot_bits(rows: Sequence[Row]) -> Figure:
         means, bits = [row.mean for row in line], [row.bits or 0 for row in line]
         style = ("-", "--", ":")[i // 10 % 3]  # there are 10 colours
         axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3, label=name)
+    axes.set_title(", ".join(map(in_words, sizes)) if len(sizes) == 1 else "", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("bits per class, images and labels")
