@@ -114,6 +114,9 @@ def test_figures_of_several_methods_name_them():
     costly = [Outcome(name, 1, 0, [0.1], bits=1 + i) for i, name in enumerate(methods)]
     written = drawn(report.plot_bits(report.summarise(costly)))
     assert {short(name, 40) for name in methods} <= written
+    rows = report.summarise([Outcome(name, 1, 0, [0.1]) for name in methods])
+    written = drawn(report.plot_curves(rows, {(name, 1): (name, 0.5) for name in methods}, "x", report.NOTHING))
+    assert {short(name, 24) for name in methods} <= written
 
 
 def ink_of(names, caption="") -> np.ndarray:

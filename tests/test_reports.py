@@ -154,8 +154,10 @@ def test_the_plot_over_bits_has_a_line_for_each_set():
     assert {key: [row.method for row in line] for key, line in by_bits(rows).items()} == {
         (method, ipc): names for ipc in (1, 10) for method, names in (("A", ["A4", "A"]), ("B", ["B"]))
     }
-    [axes] = plot_bits(rows).axes
-    drawn = {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in axes.containers}
+    figure = plot_bits(rows)
+    [axes] = figure.axes
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    drawn = {name: bar.lines[0].get_xydata().tolist() for name, bar in zip(names, axes.containers)}
     assert drawn["10 images per class: A"] == [[400, 37.5], [3200, 62.5]]
     assert drawn["1 image per class: B"] == [[3200, 62.5]] and len(drawn) == 4
     assert axes.get_xscale() == "log"

@@ -1,4 +1,4 @@
-"""The plots of a study's report."""
+"""The plots of a study's report. Legends get their names outright: labels that begin with _ would be left out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plot_curves(
     panels = figure.subplots(1 + compared + below, len(sizes), sharex=True, squeeze=False)
     for column, ipc in enumerate(sizes):
         for curve, colour in zip(curves, itertools.cycle(COLOURS)):
-            style = {"color": colour, "marker": "o", "markersize": 5, "label": short(curve, 24)}
+            style = {"color": colour, "marker": "o", "markersize": 5}
             own = [(points[row.method, ipc][1], row) for row in shown if row.ipc == ipc]
             own = sorted((each for each in own if points[each[1].method, ipc][0] == curve), key=lambda each: each[0])
             _with_errors(panels[0, column], [(x, row.mean, row.error) for x, row in own if row.values], style)
@@ -77,7 +77,8 @@ def plot_curves(
         for panel in panels[1]:
             panel.axhline(0, color=GREY, linewidth=1)
             panel.set_ylabel("minus the curve's first, points", fontsize=9)
-    legend = figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    names = [short(curve, 24) for curve in curves]
+    legend = figure.legend([bar[0] for bar in panels[0, 0].containers], names, loc="outside right upper", fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
@@ -104,18 +105,19 @@ def plot_bits(rows: Sequence[Row]) -> Figure:
     names = [f"{in_words(ipc)}: " * (len(sizes) > 1) + short(method, 40) for method, ipc in lines]
     figure = new_figure(6 + widest(names), max(4, 1 + 0.25 * len(lines)))
     axes = figure.subplots()
-    for i, (name, line) in enumerate(zip(names, lines.values())):
+    bars = []
+    for i, line in enumerate(lines.values()):
         errors = [row.error if len(row.values) > 1 else 0 for row in line]
         means, bits = [row.mean for row in line], [row.bits or 0 for row in line]
         style = ("-", "--", ":")[i // 10 % 3]  # there are 10 colours
-        axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3, label=name)
+        bars.append(axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3))
     axes.set_title(", ".join(map(in_words, sizes)) if len(sizes) == 1 else "", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("bits per class, images and labels")
     axes.set_ylabel("test accuracy, %: mean, standard error")
     axes.grid(alpha=0.3)
-    legend = figure.legend(loc="outside right center")
+    legend = figure.legend([bar[0] for bar in bars], names, loc="outside right center")
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
