@@ -90,6 +90,7 @@ class Distilling(Evaluating, ABC):
         "seconds after which the command ends, the state and the set saved; --resume goes on",
         PACE,
         above=0,
+        by_study=True,
         later=True,
     )
     max_bad_iterations: int = setting(10, "stop after so many in a row without a finite gradient", PACE, low=1)
