@@ -293,7 +293,7 @@ class Grid:
         about, of = f"{self.where}: {method}", entry.get("of")
         by = {each: self.given(given, f"{self.where}: {each}", ipc).get("by") for each, given in self.methods.items()}
         whole = [each for each in by if by[each] != entry["by"]]
-        if of not in whole:
+        if not isinstance(of, str) or of not in whole:
             raise InputError(f"{about}: of: {of!r} is no row of whole sets; the nearest is {nearest(of, whole)}")
         if entry.get("buffer") is not None:
             raise InputError(f"{about}: buffer: the experts are those of {of}")
