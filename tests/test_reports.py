@@ -318,6 +318,8 @@ def test_published_values_stand_beside_those_measured(tmp_path):
     assert [lines[key]["published"] for key in lines] == ["67.2", "65.15", "83.71", ""]
     assert [lines[key]["published_difference"] for key in lines] == ["", "-2.05", "", ""]
     assert (tmp_path / "curves.png").stat().st_size > 1000
+    write_report(tmp_path, beside(), "A")
+    assert not (tmp_path / "curves.png").exists(), "of an earlier form of the study"
 
 
 def test_curves_show_means_with_errors_and_below_what_was_published():

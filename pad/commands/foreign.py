@@ -1,5 +1,6 @@
 """Synthetic sets of others: what is asked for that their files do not say, and how they become ours."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def read_set(settings: Asking, source: str) -> tuple[Asking, Foreign]:
         missing.append("lr_dir")
     if missing:
         raise InputError(f"{found.where} ({found.form}) does not say all that is needed; give --{', --'.join(missing)}")
-    if not float(found.lr or 0) > 0:
+    if not 0 < float(found.lr or 0) < math.inf:
         raise InputError(f"lr_dir: {found.lr:g} is no learning rate, which is a positive number")
     if settings.padded and settings.zca and found.values == NETWORK:
         raise InputError(f"padded: {found.where} holds whitened images, of which grey is another at each place")
@@ -176,6 +177,7 @@ def _by_channel(settings: OfOthers, name: str, bench: Workbench) -> tuple[float,
         values = tuple(float(word) for word in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != bench.data.channels or (name == "std" and not min(values) > 0):
+    fit = all(math.isfinite(value) and (name == "mean" or value > 0) for value in values)
+    if len(values) != bench.data.channels or not fit:
         raise InputError(f"{name}: {text!r} is not a number for each of {bench.data.channels} channels, as 0.5,0.4,0.4")
     return values

@@ -84,6 +84,8 @@ class PublishedScaleSettings(Settings):
         super().check()
         if self.minutes is None:
             raise InputError("minutes: say how long it may take, as --minutes 60")
+        if self.tiny and "cfg_set" in self.given:
+            raise InputError("tiny and cfg_set exclude each other: tiny has settings of its own")
         if not self.tiny and self.minutes < FEWEST_MINUTES:
             raise InputError(
                 f"minutes: {self.minutes:g} are too few, an expert of 100 epochs alone takes minutes; "

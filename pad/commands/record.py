@@ -42,7 +42,12 @@ class BufferSettings(Training, Ranked, OnCurriculum):
 
     num_experts: int = setting(100, "experts to train", PACE, low=1)
     time_limit: float | None = setting(
-        None, "seconds after which no expert ends; the first is always trained", PACE, above=0, later=True
+        None,
+        "seconds after which no expert ends; the first is always trained",
+        PACE,
+        above=0,
+        by_study=True,
+        later=True,
     )
     lr_teacher: float = setting(0.01, "learning rate of the experts", RECIPE, above=0)
     mom: float = setting(0.0, "momentum", RECIPE, low=0, below=1)

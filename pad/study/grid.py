@@ -151,6 +151,7 @@ class Grid:
         _refuse_unknown(content, _KEYS, where)
         parts = [_mapping(content.get(key) or {}, f"{where}: {key}") for key in _PARTS]
         shared, bases, buffers, methods, evaluation, stands_for = parts
+        bases = {name: _mapping(base, f"{where}: bases: {name}") for name, base in bases.items()}
         buffers = _with_bases(buffers, bases, f"{where}: buffers")
         methods = _with_bases(methods, bases, where)
         figures = content.get("figures") or []
@@ -231,7 +232,8 @@ class Grid:
         """What an entry says at a size: what its ``cfg`` says, over that the entry itself, over that its ``by_ipc``."""
         given = dict(entry)
         if ipc is not None:
-            given |= _mapping((given.pop("by_ipc", None) or {}).get(ipc) or {}, f"{about}: by_ipc: {ipc}")
+            by_ipc = _mapping(given.pop("by_ipc", None) or {}, f"{about}: by_ipc")
+            given |= _mapping(by_ipc.get(ipc) or {}, f"{about}: by_ipc: {ipc}")
         if (file := given.pop("cfg", None)) is None:
             return given
         decided = {*_SHARED, *_names(by_study=True)}
@@ -252,9 +254,9 @@ class Grid:
         if not isinstance(by, str) or by not in makers:
             raise InputError(f"{about}: by: {by!r} is not one of {', '.join(makers)}")
         kind = makers[by]
-        own = {key: value for key, value in entry.items() if key not in _OWN}
         if issubclass(kind, QuantiseSettings):
-            return self._quantised(method, own, ipc, seed)
+            return self._quantised(method, entry, ipc, seed)
+        own = {key: value for key, value in entry.items() if key not in _OWN}
         buffer = self._buffer(entry.get("buffer"), about, seed)
         decided: dict = {"ipc": ipc, "seed": seed}
         if buffer is not None:
@@ -272,7 +274,7 @@ class Grid:
             if buffer is not None and buffer.model == scored.model:
                 evaluation["buffer_path"] = buffer.buffer_path
         recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
-        name = f"{slug(by if self.shares else method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
+        name = self._name(method, by, ipc, seed, recipe)
         if kind is CoresetSettings:
             decided |= {"out": str(self.store / "sets" / name), "overwrite": True}
         else:
@@ -290,21 +292,27 @@ class Grid:
             recipe=recipe,
         )
 
-    def _quantised(self, method: str, own: dict, ipc: int, seed: int) -> Cell:
+    def _quantised(self, method: str, entry: Mapping, ipc: int, seed: int) -> Cell:
         """A cell whose set is that of another row, at this size and with this seed, in fewer bits."""
-        about, name = f"{self.where}: {method}", own.pop("of", None)
-        whole = [each for each, entry in self.methods.items() if entry.get("by") != self.methods[method]["by"]]
-        if name not in whole:
-            raise InputError(f"{about}: of: {name!r} is no row of whole sets; the nearest is {nearest(name, whole)}")
-        if self.methods[method].get("buffer") is not None:
-            raise InputError(f"{about}: buffer: the experts are those of {name}")
-        of = self._cell(name, ipc, seed)
+        about, of = f"{self.where}: {method}", entry.get("of")
+        by = {each: self.given(given, f"{self.where}: {each}", ipc).get("by") for each, given in self.methods.items()}
+        whole = [each for each in by if by[each] != entry["by"]]
+        if not isinstance(of, str) or of not in whole:
+            raise InputError(f"{about}: of: {of!r} is no row of whole sets; the nearest is {nearest(of, whole)}")
+        if entry.get("buffer") is not None:
+            raise InputError(f"{about}: buffer: the experts are those of {of}")
+        own = {key: value for key, value in entry.items() if key not in (*_OWN, "of")}
+        cell = self._cell(of, ipc, seed)
         decided: dict = {"source": ".", "out": "."}  # which are yet to be made
-        recipe = {**of.recipe, "quantised": _recipe(self._resolve(QuantiseSettings, own, about, decided))}
-        named = f"{slug(self.methods[method]['by'] if self.shares else method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
-        decided |= {"out": str(self.store / "sets" / named / "quantised.safetensors"), "overwrite": True}
+        recipe = {**cell.recipe, "quantised": _recipe(self._resolve(QuantiseSettings, own, about, decided))}
+        name = self._name(method, entry["by"], ipc, seed, recipe)
+        decided |= {"out": str(self.store / "sets" / name / "quantised.safetensors"), "overwrite": True}
         made = self._resolve(QuantiseSettings, own, about, decided)
-        return dataclasses.replace(of, method=method, distilling=made, name=named, recipe=recipe, of=of)
+        return dataclasses.replace(cell, method=method, distilling=made, name=name, recipe=recipe, of=cell)
+
+    def _name(self, method: str, by: str, ipc: int, seed: int, recipe: Mapping) -> str:
+        """Of a cell's files."""
+        return f"{slug(by if self.shares else method)}-ipc{ipc}-seed{seed}-{digest(recipe, 8)}"
 
     def _buffer(self, name: str | None, about: str, seed: int) -> BufferSettings | None:
         if name is None:

@@ -259,6 +259,8 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], reference: str | Non
         draw_figure(folder / "results.png", plot, rows)
     if any(row.values for row in rows if (row.method, row.ipc) in frame.points):
         draw_figure(folder / "curves.png", plot_curves, rows, frame.points, frame.x, frame.published)
+    else:
+        (folder / "curves.png").unlink(missing_ok=True)
     if any(len(line) > 1 for line in by_bits(rows).values()):
         draw_figure(folder / "bits.png", plot_bits, rows)
     else:

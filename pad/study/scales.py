@@ -32,7 +32,7 @@ def at_scale(content: Mapping, where: str, wanted: str) -> tuple[str, Mapping]:
     return scale, merged(of_scale, _chosen(of_study, scale, scales, where))
 
 
-def from_base(entry: Mapping, bases: Mapping, about: str, inside: tuple[str, ...] = ()) -> dict:
+def from_base(entry: Mapping, bases: Mapping[str, Mapping], about: str, inside: tuple[str, ...] = ()) -> dict:
     """``entry`` over the bases that it names, one or a list, each over those before it; a base may name others.
 
     Raises InputError, which ``about`` begins, for a base that is not there, or that starts from itself. ``inside``: the
@@ -41,7 +41,7 @@ def from_base(entry: Mapping, bases: Mapping, about: str, inside: tuple[str, ...
     names = entry.get("base", [])
     found: dict = {}
     for name in names if isinstance(names, list) else [names]:
-        if not isinstance(name, str) or not isinstance(bases.get(name), Mapping):
+        if not isinstance(name, str) or name not in bases:
             raise InputError(f"{about}: base: {name!r} is not in bases; the nearest is {nearest(name, bases)}")
         if name in inside:
             raise InputError(f"{about}: base: {name} starts from itself")

@@ -1,5 +1,6 @@
 """Gradient and distribution matching, and other methods' settings of trajectory matching, on the embedded images."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -27,8 +28,13 @@ from helpers import (
 )
 
 from pad import cli
+from pad.commands.bench import Workbench, set_up
+from pad.commands.distil import distill
+from pad.commands.distribution import DMSettings
+from pad.config import parse
 from pad.data.formation import decoded
 from pad.difficulty import obtain as ranking
+from pad.distributed import ALONE
 from pad.evaluation import Evaluation
 from pad.labels import hard_logits
 from pad.matching.distribution import DistributionObjective
@@ -174,6 +180,20 @@ def test_a_run_that_had_no_time_goes_on_and_ends_the_same(finished, tmp_path, sy
     assert DOORS[system]([*argv, "--resume"]) == 0 and len(losses(tmp_path)) == 2
     assert DOORS[system](argv_of(system, tmp_path, "--resume")) == 0
     assert_same_run(tmp_path, finished[system])
+
+
+def test_a_run_that_goes_on_in_one_process_keeps_its_student(finished, tmp_path, monkeypatch):
+    """Which is compiled. Another run has another."""
+    built, flat_model = [], Workbench.flat_model
+    monkeypatch.setattr(Workbench, "flat_model", lambda *of: built.append(of) or flat_model(*of))
+    settings = parse(DMSettings, argv_of("DM", tmp_path, "--resume", time_limit=1e-9), "")
+    bench = set_up(settings, ALONE)
+    for _ in range(4):
+        distill(settings, bench=bench)
+    assert len(built) == 1
+    assert_same_run(tmp_path, finished["DM"])
+    distill(dataclasses.replace(settings, name="other"), bench=bench)
+    assert len(built) == 2
 
 
 @pytest.mark.slow

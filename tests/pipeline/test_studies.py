@@ -353,6 +353,8 @@ def test_a_change_of_the_whole_set_is_one_of_those_in_fewer_bits(tmp_path):
         ({"of": "random real"}, ("give --bits",)),
         ({"bits": 3, "of": "random real"}, ("bits: 3",)),
         ({"bits": 4, "of": "random real", "buffer": "SGD"}, ("buffer: the experts are those of random real",)),
+        ({"bits": 4, "of": "random real", "by_ipc": {1: {"buffer": "SGD"}}}, ("buffer: the experts are",)),
+        ({"by": None, "by_ipc": {1: {"by": "quantise", "of": "real 2", "bits": 4}}}, ("'real 2' is no row of whole",)),
         ({"bits": 4, "of": "random real", "source": "x"}, ("source is not for a part of a study",)),
         ({"bits": 4, "of": "random real", "ipc": 3}, ("unknown key 'ipc'",)),
         ({"bits": 4, "of": "random real", "lr": 3}, ("unknown key 'lr'",)),

@@ -387,6 +387,8 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
         ("DC", {"mean": "0.1,0.2"}, ("mean and std belong together",)),
         ("DC", {"mean": "0.1,0.2", "std": "1,1,1"}, ("mean: '0.1,0.2' is not a number for each of 3 channels",)),
         ("DC", {"mean": "0,0,0", "std": "1,1,0"}, ("std: '1,1,0' is not",)),
+        ("DC", {"mean": "0,nan,0", "std": "1,1,1"}, ("mean: '0,nan,0' is not",)),
+        ("DC", {"mean": "0,0,0", "std": "1,1,inf"}, ("std: '1,1,inf' is not",)),
         ("DC", {"mean": "0,0,0", "std": "1,1,1", "zca": True}, ("give --zca False",)),
         ("IDC", {"mean": "0,0,0", "std": "1,1,1"}, ("are pixels",)),
         ("DC", {"dataset": "FashionMNISTMini"}, ("images [3, 16, 16], but FashionMNISTMini has images [1, 28, 28]",)),
@@ -398,6 +400,14 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
 )
 def test_what_does_not_go_together_is_refused_and_nothing_is_written(asked_of, capfd, kind, changes, words):
     asked_of(capfd, kind, words, **changes)
+
+
+def test_a_learning_rate_that_is_not_finite_is_refused(images, tmp_path, capfd):
+    source, asked = theirs("DC", images, tmp_path / "theirs")
+    torch.save(torch.tensor(torch.inf), tmp_path / "lr.pt")
+    settings = {"source": source, "out": tmp_path / "set", "data_path": images, **FOLDER, **asked}
+    argv = command_line(**settings | {"lr_dir": tmp_path / "lr.pt"})
+    assert_refused(capfd, cli.import_set, argv, ("lr_dir: inf is no learning rate",), tmp_path)
 
 
 def test_a_set_of_other_classes_is_refused(images, tmp_path, capfd):
