@@ -255,14 +255,20 @@ def test_ranks_give_what_one_gives(stores):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="needs a compiler")
 def test_kernels_give_the_same(stores):
-    """Up to rounding, but where it switches a ReLU: in most of three iterations."""
-    name = NETWORKS[0]
-    kernels, autograd = (objective(name, stores[name], SIAMESE, compile=way) for way in ("fused", "off"))
+    """Up to rounding, where that switches no ReLU: none has an input near 0.
+
+    With all rows, in iteration 5, one has: 8e-7 in float64, not above 0 by the kernels. Their gradient is 6e-4 off then,
+    and 1.5e-6 off that in float64 without this unit.
+    """
+    name, rows = NETWORKS[0], [row[:2] for row in ROWS]
+    kernels, autograd = (objective(name, stores[name], SIAMESE, rows, compile=way) for way in ("fused", "off"))
     assert kernels.model.compile == "fused"
-    errors = []
-    for it in (3, 4, 6):
-        exact = autograd.gradients(it, IMAGES, LABELS, LR)
-        found = kernels.gradients(it, IMAGES.float(), LABELS.float(), LR.float())
-        pairs = (found.images, exact.images), (found.labels, exact.labels)
-        errors.append(max(((ours - other).norm() / other.norm()).item() for ours, other in pairs))
-    assert sorted(errors)[1] < 1e-5
+    nearest = []
+    for layer in autograd.model.module.modules():
+        if type(layer) is nn.ReLU:
+            layer.register_forward_hook(lambda layer, inputs, output: nearest.append(inputs[0].abs().min().item()))
+    exact = autograd.gradients(1, IMAGES, LABELS, LR)
+    assert min(nearest) > 2e-5, "in float32 they are up to 2e-6 off"
+    found = kernels.gradients(1, IMAGES.float(), LABELS.float(), LR.float())
+    for ours, other in ((found.images, exact.images), (found.labels, exact.labels)):
+        assert (ours - other).norm() < 1e-5 * other.norm()
