@@ -203,10 +203,14 @@ def test_gradients_of_several_networks_at_once():
 
 
 @pytest.mark.parametrize(
-    "name, choice", [("ConvNetD2W8ASBN", Eager), ("ConvNetD2W8ASBN", Functional), ("ConvNetD2W8AS", ForwardFirst)]
+    "norm, choice",
+    [
+        *((norm, choice) for norm in ("BN", "LN", "IN", "GN", "NN") for choice in (Eager, Functional)),
+        *((norm, ForwardFirst) for norm in ("IN", "GN", "NN")),
+    ],
 )
-def test_hvp_equals_finite_differences_of_grad(name, choice):
-    module = network(name)  # sigmoid: smooth everywhere
+def test_hvp_equals_finite_differences_of_grad(norm, choice):
+    module = network(f"ConvNetD2W8AS{norm}")  # sigmoid: smooth everywhere
     model = FlatModel(module, choice)
     theta, (x, p) = model.flatten(module), batch()
     lam, along_x, along_p = direction(theta, 1), direction(x, 2), direction(p, 3)

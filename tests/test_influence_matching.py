@@ -182,6 +182,21 @@ def test_a_third_derivative_in_pieces_is_that_of_the_whole():
         assert one.shape == other.shape and (one - other).norm() < 1e-12 * other.norm()
 
 
+class BareLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+
+
+def test_a_wrong_third_derivative_is_refused():
+    """torch.layer_norm's is off by percents, and nothing says so; its second derivatives are right."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), BareLayerNorm(5), nn.Linear(5, CLASSES)).double()
+    model, p = FlatModel(module), LABELS.softmax(dim=1)
+    theta, x = model.flatten(module), IMAGES[:, :, :2, :2]
+    model.hvp(theta, x, p, theta)
+    with pytest.raises(RuntimeError, match=r"call torch.nn.functional.layer_norm"):
+        model.third(theta, x, p, theta, theta)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_real_images_themselves_have_nothing_to_learn_and_none_would_have_1(stores, name):
     ours = objective(name, stores[name], SIAMESE, rows=[row[:4] for row in ROWS])
@@ -255,14 +270,20 @@ def test_ranks_give_what_one_gives(stores):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_available(), reason="needs a compiler")
 def test_kernels_give_the_same(stores):
-    """Up to rounding, but where it switches a ReLU: in most of three iterations."""
-    name = NETWORKS[0]
-    kernels, autograd = (objective(name, stores[name], SIAMESE, compile=way) for way in ("fused", "off"))
+    """Up to rounding, where that switches no ReLU: none has an input near 0.
+
+    With all rows, in iteration 5, one has: 8e-7 in float64, not above 0 by the kernels. Their gradient is then 6e-4 off
+    the exact one, and 1.5e-6 off that with this unit off.
+    """
+    name, rows = NETWORKS[0], [row[:2] for row in ROWS]
+    kernels, autograd = (objective(name, stores[name], SIAMESE, rows, compile=way) for way in ("fused", "off"))
     assert kernels.model.compile == "fused"
-    errors = []
-    for it in (3, 4, 6):
-        exact = autograd.gradients(it, IMAGES, LABELS, LR)
-        found = kernels.gradients(it, IMAGES.float(), LABELS.float(), LR.float())
-        pairs = (found.images, exact.images), (found.labels, exact.labels)
-        errors.append(max(((ours - other).norm() / other.norm()).item() for ours, other in pairs))
-    assert sorted(errors)[1] < 1e-5
+    nearest = []
+    for layer in autograd.model.module.modules():
+        if type(layer) is nn.ReLU:
+            layer.register_forward_hook(lambda layer, inputs, output: nearest.append(inputs[0].abs().min().item()))
+    exact = autograd.gradients(1, IMAGES, LABELS, LR)
+    assert min(nearest) > 2e-5, "in float32 they are up to 2e-6 off"
+    found = kernels.gradients(1, IMAGES.float(), LABELS.float(), LR.float())
+    for ours, other in ((found.images, exact.images), (found.labels, exact.labels)):
+        assert (ours - other).norm() < 1e-5 * other.norm()

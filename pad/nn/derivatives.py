@@ -254,6 +254,8 @@ class _PlainNorms(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.layer_norm, torch.native_layer_norm):
+            raise RuntimeError("that of torch.layer_norm is wrong: call torch.nn.functional.layer_norm")
         if func not in (F.batch_norm, F.layer_norm):
             return func(*args, **kwargs)
         given = inspect.signature(func).bind(*args, **kwargs).arguments
@@ -275,7 +277,7 @@ def third(
     """Of the loss's second derivative in theta along two ``directions [P]``, the gradient in x and p.
 
     By autograd, backwards three times. Memory: the activations of the forward pass and of two passes backwards. Raises
-    RuntimeError for a network with an operation that has no third derivative.
+    RuntimeError for a network with an operation that has no third derivative, or a wrong one.
     """
     first, second = directions
     theta, x, p = (tensor.detach().requires_grad_() for tensor in (theta, x, p))

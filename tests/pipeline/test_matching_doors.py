@@ -502,6 +502,13 @@ def test_two_processes_in_multi_formation_give_what_one_gives(tmp_path):
         ("NCFM", ["--optimiser", "adam"], "optimiser"),
         ("NCFM", ["--frequencies", "32"], "frequencies: 32 give sampling_net 2 scales"),
         ("NCFM", ["--depth_ratio", "0.5"], "for the last block alone; leave depth_ratio out"),
+        ("InfMatch", ["--ipc", "41"], "ipc: 41"),
+        ("InfMatch", ["--buffer_path", "nowhere"], "no expert trajectories in nowhere"),
+        ("InfMatch", ["--train_per_class", "39"], "the buffer"),
+        ("InfMatch", ["--max_start_epoch", "5"], "max_start_epoch 5 need trajectories of 4 epochs"),
+        ("InfMatch", ["--checkpoints", "0"], "checkpoints"),
+        ("InfMatch", ["--syn_steps", "3"], "syn_steps: it belongs to trajectory matching"),
+        ("InfMatch", ["--outer_loop", "3"], "outer_loop: it belongs to gradient matching"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
@@ -513,6 +520,18 @@ def test_refusals(tmp_path, monkeypatch, capfd, system, more, words):
         return
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_third_derivatives_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    layers = "nn.Conv2d(channels, 2, 3, stride=3), nn.InstanceNorm2d(2), nn.Flatten(), nn.LazyLinear(classes)"
+    text = f"from torch import nn\n\n\ndef net(channels, classes, size):\n    return nn.Sequential({layers})\n"
+    Path("own.py").write_text(text)
+    experts = record(Path("experts"), "own.py:net")
+    capfd.readouterr()
+    assert cli.match_influence(argv_of("InfMatch", "runs", model="own.py:net", buffer_path=experts)) == 2
+    assert "has no third derivatives (batch_norm does not" in capfd.readouterr().err.splitlines()[-1]
+    assert not Path("runs").exists()
 
 
 # ---- scoring what they made
