@@ -1094,7 +1094,7 @@ def check_outcome(cls, argv: list[str], folder: Path) -> None:
             assert meta["above"] is None or value > meta["above"]
             assert meta["high"] is None or value <= meta["high"]
             assert meta["below"] is None or value < meta["below"]
-        if meta["choices"] and value not in meta["choices"]:
+        if meta["choices"] and value is not None and value not in meta["choices"]:
             assert name == "pix_init" and ("/" in value or "." in value), "it may also be the path of a set"
     again = read(cls, "--cfg", config(folder, yaml.safe_dump(values, allow_unicode=True), "again.yaml")).as_dict()
     for name, value in values.items():

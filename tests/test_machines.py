@@ -304,6 +304,7 @@ def test_too_little_memory_is_a_sentence_with_options_of_the_command(name, error
     monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], recipe=recipe))
     given = {
         "study": ["study.yaml"],
+        "published_scale": ["--minutes", "60"],
         "evaluate": ["--synthetic", "set"],
         "export": ["folder", "out"],
         "convexify": ["folder", "out"],

@@ -280,7 +280,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def plain(name: str, data: bytes) -> bytes:
-    """A file's bytes without the seconds that a study notes, and without what later versions say beside."""
+    """A file's bytes without what a study notes of time and memory, and without what later versions say beside."""
     if name.endswith("config.yaml"):
         return data.replace(b"together: null\n", b"")
     if name.endswith(".evaluation.json"):
@@ -291,7 +291,7 @@ def plain(name: str, data: bytes) -> bytes:
         results["results"] = [{key: row[key] for key in rows} for row in there]
         return (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
     if name.startswith("study/cells/"):
-        record = {key: value for key, value in json.loads(data).items() if key != "seconds"}
+        record = {key: value for key, value in json.loads(data).items() if key not in ("seconds", "distilling")}
         return json.dumps(record, indent=1).encode()
     if name.endswith("results.csv"):
         lines = [line.split(",") for line in data.decode().splitlines()]
