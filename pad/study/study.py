@@ -112,7 +112,10 @@ class _Work:
         return self._grid.store / "cells" / f".{cell.name}.lock"
 
     def _record(self, cell: Cell) -> Path:
-        path = self._grid.store / "cells" / f"{cell.name}.json"
+        return self._shared(self._grid.store / "cells" / f"{cell.name}.json")
+
+    def _shared(self, path: Path) -> Path:
+        """The record at ``path``, or in a store that is of several studies that of the same under another's name."""
         return self._grid.by_digest(path) if self._grid.shares else path
 
     def outcome(self, cell: Cell) -> Outcome:
@@ -179,7 +182,7 @@ class _Work:
 
         Cells that differ in the evaluation alone have one set.
         """
-        record = self._grid.sets / f"{cell.made}.json"
+        record = self._shared(self._grid.sets / f"{cell.made}.json")
         with in_turn(record.with_name(f".{record.name}.lock"), f"the set of {cell.about}"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
                 made = json.loads(record.read_text(encoding="utf-8"))
