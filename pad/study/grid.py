@@ -109,8 +109,9 @@ class Cell:
     buffer: BufferSettings | None
     distilling: MakesSet
     evaluation: dict  # what is given, and what stage 3 takes over from a set otherwise; the set is yet to be made
-    name: str  # of its files: says all settings
+    name: str  # of its record: says all settings
     recipe: dict  # what the name stands for
+    made: str  # the name of its set: says all settings but those of the evaluation
     of: "Cell | None" = None  # whose set this one's is, quantised
 
     @property
@@ -204,6 +205,11 @@ class Grid:
         )
 
     @property
+    def sets(self) -> Path:
+        """The folder of run folders, coresets, and records of them."""
+        return self.store / "sets"
+
+    @property
     def shares(self) -> bool:
         """Whether the store is for other studies, too: what is in it is found by its digest, whatever its row."""
         return self.store != self.out
@@ -273,12 +279,16 @@ class Grid:
             evaluation["ranking_path"] = self._rankings(scored)
             if buffer is not None and buffer.model == scored.model:
                 evaluation["buffer_path"] = buffer.buffer_path
-        recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made), "evaluation": _recipe(scored)}
+        recipe = {"by": by, "buffer": buffer and _recipe(buffer), "set": _recipe(made)}
+        set_name = self._name(method, by, ipc, seed, recipe)
+        recipe |= {"evaluation": _recipe(scored)}
         name = self._name(method, by, ipc, seed, recipe)
+        if any(self.sets.glob(name)) or any(self.sets.glob(f"*/*/*/{name}")):  # of a version that named sets as cells
+            set_name = name
         if kind is CoresetSettings:
-            decided |= {"out": str(self.store / "sets" / name), "overwrite": True}
+            decided |= {"out": str(self.sets / set_name), "overwrite": True}
         else:
-            decided |= {"log_dir": str(self.store / "sets"), "name": name, "resume": True}
+            decided |= {"log_dir": str(self.sets), "name": set_name, "resume": True}
         if "ranking_path" in kind.fields():
             decided["ranking_path"] = self._rankings(made)
         return Cell(
@@ -290,6 +300,7 @@ class Grid:
             evaluation=evaluation,
             name=name,
             recipe=recipe,
+            made=set_name,
         )
 
     def _quantised(self, method: str, entry: Mapping, ipc: int, seed: int) -> Cell:
@@ -306,9 +317,10 @@ class Grid:
         decided: dict = {"source": ".", "out": "."}  # which are yet to be made
         recipe = {**cell.recipe, "quantised": _recipe(self._resolve(QuantiseSettings, own, about, decided))}
         name = self._name(method, entry["by"], ipc, seed, recipe)
-        decided |= {"out": str(self.store / "sets" / name / "quantised.safetensors"), "overwrite": True}
+        decided |= {"out": str(self.sets / name / "quantised.safetensors"), "overwrite": True}
         made = self._resolve(QuantiseSettings, own, about, decided)
-        return dataclasses.replace(cell, method=method, distilling=made, name=name, recipe=recipe, of=cell)
+        cell = dataclasses.replace(cell, method=method, distilling=made, of=cell)
+        return dataclasses.replace(cell, name=name, recipe=recipe, made=name)
 
     def _name(self, method: str, by: str, ipc: int, seed: int, recipe: Mapping) -> str:
         """Of a cell's files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,7 @@ def plot(rows: Sequence[Row]) -> Figure:
         for row in (row for row in rows if row.ipc == ipc and row.values):
             y = methods.index(row.method)
             panel.plot(list(row.values.values()), [y] * len(row.values), ".", color=GREY, markersize=4)
-            error = row.error if len(row.values) > 1 else 0
-            panel.errorbar(row.mean, y, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+            panel.errorbar(row.mean, y, xerr=row.error, fmt="o", color=BLUE, markersize=5, capsize=3)
         panel.set_title(in_words(ipc), fontsize=10)
         panel.set_xlabel("test accuracy, %: mean, standard error, seeds")
         panel.set_yticks(range(len(methods)), names, parse_math=False)
@@ -85,9 +83,8 @@ def plot_curves(
 
 
 def _with_errors(panel: Axes, found: Sequence[tuple[float, float, float]], style: Mapping) -> None:
-    """Draw points of x, y and the error of y, which may be unknown."""
-    columns = zip(*[(x, y, 0 if math.isnan(error) else error) for x, y, error in found]) if found else ((), (), ())
-    panel.errorbar(*columns, capsize=3, **style)
+    """Draw points of x, y and the error of y, which is not a number where it is unknown."""
+    panel.errorbar(*(zip(*found) if found else ((), (), ())), capsize=3, **style)
 
 
 def by_bits(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -107,10 +104,9 @@ def plot_bits(rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     bars = []
     for i, line in enumerate(lines.values()):
-        errors = [row.error if len(row.values) > 1 else 0 for row in line]
-        means, bits = [row.mean for row in line], [row.bits or 0 for row in line]
+        bits, means, errors = zip(*((row.bits or 0, row.mean, row.error) for row in line))
         style = ("-", "--", ":")[i // 10 % 3]  # there are 10 colours
-        bars.append(axes.errorbar(bits, means, yerr=errors, marker="o", linestyle=style, markersize=4, capsize=3))
+        bars.append(axes.errorbar(bits, means, errors, marker="o", linestyle=style, markersize=4, capsize=3))
     axes.set_title(", ".join(map(in_words, sizes)) if len(sizes) == 1 else "", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")

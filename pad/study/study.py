@@ -31,7 +31,7 @@ from pad.show.layers import plot_layers_of
 from pad.show.pictures import image_grid, unless_it_fails
 from pad.store.files import refuse_unwritable, save_picture, slug, write_text
 from pad.store.locks import each_once, in_turn, remove_leftovers
-from pad.store.run import costs
+from pad.store.run import costs, run_folder
 from pad.streams import silence
 from pad.study.frame import frame_of
 from pad.study.grid import Cell, Grid, StudySettings
@@ -61,7 +61,8 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     frame = frame_of(grid)
     for folder in (grid.out, grid.store):
         refuse_unwritable(folder)
-    remove_leftovers(grid.store / "cells")
+    for folder in (grid.store / "cells", grid.sets):
+        remove_leftovers(folder)
     work = _Work(grid)
     try:
         each_once(wanted, work.lock, work.obtain, lambda cell: cell.about)
@@ -111,7 +112,10 @@ class _Work:
         return self._grid.store / "cells" / f".{cell.name}.lock"
 
     def _record(self, cell: Cell) -> Path:
-        path = self._grid.store / "cells" / f"{cell.name}.json"
+        return self._shared(self._grid.store / "cells" / f"{cell.name}.json")
+
+    def _shared(self, path: Path) -> Path:
+        """The record at ``path``, or in a store that is of several studies that of the same under another's name."""
         return self._grid.by_digest(path) if self._grid.shares else path
 
     def outcome(self, cell: Cell) -> Outcome:
@@ -147,11 +151,12 @@ class _Work:
         bench = self.bench  # those of another study are no cell's failure
         try:
             with silence():  # a line is said of it below
-                made, found = _run(cell, bench, self._whole(cell))
+                made = self._made(cell, bench)
+                synthetic = str(self._grid.store / made["set"])
+                scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": synthetic, "overwrite": True})
+                found = evaluate(scored, bench=bench)
             accuracies = found["results"][0]["accuracies"]
-            if isinstance(cell.distilling, Distilling):
-                record["distilling"] = costs(made.parents[1], SyntheticSet.load(made).metadata["iteration"])
-            record |= {"set": str(made.relative_to(self._grid.store)), "accuracies": accuracies, **_more(found)}
+            record |= {**made, "accuracies": accuracies, **_more(found)}
             said = f"{100 * statistics.mean(accuracies):.2f} %"
         except Stopped as stop:
             if stop.code > 128:  # a signal
@@ -172,6 +177,24 @@ class _Work:
         else:
             print(f"{cell.about}: {said} ({record['seconds']:.0f} s)", flush=True)
 
+    def _made(self, cell: Cell, bench: Workbench) -> dict:
+        """What is recorded of a cell's set, which is made where that is not done: its file, and what distilling took.
+
+        Cells that differ in the evaluation alone have one set.
+        """
+        record = self._shared(self._grid.sets / f"{cell.made}.json")
+        with in_turn(record.with_name(f".{record.name}.lock"), f"the set of {cell.about}"):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+                made = json.loads(record.read_text(encoding="utf-8"))
+                if (self._grid.store / made["set"]).exists():
+                    return made
+            path = _make(cell, bench, self._whole(cell))
+            made = {"set": str(path.relative_to(self._grid.store))}
+            if isinstance(cell.distilling, Distilling):
+                made["distilling"] = costs(path.parents[1], SyntheticSet.load(path).metadata["iteration"])
+            write_text(record, json.dumps(made, indent=2, sort_keys=True) + "\n")
+        return made
+
     def _whole(self, cell: Cell) -> str | None:
         """The file of the set that a cell's is made of, if it is. Raises InputError where that failed."""
         if cell.of is None:
@@ -182,18 +205,11 @@ class _Work:
         return str(self._grid.store / whole.made)
 
 
-def _run(cell: Cell, bench: Workbench, whole: str | None) -> tuple[Path, dict]:
-    """Experts, set and evaluation. Returns the set's file, and the results of the networks trained on it.
+def _make(cell: Cell, bench: Workbench, whole: str | None) -> Path:
+    """Experts and set. Returns the set's file.
 
     ``whole``: the file of the set that is to be quantised.
     """
-    made = _made(cell, bench, whole)
-    settings = EvaluationSettings.resolve(cell.evaluation | {"synthetic": str(made), "overwrite": True})
-    return made, evaluate(settings, bench=bench)
-
-
-def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
-    """The file of a cell's set."""
     if isinstance(cell.distilling, QuantiseSettings):
         return quantise(dataclasses.replace(cell.distilling, source=FilePath(str(whole))))
     scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
@@ -205,7 +221,20 @@ def _made(cell: Cell, bench: Workbench, whole: str | None) -> Path:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
         return select_coreset(cell.distilling, bench=bench)
-    return distill(cell.distilling, bench=bench) / "Normal" / "synthetic_last.safetensors"
+    return _distilled(cell.distilling, bench)
+
+
+def _distilled(settings: Distilling, bench: Workbench) -> Path:
+    """The file of a distilled set. A run that was stopped has what it left of its ``time_limit``."""
+    place = settings.log_dir, bench.data.name, settings.ipc, settings.model
+    made = run_folder(*place, name=str(settings.name)) / "Normal" / "synthetic_last.safetensors"
+    if settings.time_limit is not None and made.exists():
+        spent = costs(made.parents[1], SyntheticSet.load(made).metadata["iteration"])["seconds"]
+        if spent >= settings.time_limit:
+            return made
+        settings = dataclasses.replace(settings, time_limit=settings.time_limit - spent)
+    distill(settings, bench=bench)
+    return made
 
 
 def _more(found: dict) -> dict:

@@ -205,7 +205,9 @@ def test_studies_share_cells_by_what_they_are(folder, monkeypatch, capsys):
     assert cli.study(["study.yaml", "--store", "before"]) == 0
     [name] = names
     assert name.startswith("coreset-ipc1-seed0-"), "of the command, as every study calls it"
-    assert {path.name for path in Path("before", "cells").iterdir()} == {made.name, f"{name}.json"}
+    [new] = (cell for key, cell in cells(Path("study.yaml"), store="before").items() if key[0] == "new")
+    assert {path.name for path in Path("before", "cells").iterdir()} == {made.name, f"{new.name}.json"}
+    assert new.made == name
 
     report = Path("reports", "tiny")
     assert {path.name for path in (report / "pictures").iterdir()} == {"old_ipc1.png", "new_ipc1.png"}
@@ -222,6 +224,10 @@ def test_studies_share_cells_by_what_they_are(folder, monkeypatch, capsys):
     change(Path("study.yaml"), methods={"another": second}, figures=["sets"])
     assert cli.study(["study.yaml", "--store", "before", "--out", "other"]) == 0
     assert len(names) == 1, "all are there"
+    monkeypatch.setattr(studying, "select_coreset", lambda *_, **__: pytest.fail("a set was made again"))
+    change(Path("tiny.yaml"), evaluation={"epoch_eval_train": 2})
+    assert cli.study(["study.yaml", "--store", "before", "--out", "other"]) == 0
+    change(Path("tiny.yaml"), evaluation={"epoch_eval_train": 1})
     assert Path("other", "sets_ipc1.png").is_file()
     assert cli.report(["reports/tiny", "--out", "page.html"]) == 0
     page = Path("page.html").read_text()

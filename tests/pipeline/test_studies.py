@@ -1,6 +1,7 @@
 """Studies: the grid, what is kept, what happens to cells that fail or are stopped, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -67,7 +68,7 @@ def outcome_of(folder: Path) -> dict[str, bytes]:
     """Everything but what depends on the clock."""
 
     def plain(name: str, data: bytes) -> bytes:
-        if not name.startswith("cells/"):
+        if not (name.startswith("cells/") or (name.startswith("sets/") and name.count("/") == 1)):
             return data
         dropped = ("seconds", "distilling")
         return json.dumps({key: value for key, value in json.loads(data).items() if key not in dropped}).encode()
@@ -160,6 +161,66 @@ def test_a_change_concerns_its_cells_alone(done, tmp_path, monkeypatch):
     methods["PAD"]["lr_img"] = 10
     assert run(tmp_path, methods=methods) == 0
     assert [name.split("-")[0] for name in made] == ["PAD", "PAD"]
+
+
+def test_sets_are_made_once_for_all_evaluations(done, tmp_path, monkeypatch):
+    shutil.copytree(done, tmp_path / "out")
+    sets = {path: path.read_bytes() for path in tmp_path.glob("out/sets/**/*.safetensors")}
+    monkeypatch.setattr(studying, "distill", lambda *_, **__: pytest.fail("distilled again"))
+    monkeypatch.setattr(studying, "select_coreset", lambda *_, **__: pytest.fail("selected again"))
+    evaluation = yaml.safe_load(STUDY)["evaluation"]
+    before, cells = table(done), list(tmp_path.glob("out/cells/*.json"))
+    assert run(tmp_path, evaluation=evaluation | {"epoch_eval_train": 3}) == 0
+    found = table(tmp_path / "out")
+    assert all(found[method]["accuracy"] != before[method]["accuracy"] for method in METHODS)
+    assert {path: path.read_bytes() for path in sets} == sets
+    assert len([*tmp_path.glob("out/cells/*.json")]) == 2 * len(cells), "the others are kept"
+    monkeypatch.setattr(studying, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    assert run(tmp_path) == 0 and table(tmp_path / "out") == before
+
+
+def test_a_set_named_as_its_cell_is_gone_on_with(done, tmp_path, monkeypatch):
+    """Earlier versions named them so."""
+    shutil.copytree(done, tmp_path / "out")
+    study = StudySettings.resolve({"study": str(write(tmp_path)), "out": str(tmp_path / "out")})
+    cell = next(cell for cell in Grid.read(study).cells() if cell.method == "DM")
+    assert cell.made != cell.name
+    (run_of_set,) = tmp_path.glob(f"out/sets/*/*/*/{cell.made}")
+    run_of_set.rename(run_of_set.with_name(cell.name))
+    (tmp_path / f"out/sets/{cell.made}.json").unlink()
+    (tmp_path / f"out/cells/{cell.name}.json").unlink()
+    monkeypatch.setattr(studying, "select_coreset", lambda *_, **__: pytest.fail("another cell was made again"))
+    assert run(tmp_path) == 0
+    assert table(tmp_path / "out")["DM"]["accuracy"] == table(done)["DM"]["accuracy"]
+    assert not run_of_set.exists() and (tmp_path / f"out/sets/{cell.name}.json").exists()
+
+
+def test_time_is_given_once(tmp_path, monkeypatch):
+    """A cell that is stopped while it distils has what is left of it, one that is stopped later no more."""
+    limits, distill, evaluate = [], studying.distill, studying.evaluate
+
+    def stopped(settings, **more):
+        distill(dataclasses.replace(settings, time_limit=settings.time_limit / 4), **more)
+        raise Stopped("by a signal", 130)
+
+    def watched(settings, **more):
+        limits.append(settings.time_limit)
+        return distill(settings, **more)
+
+    methods = {"DM": yaml.safe_load(STUDY)["methods"]["DM"] | {"Iteration": 100_000, "time_limit": 2}}
+    more = {"methods": methods, "seeds": [0], "reference": None}
+    monkeypatch.setattr(studying, "distill", stopped)
+    assert run(tmp_path, **more) == 130
+    (timing,) = tmp_path.glob("out/sets/*/*/*/*/timing.jsonl")
+    events = [json.loads(line) for line in timing.read_text().splitlines()]
+    spent = sum(each["seconds"] for each in events if each["event"] == "match")
+    assert spent > 0
+    monkeypatch.setattr(studying, "distill", watched)
+    monkeypatch.setattr(studying, "evaluate", lambda *_, **__: raised(Stopped("by a signal", 130)))
+    assert run(tmp_path, **more) == 130
+    assert limits == [pytest.approx(2 - spent, abs=0.002)]
+    monkeypatch.setattr(studying, "evaluate", evaluate)
+    assert run(tmp_path, **more) == 0 and len(limits) == 1
 
 
 def test_a_part_can_be_asked_for_and_the_report_is_of_all(tmp_path):
@@ -327,7 +388,7 @@ def raised(error: Exception):
 
 def test_whole_sets_are_made_before_those_in_fewer_bits(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(studying, "_run", lambda cell, *_: made.append(cell.method) or raised(InputError("later")))
+    monkeypatch.setattr(studying, "_make", lambda cell, *_: made.append(cell.method) or raised(InputError("later")))
     first = {"real 4": FEWER["real 4"], **FEWER, "DM": yaml.safe_load(STUDY)["methods"]["DM"]}
     assert run(tmp_path, **ASKED | {"methods": first}) == 1
     assert made[:2] == ["random real", "DM"]
