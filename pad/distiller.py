@@ -113,8 +113,8 @@ class Distiller:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all iterations are done."""
-        return self.state.iteration > self.schedule.iterations
+        """Whether all iterations are done, with time to spare for what follows the last."""
+        return self.state.iteration > self.schedule.iterations and not self._out_of_time
 
     def distill(self) -> SyntheticSet:
         """Run to the end, or until the time is over; returns the set. Nothing is evaluated any more when time is over.

@@ -198,13 +198,17 @@ class Packed:
     packing: Packing
     tensors: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device."""
+        return Packed(self.packing, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """As :meth:`Packing.unpack`."""
         return self.packing.unpack(self.tensors)
 
     def nearest(self, images: Tensor) -> Tensor:
-        """The numbers nearest to ``images [N, C, H, W]`` that these scales have, on their device."""
-        rows, scales = self.packing.rows(images, self.tensors["scales"].to(images.device))
+        """The numbers nearest to ``images [N, C, H, W]``, on the same device, that these scales have."""
+        rows, scales = self.packing.rows(images, self.tensors["scales"])
         return restored(self._levels(rows, scales), scales).view_as(images)
 
     def moved(self, images: Tensor) -> "Packed":
@@ -235,7 +239,8 @@ def restored(levels: Tensor, scales: Tensor) -> Tensor:
 
 def _nearest(values: Tensor, low: Tensor, step: Tensor, top: int) -> Tensor:
     """The levels 0 .. ``top`` nearest to ``values [G, M]``, as floating-point numbers. low and step: ``[G, 1]``."""
-    return values.sub(low).div_(torch.where(step > 0, step, 1.0)).round_().clamp_(0, top)
+    # masked_fill: on CUDA torch.where copies a number to the device, and waits for that
+    return values.sub(low).div_(step.masked_fill(step <= 0, 1)).round_().clamp_(0, top)
 
 
 class _Best:

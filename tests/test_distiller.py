@@ -524,7 +524,7 @@ def passing(clock, change):
 def test_a_run_out_of_time_stops_between_iterations_and_goes_on(tmp_path, uninterrupted, seconds, per_call):
     """In as many calls as it takes, of one iteration at least; the files are those of one call."""
     folder, clock, done = tmp_path / "run", Clock(), 0
-    for call in range(12):
+    for call in range(13):
         ours = distiller(folder, Quadratic(passing(clock, rough)), resume=call > 0, threshold=1.0)
         ours.limit = TimeLimit(seconds, clock)
         last = ours.distill()

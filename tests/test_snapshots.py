@@ -226,6 +226,23 @@ def test_what_amplitude_and_phase_see():
     assert difference(turned, target, 0.0).item() > 1
 
 
+def test_amplitudes_that_agree_have_no_slope():
+    """With the phases left out the root can be of zero: its gradient is that of the other frequencies."""
+    rng = torch.Generator().manual_seed(0)
+    t, real, other = (torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (9, 20, 5))
+    other.requires_grad_()
+    re, im = characteristic(other, t)
+    target = [part.detach().clone() for part in characteristic(real, t)]
+    agreeing = torch.tensor([2, 5])
+    for part, own in zip(target, (re, im)):
+        part[agreeing] = own[agreeing].detach()
+    (ours,) = torch.autograd.grad(difference((re, im), tuple(target), 1.0), other, retain_graph=True)
+    sizes = (re.square() + im.square()).sqrt(), (target[0].square() + target[1].square()).sqrt()
+    off = torch.tensor([i for i in range(9) if i not in agreeing])
+    (expected,) = torch.autograd.grad(300 / 9 * (sizes[0] - sizes[1])[off].abs().sum(), other)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
+
+
 def test_ranks_give_what_one_gives(stores):
     def work(ranks):
         both = [make(name, stores[name], 2, ranks=ranks) for make in (tgdd, ncfm) for name in NETWORKS]

@@ -104,5 +104,10 @@ class FromEpochs(Following):
         """Draws expert and start epoch. Raises InputError where a trajectory is too short."""
         others = {"experts": followed.experts, "sequential": self.Sequential_Generation, **others}
         sampler = self.fill(SegmentSampler, **others)
+        if sampler.max_start_epoch <= sampler.min_start_epoch:
+            raise InputError(
+                f"min_start_epoch: {sampler.min_start_epoch} leaves no start epoch: trajectories in "
+                f"{followed.store.folder} have {sampler.max_start_epoch - 1} epochs"
+            )
         sampler.refuse_short(followed.store)
         return sampler

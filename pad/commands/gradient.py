@@ -12,6 +12,7 @@ from pad.commands.bench import Workbench
 from pad.commands.distil import OfDepth, Task
 from pad.commands.real import RealMatching
 from pad.config import DETAIL, PACE, RECIPE, FilePath, setting
+from pad.data.placement import to_device
 from pad.matching.gradient import GradientObjective
 from pad.nn.flat import FlatModel
 
@@ -72,7 +73,7 @@ class DCSettings(RealMatching, OfDepth):
         outer, inner = self.loops
 
         def start(it: int) -> Tensor:
-            return model.flatten(bench.network(self.model, self.seed, "gradient matching", it)).to(bench.device)
+            return to_device(model.flatten(bench.network(self.model, self.seed, "gradient matching", it)), bench.device)
 
         objective = self.fill(
             GradientObjective,

@@ -36,7 +36,8 @@ def difference(found: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], ampl
     size, size_target = torch.hypot(re, im), torch.hypot(re_target, im_target)
     phases = 2 * (size * size_target - re * re_target - im * im_target)
     squares = amplitude * (size - size_target).square() + (1 - amplitude) * phases.clamp(min=SMALLEST)
-    return SCALE * squares.sqrt().mean()
+    # At a = 1 the first bracket can be zero, where the root has no slope: there the gradient is zero
+    return SCALE * squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().mean()
 
 
 class SamplingNetwork:

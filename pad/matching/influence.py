@@ -116,7 +116,7 @@ class InfluenceObjective(Objective):
         draw = self.augmentation.draw(1, rng)
         batches = [self.real.draw(c, rng).to(images.dtype) for c in range(labels.shape[1])]
         sizes = torch.tensor([len(batch) for batch in batches])
-        classes = torch.arange(len(batches)).repeat_interleave(sizes).to(images.device)
+        classes = to_device(torch.arange(len(batches)).repeat_interleave(sizes), images.device)
         one_hot = F.one_hot(classes, len(batches)).to(images.dtype)
         real = _Share(self.real_model or self.model, augment(torch.cat(batches), draw), one_hot, ranks)
         p = labels.softmax(dim=1)

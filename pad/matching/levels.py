@@ -22,10 +22,15 @@ class OnLevels(Objective):
     packed: Packed
     _shown: Tensor | None = field(default=None, init=False, repr=False)  # the same memory each time, for pad.nn.replay
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        return self.objective.memory
+
     def steps(self, it: int, images: Tensor, labels: Tensor, lr: Tensor) -> Iterator[Gradients]:
         """Loss and gradients of each step."""
         if self._shown is None:
             self._shown = torch.empty_like(images)
+            self.packed = self.packed.to(images.device)
         self._shown.copy_(self.packed.nearest(images))
         for found in self.objective.steps(it, self._shown, labels, lr):
             yield replace(found, labels=torch.zeros_like(found.labels))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pad.data.placement import Images
+from pad.data.placement import Images, batches
 from pad.errors import InputError
 from pad.shares import exact_share
 
@@ -46,4 +46,5 @@ class RealBatches:
     def draw(self, c: int, generator: torch.Generator, size: int | None = None) -> Tensor:
         """Images ``[size, C, H, W]`` of class ``c``, each at most once."""
         row = self.rows[c]
-        return self.images[row[torch.randperm(len(row), generator=generator)[: size or self.size]]]
+        chosen = row[torch.randperm(len(row), generator=generator)[: size or self.size]]
+        return next(batches(self.images, chosen, len(chosen)))

@@ -67,14 +67,12 @@ class Mixtures:
 
     def mixed(self, it: int) -> Tensor:
         """l theta(0) + (1 - l) theta(T), with l uniform in [0, 1): ``[P]``."""
-        first, last = self._ends(it)
+        expert = expert_of(it, self.experts, self.seed)
+        first, last = self.store.rows(expert, [0, self.store.epochs(expert)])
         share = torch.rand((), generator=generator(self.seed, "mixture", it), dtype=torch.float64).item()
         return last.lerp(first, share)
 
     def trained(self, it: int) -> Tensor:
         """theta(T) of the same expert: ``[P]``."""
-        return self._ends(it)[1]
-
-    def _ends(self, it: int) -> Tensor:
         expert = expert_of(it, self.experts, self.seed)
-        return self.store.rows(expert, [0, self.store.epochs(expert)])
+        return self.store.rows(expert, [self.store.epochs(expert)])[0]

@@ -285,6 +285,18 @@ def test_a_network_with_batchnorm(tmp_path):
 # ---- going on
 
 
+@pytest.mark.slow
+def test_tuned_levels_go_on_with_what_the_objective_has_learned(finished, tmp_path):
+    small = tmp_path / "small.safetensors"
+    whole = run_folder(finished["NCFM"]) / "Normal" / "synthetic_last.safetensors"
+    assert cli.quantise(command_line(source=whole, bits=4, out=small)) == 0
+    asked = {"pix_init": small, "eval_it": 1000}
+    for folder, iterations, more in (("whole", 3, []), ("twice", 1, []), ("twice", 3, ["--resume"])):
+        argv = argv_of("NCFM", tmp_path / folder, "--tune_levels", *more, **asked | {"Iteration": iterations})
+        assert DOORS["NCFM"](argv) == 0
+    assert len(losses(tmp_path / "whole")) == 4 and losses(tmp_path / "twice") == losses(tmp_path / "whole")
+
+
 @QUICK_BUT_DC
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capfd, system):
     argv = argv_of(system, tmp_path)
@@ -496,6 +508,7 @@ def test_two_processes_in_multi_formation_give_what_one_gives(tmp_path):
         ("TGDD", ["--train_per_class", "39"], "the buffer"),
         ("TGDD", ["--max_start_epoch", "5"], "max_start_epoch 5 need trajectories of 4 epochs"),
         ("TGDD", ["--max_start_epoch", "2", "--min_start_epoch", "2"], "leaves no start epoch"),
+        ("TGDD", ["--min_start_epoch", "4"], "min_start_epoch: 4 leaves no start epoch: trajectories in"),
         ("NCFM", ["--ipc", "41"], "ipc: 41"),
         ("NCFM", ["--buffer_path", "nowhere"], "no expert trajectories in nowhere"),
         ("NCFM", ["--max_start_epoch", "2"], "max_start_epoch: it belongs to trajectory matching"),

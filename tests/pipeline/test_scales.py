@@ -281,9 +281,9 @@ def test_the_shipped_studies_are_studies():
 
 
 def test_every_table_and_figure_has_its_study():
-    assert {path.stem for path in STUDIES} == {*TABLES.split(), "depth"}
+    assert {path.stem for path in STUDIES} == {*TABLES.split(), "depth", "ends"}
     without = {path.stem for path in STUDIES if not frame_of(grid(path)).published.rows}
-    assert without == {"figure5", "figure6", "depth"}, "pictures, and one that the paper has not"
+    assert without == {"figure5", "figure6", "depth", "ends"}, "pictures, and two that the paper has not"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -314,7 +314,7 @@ def published_settings(kind: type, name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in STUDIES if path.stem not in ("table3a", "depth")], ids=lambda path: path.stem
+    "path", [path for path in STUDIES if path.stem not in ("table3a", "depth", "ends")], ids=lambda path: path.stem
 )
 def test_trajectories_at_full_scale_have_the_paper_s_values(path):
     """All but what a row is about: the parameters that are matched, and the experts."""
