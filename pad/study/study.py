@@ -150,7 +150,8 @@ class _Work:
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
         bench = self.bench  # those of another study are no cell's failure
         try:
-            with silence():  # a line is said of it below
+            # A line is said of it below. Another study may have a cell of the same set
+            with silence(), in_turn(self._grid.sets / f".{cell.made}.lock", f"the set of {cell.about}"):
                 made = self._made(cell, bench)
                 synthetic = str(self._grid.store / made["set"])
                 scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": synthetic, "overwrite": True})
@@ -183,16 +184,15 @@ class _Work:
         Cells that differ in the evaluation alone have one set.
         """
         record = self._shared(self._grid.sets / f"{cell.made}.json")
-        with in_turn(record.with_name(f".{record.name}.lock"), f"the set of {cell.about}"):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
-                made = json.loads(record.read_text(encoding="utf-8"))
-                if (self._grid.store / made["set"]).exists():
-                    return made
-            path = _make(cell, bench, self._whole(cell))
-            made = {"set": str(path.relative_to(self._grid.store))}
-            if isinstance(cell.distilling, Distilling):
-                made["distilling"] = costs(path.parents[1], SyntheticSet.load(path).metadata["iteration"])
-            write_text(record, json.dumps(made, indent=2, sort_keys=True) + "\n")
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+            made = json.loads(record.read_text(encoding="utf-8"))
+            if (self._grid.store / made["set"]).exists():
+                return made
+        path = _make(cell, bench, self._whole(cell))
+        made = {"set": str(path.relative_to(self._grid.store))}
+        if isinstance(cell.distilling, Distilling):
+            made["distilling"] = costs(path.parents[1], SyntheticSet.load(path).metadata["iteration"])
+        write_text(record, json.dumps(made, indent=2, sort_keys=True) + "\n")
         return made
 
     def _whole(self, cell: Cell) -> str | None:
