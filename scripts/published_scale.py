@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""PAD on CIFAR-10 as published, in the time that is given: published_scale.py --minutes 60. See --help."""
+"""PAD on CIFAR-10 by the paper's values, in the time that is given: published_scale.py --minutes 60. See --help."""
 
 import sys
 from pathlib import Path

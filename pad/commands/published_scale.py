@@ -1,6 +1,6 @@
-"""The published setting on one device, as far as a time allows: experts, iterations, a curve, and rows beside it.
+"""The paper's setting on one device, as far as a time allows: experts, iterations, a curve, and rows beside it.
 
-python scripts/published_scale.py --minutes 60 --data_path /path/to/cifar10
+python scripts/published_scale.py --minutes 60 --data_path dataset
 """
 
 import contextlib
@@ -65,7 +65,7 @@ FEWEST_MINUTES = 5.0  # below, not even an expert is trained on a card
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedScaleSettings(Settings):
-    """``scripts/published_scale.py``: PAD on CIFAR-10, 10 images per class, as published, in the time that is given."""
+    """``scripts/published_scale.py``: PAD on CIFAR-10, 10 images per class, by the paper's values, in a given time."""
 
     minutes: float | None = setting(None, "wall-clock minutes that this call may take", PACE, above=0)
     cfg_set: str = setting(
@@ -73,7 +73,11 @@ class PublishedScaleSettings(Settings):
     )
     tiny: bool = setting(False, "a small network on embedded images instead: a minute on a CPU", RECIPE)
     seed: int = setting(0, "seed of every random decision", SEED, low=0)
-    data_path: FilePath | None = setting(None, "folder of CIFAR-10; default: dataset in the checkout", PLACE)
+    data_path: FilePath | None = setting(
+        None,
+        "folder of torchvision's cifar-10-batches-py, downloaded where it is missing; default: dataset in the checkout",
+        PLACE,
+    )
     device: Device = setting("auto", "auto, cpu, cuda, cuda:1", PLACE)
     out: FilePath | None = setting(None, "folder of the report; default: runs/published_scale in the checkout", PLACE)
     work: FilePath | None = setting(
