@@ -96,12 +96,13 @@ class _Work:
         """The images, which all cells share. Raises InputError when the study was begun with others."""
         bench = set_up(self._grid.common, ALONE)
         path = self._grid.store / "data.json"
+        here = bench.data.tested
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there, or damaged
-            write_text(path, json.dumps(bench.data.identity, indent=2, sort_keys=True) + "\n")
+            before = json.loads(path.read_text(encoding="utf-8")).items()
+        except (OSError, ValueError, AttributeError):  # not there, or damaged
+            write_text(path, json.dumps(here, indent=2, sort_keys=True) + "\n")
         else:
-            if before != json.loads(json.dumps(bench.data.identity)):
+            if not before <= here.items():  # earlier versions did not note the test images
                 other = f"with other images than {self._grid.common.data_path} has"
                 folder = "--store" if self._grid.shares else "--out"
                 raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")

@@ -17,6 +17,7 @@ from helpers import CHECKOUT, contents, slow
 
 from pad import cli
 from pad.config import read_yaml
+from pad.data.images import ImageData
 from pad.errors import InputError, Stopped
 from pad.study import study as studying
 from pad.study.grid import Grid, StudySettings
@@ -275,6 +276,17 @@ def test_other_images_are_refused(done, tmp_path, capsys):
     common = yaml.safe_load(STUDY)["common"] | {"train_per_class": 19}
     assert run(tmp_path, common=common) == 2
     assert "begun with other images" in capsys.readouterr().err
+
+
+def test_other_test_images_are_refused_where_it_is_noted_which_there_were(done, tmp_path, monkeypatch, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    next((tmp_path / "out/cells").glob("DM-*.json")).unlink()
+    monkeypatch.setattr(ImageData, "test_fingerprint", "another")
+    assert run(tmp_path) == 2
+    assert "begun with other images" in capsys.readouterr().err
+    noted = tmp_path / "out/data.json"  # an earlier version's has no such line
+    noted.write_text(json.dumps({k: v for k, v in json.loads(noted.read_text()).items() if k != "test_fingerprint"}))
+    assert run(tmp_path) == 0
 
 
 def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
