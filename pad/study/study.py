@@ -64,6 +64,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     for folder in (grid.store / "cells", grid.sets):
         remove_leftovers(folder)
     work = _Work(grid)
+    work.begin(wanted)
     try:
         each_once(wanted, work.lock, work.obtain, lambda cell: cell.about)
     finally:  # an interrupted study shows what is there
@@ -93,20 +94,44 @@ class _Work:
 
     @functools.cached_property
     def bench(self) -> Workbench:
-        """The images, which all cells share. Raises InputError when the study was begun with others."""
-        bench = set_up(self._grid.common, ALONE)
-        path = self._grid.store / "data.json"
-        here = bench.data.tested
-        try:
+        """The images, which all cells share."""
+        return set_up(self._grid.common, ALONE)
+
+    def begin(self, cells: list[Cell]) -> None:
+        """Note the images, unless all is done. Raises InputError for others than the study was begun with.
+
+        And for networks, rows and sizes of cells that are not done which do not go with the images.
+        """
+        undone = [cell.of or cell for cell in cells if not self.outcome(cell).accuracies]
+        if not undone:
+            return
+        path, here, before = self._grid.store / "data.json", self.bench.data.tested, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or damaged
             before = json.loads(path.read_text(encoding="utf-8")).items()
-        except (OSError, ValueError, AttributeError):  # not there, or damaged
+        if before is not None and not before <= here.items():  # earlier versions did not note the test images
+            other = f"with other images than {self._grid.common.data_path} has"
+            folder = "--store" if self._grid.shares else "--out"
+            raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")
+        with silence():
+            self._refuse_unfit(undone)
+        if before is None:
             write_text(path, json.dumps(here, indent=2, sort_keys=True) + "\n")
-        else:
-            if not before <= here.items():  # earlier versions did not note the test images
-                other = f"with other images than {self._grid.common.data_path} has"
-                folder = "--store" if self._grid.shares else "--out"
-                raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")
-        return bench
+
+    def _refuse_unfit(self, cells: list[Cell]) -> None:
+        """Raise InputError for what these images do not go with, of cells alike once."""
+        distilling = [cell.distilling for cell in cells if isinstance(cell.distilling, Distilling)]
+        self.bench.refuse_unfit(sorted({name for each in distilling for name in (each.model, *each.pool)}))
+        asked: dict[tuple[bool, int, bool], Cell] = {}
+        for cell in cells:
+            hard = getattr(cell.distilling, "labels", "hard") == "hard"
+            ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
+            asked.setdefault((hard, ipc, "buffer_path" in cell.evaluation), cell)
+        for (hard, ipc, _), cell in asked.items():
+            scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": "."})
+            try:
+                what_is_asked(scored, self.bench, hard=hard, counts=[ipc] * self.bench.data.num_classes)
+            except InputError as error:
+                raise InputError(f"{cell.about}: {error}") from None
 
     def lock(self, cell: Cell) -> Path:
         """Held while a cell is run."""
@@ -149,7 +174,7 @@ class _Work:
         log.info("== %s", cell.about)
         started = time.perf_counter()
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
-        bench = self.bench  # those of another study are no cell's failure
+        bench = self.bench  # what is wrong with the images is no cell's failure
         try:
             with silence():  # a line is said of it below
                 made = self._made(cell, bench)
@@ -213,11 +238,6 @@ def _make(cell: Cell, bench: Workbench, whole: str | None) -> Path:
     """
     if isinstance(cell.distilling, QuantiseSettings):
         return quantise(dataclasses.replace(cell.distilling, source=FilePath(str(whole))))
-    scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
-    hard = getattr(cell.distilling, "labels", "hard") == "hard"
-    ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
-    counts = [ipc] * bench.data.num_classes
-    what_is_asked(scored, bench, hard=hard, counts=counts)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):
