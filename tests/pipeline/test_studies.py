@@ -549,7 +549,7 @@ def change(path: str, value):
         ("evaluation/networks", "ConvNetD6W8", ("ConvNetD6W8 does not fit",)),
         ("methods/DM/networks", "NoNet", ("there is no network 'NoNet'",)),
         ("methods/DM/model", "NoNet", ("there is no network 'NoNet'",)),
-        ("evaluation/rows", "syn,random_hard,random_soft", ("DM, ipc 1, seed 0: rows: random_soft",)),
+        ("evaluation/rows", "syn,random_soft", ("DM, ipc 1, seed 0: rows: random_soft",)),
         ("common/datset", "x", ("common: unknown key 'datset'; the nearest is dataset",)),
         ("seed", [0], ("unknown key 'seed'; the nearest is seeds",)),
         ("seeds", [-1], ("seeds: [-1]",)),
