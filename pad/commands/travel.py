@@ -15,7 +15,7 @@ from pad.commands.foreign import OfOthers, ours, read_set
 from pad.config import DETAIL, PLACE, RECIPE, FilePath, Settings, setting
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.exchange.card import LICENCES
+from pad.exchange.card import LICENCES, accuracies
 from pad.exchange.writing import FORMS, export_set
 from pad.store.files import refuse_taken, refuse_unwritable
 from pad.synthetic import SyntheticSet, set_file
@@ -85,12 +85,13 @@ def _results_of(synthetic: SyntheticSet, path: Path) -> dict | None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["synthetic"]["digest"] == synthetic.digest:
+            accuracies(results)  # whether they can be shown
             return results
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    log.warning("%s does not say that it is of this set; it is left out", path)
+    log.warning("%s is damaged, or not of this set; it is left out", path)
     return None
 
 
