@@ -288,6 +288,17 @@ def test_runs_of_earlier_versions(tmp_path, system):
     assert f"python distill/{system}.py --" in page.text and "1 image per class, ConvNetD2W8" in page.text
 
 
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [("ConvNetW8", "ConvNetW8"), ("torchvision:resnet18", "torchvision-resnet18"), ("my.py:net", "my.net")],
+)
+def test_the_last_command_names_the_run_s_folder(tmp_path, monkeypatch, model, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("")
+    make_run(tmp_path / "run", model=model)
+    assert f"--synthetic here/Mine/2/{place}/mine" in page_of(tmp_path / "run").text
+
+
 def test_the_same_folder_gives_the_same_bytes(run, tmp_path):
     evaluated(run, [entry("syn", "synthetic")])
     shutil.copytree(run, tmp_path / "elsewhere" / "run")

@@ -26,6 +26,7 @@ from pad.show.html import GENERATOR, Markup, document, fill, joined, pairs, pict
 from pad.show.markdown import as_html
 from pad.show.results import error_of, plus_minus, results_tables, title
 from pad.store.files import refuse_unwritable, slug, write_text
+from pad.store.naming import folder_of
 from pad.store.run import finished_iterations, recorded_settings, run_state
 from pad.store.tensors import open_tensors
 from pad.synthetic import SyntheticSet
@@ -403,7 +404,8 @@ def _again(run: _Run) -> Markup:
     parts += [Markup("<h3>3. Its accuracy</h3>")]
     config, data = run.config, run.data.replace("/", "-")
     name = config.get("name") or run.name
-    place = f"{config.get('log_dir')}/{data}/{config.get('ipc')}/{config.get('model')}/{name}"  # not where it is now
+    model = folder_of(str(config.get("model")))
+    place = f"{config.get('log_dir')}/{data}/{config.get('ipc')}/{model}/{name}"  # not where it is now
     commands = [stage_3(run.config, place, path, found) for path, found in run.evaluations.items()]
     parts += map(_shell, commands or [stage_3(run.config, place)])
     return joined(parts)
