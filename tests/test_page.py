@@ -398,6 +398,13 @@ def test_a_study_that_has_just_begun(tmp_path):
     assert "There is nothing yet" in page_of(tmp_path / "study").text
 
 
+@pytest.mark.parametrize("text", ["ipc,n\n1,2\n", "method,ipc,n\n" + 'a,"' + "b" * 140000, "method,ipc,n\na\n"])
+def test_a_damaged_table_of_a_study_is_named_and_the_rest_is_shown(study, text):
+    (study / "results.csv").write_text(text)
+    page = page_of(study)
+    assert "results.csv is damaged" in page.text and "the <disk> is full" in page.text
+
+
 # ---- what is refused
 
 

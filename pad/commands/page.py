@@ -122,7 +122,7 @@ class _Reading:
             self.missing.append(f"{name} is not there")
         except InputError as error:
             self.missing.append(str(error).replace(f"{self.folder}/", ""))
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error):
             self.missing.append(f"{name} is damaged")
 
     def text(self, name: str) -> str:
@@ -422,7 +422,8 @@ def _of_study(folder: Path) -> str:
     study = _Reading(folder)
     rows: list[dict] = []
     with study.noting("results.csv"), open(folder / "results.csv", encoding="utf-8", newline="") as file:
-        rows = [row | {"n": int(row["n"])} for row in csv.DictReader(file)]
+        known = ({key: row[key] for key in ("method", "ipc", "n")} | row for row in csv.DictReader(file))
+        rows = [row | {"n": int(row["n"])} for row in known]
     lead = ""
     with study.noting("data.json"):
         data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
