@@ -256,6 +256,8 @@ class Grid:
     def _cell(self, method: str, ipc: int, seed: int) -> Cell:
         about = f"{self.where}: {method}"
         entry = self.given(self.methods[method], about, ipc)
+        if entry.get("published") != self.methods[method].get("published"):
+            raise InputError(f"{about}: published is of the row, by size, and has no place under by_ipc or in a cfg")
         by = entry.get("by")
         makers = _makers()
         if not isinstance(by, str) or by not in makers:
