@@ -88,6 +88,7 @@ class StudySettings(Settings):
         for name in ("store", "data_path", "device"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", value]
+        words += ["--costs", str(self.costs)] * ("costs" in self.given)
         return shlex.join(words)
 
     @property

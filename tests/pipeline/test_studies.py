@@ -16,7 +16,7 @@ import yaml
 from helpers import CHECKOUT, contents, slow
 
 from pad import cli
-from pad.config import read_yaml
+from pad.config import parse, read_yaml
 from pad.data.images import ImageData
 from pad.errors import InputError, Stopped
 from pad.study import study as studying
@@ -492,6 +492,15 @@ def test_the_study_s_file_is_kept_below_its_command(done):
     assert yaml.safe_load(asked) == yaml.safe_load(STUDY)
     words = shlex.split(command)
     assert words[:3] == ["#", "python", "scripts/study.py"] and words[-2:] == ["--out", str(done)]
+
+
+@pytest.mark.parametrize("more", [[], ["--costs"], ["--costs", "False"]], ids=str)
+def test_the_kept_command_asks_for_the_costs_as_it_was_asked(tmp_path, more):
+    argv = [str(write(tmp_path, costs=True)), *more]
+    settings = parse(StudySettings, argv, "study.py")
+    words = shlex.split(settings.command(Grid.read(settings)))
+    again = parse(StudySettings, words[2:], "study.py")
+    assert Grid.read(again).costs == Grid.read(settings).costs == (more[1:] != ["False"])
 
 
 def test_a_study_has_a_page(done, tmp_path):
