@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pad.commands.bench import set_up
-from pad.commands.foreign import OfOthers, ours, read_set
+from pad.commands.foreign import OfOthers, ours, read_set, refuse_name_of_others
 from pad.config import DETAIL, PLACE, RECIPE, FilePath, Settings, setting
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -99,6 +99,7 @@ def import_synthetic(settings: ImportSetSettings, ranks: Ranks = ALONE) -> Path:
     """Turn a set of others into one of ours; returns its file."""
     out = Path(str(settings.out))
     refuse_taken(out, settings.overwrite)
+    refuse_name_of_others(str(out))
     settings, found = read_set(settings, str(settings.source))
     synthetic = ours(settings, found, set_up(settings, ranks))
     ranks.on_main(lambda: synthetic.save(out))
