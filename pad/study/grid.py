@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -78,7 +79,7 @@ class StudySettings(Settings):
         if self.study is None:
             raise InputError("no study is named: give its YAML file, as configs/studies/cifar10.yaml")
         for name, text in (("seeds", self.seeds), ("ipc", self.ipc)):
-            if not all(word.isascii() and word.isdigit() for word in words(text)):
+            if not all(re.fullmatch(r"[0-9]{1,18}", word) for word in words(text)):
                 raise InputError(f"{name}: {text!r} is not a list of whole numbers, as 0,1,2")
 
     def command(self, grid: "Grid") -> str:

@@ -599,6 +599,7 @@ def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, 
         (["--methods", "DN"], "nearest is DM"),
         (["--seeds", "x"], "seeds"),
         (["--ipc", "0"], "no ipc 0"),
+        (["--seeds", "9" * 5000], "is not a list of whole numbers"),
         (["--seeds", "7"], "no seed 7"),
     ],
 )
