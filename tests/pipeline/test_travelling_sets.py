@@ -387,6 +387,7 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
     "kind, changes, words",
     [
         ("IDC", {"factor": 3}, ("factor: 3 does not divide the sides of images of 16x16 pixels", "give --padded")),
+        ("IDC", {"factor": 17, "padded": True}, ("factor: 17 is more than the 16 pixels of a side",)),
         ("DC", {"factor": 3, "padded": True, "zca": True}, ("padded: ", "whitened images")),
         ("IDC", {"values": "network"}, ("values: network was given, but", "has pixels")),
         ("MTT", {"label_form": "logits"}, ("label_form: logits was given, but", "has classes")),
