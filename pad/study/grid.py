@@ -14,7 +14,6 @@ from pad.commands.common import Common, words
 from pad.commands.coreset import CoresetSettings
 from pad.commands.distil import Distilling
 from pad.commands.evaluate import EvaluationSettings
-from pad.commands.following import FromEpochs
 from pad.commands.quantise import QuantiseSettings
 from pad.commands.record import BufferSettings
 from pad.commands.table import COMMANDS
@@ -277,11 +276,6 @@ class Grid:
         made = self._resolve(kind, own, about, decided)
         if buffer is not None and buffer.model != made.model:
             raise InputError(f"{about}: model: {made.model}, but its buffer's is {buffer.model}")
-        if buffer is not None and isinstance(made, FromEpochs):
-            try:
-                made.refuse_short(buffer.train_epochs)
-            except InputError as error:
-                raise InputError(f"{about}: {error}") from None
         scored = self.scored(ipc, seed)
         evaluation = {key: getattr(scored, key) for key in {*scored.names(DATA, MODEL, RECIPE), *scored.given}}
         del evaluation["synthetic"]

@@ -21,6 +21,7 @@ from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import Distilling, distill
 from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
+from pad.commands.following import FromEpochs
 from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.record import record_experts
 from pad.config import FilePath
@@ -100,7 +101,7 @@ class _Work:
     def begin(self, cells: list[Cell]) -> None:
         """Note the images, unless all is done. Raises InputError for others than the study was begun with.
 
-        And for networks, rows and sizes of cells that are not done which do not go with the images.
+        And for networks, rows, sizes and start epochs of cells that are not done which cannot be had.
         """
         undone = [cell.of or cell for cell in cells if not self.outcome(cell).accuracies]
         if not undone:
@@ -118,20 +119,23 @@ class _Work:
             write_text(path, json.dumps(here, indent=2, sort_keys=True) + "\n")
 
     def _refuse_unfit(self, cells: list[Cell]) -> None:
-        """Raise InputError for what these images do not go with, of cells alike once."""
+        """Raise InputError for what these images or experts do not go with; cells are evaluated alike once."""
         distilling = [cell.distilling for cell in cells if isinstance(cell.distilling, Distilling)]
         self.bench.refuse_unfit(sorted({name for each in distilling for name in (each.model, *each.pool)}))
-        asked: dict[tuple[bool, int, bool], Cell] = {}
+        known: set[tuple[bool, int, bool]] = set()
         for cell in cells:
             hard = getattr(cell.distilling, "labels", "hard") == "hard"
             ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
-            asked.setdefault((hard, ipc, "buffer_path" in cell.evaluation), cell)
-        for (hard, ipc, _), cell in asked.items():
-            scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": "."})
+            alike = hard, ipc, "buffer_path" in cell.evaluation
             try:
-                what_is_asked(scored, self.bench, hard=hard, counts=[ipc] * self.bench.data.num_classes)
+                if cell.buffer is not None and isinstance(cell.distilling, FromEpochs):
+                    cell.distilling.refuse_short(cell.buffer.train_epochs)
+                if alike not in known:
+                    scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": "."})
+                    what_is_asked(scored, self.bench, hard=hard, counts=[ipc] * self.bench.data.num_classes)
             except InputError as error:
                 raise InputError(f"{cell.about}: {error}") from None
+            known.add(alike)
 
     def lock(self, cell: Cell) -> Path:
         """Held while a cell is run."""
