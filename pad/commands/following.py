@@ -100,16 +100,15 @@ class FromEpochs(Following):
                 "raise it or set Sequential_Generation: False"
             )
 
+    def refuse_short(self, epochs: int) -> None:
+        """Raise InputError for what :meth:`sampler` would refuse of experts of so many epochs, before there are any."""
+        last = self.max_start_epoch or 1 + epochs  # where none is given the experts say it
+        sampler = self.fill(SegmentSampler, experts=[], sequential=self.Sequential_Generation, max_start_epoch=last)
+        sampler.refuse_shorter(epochs, "an expert of its buffer")
+
     def sampler(self, followed: Followed, **others) -> SegmentSampler:
         """Draws expert and start epoch. Raises InputError where a trajectory is too short."""
-        sampler = self._sampler(followed.experts, **others)
+        others = {"experts": followed.experts, "sequential": self.Sequential_Generation, **others}
+        sampler = self.fill(SegmentSampler, **others)
         sampler.refuse_short(followed.store)
         return sampler
-
-    def refuse_short(self, epochs: int) -> None:
-        """Raise InputError for what :meth:`task` would refuse of experts of so many epochs, before there are any."""
-        last = self.max_start_epoch or 1 + epochs  # where none is given the experts say it
-        self._sampler([], max_start_epoch=last).refuse_shorter(epochs, "an expert of its buffer")
-
-    def _sampler(self, experts: list[int], **others) -> SegmentSampler:
-        return self.fill(SegmentSampler, experts=experts, sequential=self.Sequential_Generation, **others)
