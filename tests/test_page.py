@@ -288,6 +288,17 @@ def test_runs_of_earlier_versions(tmp_path, system):
     assert f"python distill/{system}.py --" in page.text and "1 image per class, ConvNetD2W8" in page.text
 
 
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [("ConvNetW8", "ConvNetW8"), ("torchvision:resnet18", "torchvision-resnet18"), ("my.py:net", "my.net")],
+)
+def test_the_last_command_names_the_run_s_folder(tmp_path, monkeypatch, model, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("")
+    make_run(tmp_path / "run", model=model)
+    assert f"--synthetic here/Mine/2/{place}/mine" in page_of(tmp_path / "run").text
+
+
 def test_the_same_folder_gives_the_same_bytes(run, tmp_path):
     evaluated(run, [entry("syn", "synthetic")])
     shutil.copytree(run, tmp_path / "elsewhere" / "run")
@@ -385,6 +396,13 @@ def test_a_study_of_an_earlier_version(tmp_path):
 def test_a_study_that_has_just_begun(tmp_path):
     (tmp_path / "study" / "cells").mkdir(parents=True)
     assert "There is nothing yet" in page_of(tmp_path / "study").text
+
+
+@pytest.mark.parametrize("text", ["ipc,n\n1,2\n", "method,ipc,n\n" + 'a,"' + "b" * 140000, "method,ipc,n\na\n"])
+def test_a_damaged_table_of_a_study_is_named_and_the_rest_is_shown(study, text):
+    (study / "results.csv").write_text(text)
+    page = page_of(study)
+    assert "results.csv is damaged" in page.text and "the <disk> is full" in page.text
 
 
 # ---- what is refused

@@ -398,6 +398,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(more, words, tmp_p
     assert_refused(capfd, cli.quantise, argv, words, tmp_path)
 
 
+@pytest.mark.parametrize("door", ["quantise", "import_set"])
+def test_a_file_is_not_named_as_those_of_others_are(tmp_path, capfd, door):
+    make().save(tmp_path / "set")
+    argv = command_line(source=tmp_path / "set", out=tmp_path / "set.pt", **{"bits": 2} if door == "quantise" else {})
+    assert_refused(capfd, getattr(cli, door), argv, ("set.pt is named as files of others are",), tmp_path)
+
+
 def test_a_file_is_replaced_only_when_told(tmp_path, capfd):
     make().save(tmp_path / "set")
     argv = command_line(source=tmp_path / "set", out=tmp_path / "set", bits=2)

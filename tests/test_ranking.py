@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import files_in
 
 from pad import cli
 from pad.data.images import ImageData
@@ -519,6 +520,39 @@ def test_an_interrupted_run_leaves_no_ranking_and_goes_on(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
+
+
+def test_networks_are_kept_until_all_that_they_were_to_serve_is_there(tmp_path):
+    """Commands that others gave in the meantime leave them, whether they find their rankings or compute them."""
+    data, scoring = make_data(), ScoringSettings("ConvNetD1W8", repeats=2, epochs=1, lr=0.05)
+    names, orders = ["Forgetting", "EL2N"], ["Herding", "Craig"]
+    expected = obtain_all(data, [*names, *orders], tmp_path / "whole", scoring)
+    folder = tmp_path / "interrupted"
+    obtain(data, "GraNd", folder, scoring)
+    trained, kept = [], folder / "CIFAR10.partial"
+
+    def progress(*at):
+        trained.append(at)
+        if at == (1, 0) and stop:
+            raise Stop
+
+    stop = True
+    with pytest.raises(Stop):
+        obtain_all(data, [*names, *orders], folder, scoring, progress=progress)
+    before = files_in(kept)
+    assert len(before) == 1
+    for of_others in ("GraNd", "Uniform", "Uniform", "Herding"):  # there, computed, there, computed from what is kept
+        obtain(data, of_others, folder, scoring, progress=progress)
+        assert files_in(kept) == before
+    obtain(data, "CAL", folder, ScoringSettings("ConvNetD1W8", repeats=1, epochs=2, lr=0.05))
+    assert files_in(kept) == before
+    obtain(data, "Loss", folder, scoring)
+    assert files_in(kept).keys() == before.keys(), "that of the second network served Loss alone"
+    trained.clear()
+    stop = False
+    for name, ranking in obtain_all(data, [*names, *orders], folder, scoring, progress=progress).items():
+        assert_rows(ranking, expected[name].rows)
+    assert trained == [(1, 0)] and not kept.exists()
 
 
 def test_classes_of_unequal_size_have_our_form_only(tmp_path):

@@ -11,12 +11,13 @@ from test_distributed import on_ranks
 from pad.data.augment import DSA, augment
 from pad.data.images import ImageData
 from pad.difficulty.evidence import collect_evidence
-from pad.difficulty.methods import METHODS, Method, RankingSource, compute_rankings, score_images, score_network
+from pad.difficulty.methods import METHODS, Kept, Method, RankingSource, compute_rankings, score_images, score_network
 from pad.difficulty.scores import el2n
 from pad.difficulty.training import ScoringSettings, ScoringTraining
 from pad.errors import InputError
 from pad.nn.networks import build
 from pad.rng import generator
+from pad.store.tensors import load_tensors, save_tensors
 
 SMALL = ScoringSettings("ConvNetD1W8", repeats=2, epochs=3, lr=0.05, batch=16)
 SCORES = [name for name, method in METHODS.items() if method.kind == "score"]
@@ -47,8 +48,8 @@ def make_data(sizes=(12, 1, 9), seed=0):
     )
 
 
-def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu", **options):
-    source = RankingSource(
+def make_source(data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu"):
+    return RankingSource(
         data=data,
         images=(data.train_images.float() / 255 - 0.5).to(device),
         labels=data.train_labels.to(device),
@@ -56,7 +57,10 @@ def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu
         scoring=settings,
         seed=seed,
     )
-    return compute_rankings(names, source, **options)
+
+
+def rank(names, data, settings=SMALL, seed=0, preprocessing=MEANSTD, device="cpu", **options):
+    return compute_rankings(names, make_source(data, settings, seed, preprocessing, device), **options)
 
 
 def assert_same(ours, expected):
@@ -319,7 +323,7 @@ def stop_at(*where):
 def test_an_interrupted_run_goes_on_after_the_networks_it_finished(tmp_path, everything):
     with pytest.raises(Stop):
         rank(list(METHODS), make_data(), keep=tmp_path, progress=stop_at(1, 1))
-    assert [path.name for path in tmp_path.iterdir()] == ["network_0000.safetensors"]
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["network_0000"]
     trained = []
     rankings = rank(list(METHODS), make_data(), keep=tmp_path, progress=lambda *at: trained.append(at))
     assert trained == [(1, epoch) for epoch in range(3)]
@@ -337,33 +341,54 @@ def test_an_interrupted_run_goes_on_after_the_networks_it_finished(tmp_path, eve
 
 @pytest.mark.parametrize("what", ["settings", "seed", "images", "preprocessing", "methods", "cut off", "damage"])
 def test_what_was_kept_of_something_else_is_not_used(tmp_path, caplog, what):
+    """Nor is it lost: only a damaged file is replaced."""
     caplog.set_level(logging.WARNING, "pad")
     settings = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1)
-    rank(["EL2N"], make_data(), settings, keep=tmp_path)
-    arguments = dict(names=["EL2N"], data=make_data(), settings=settings)
-    path = tmp_path / "network_0000.safetensors"
+    first = dict(names=["EL2N"], data=make_data(), settings=settings)
+    rank(**first, keep=tmp_path)
+    arguments = dict(first)
+    (path,) = tmp_path.iterdir()
     if what == "settings":
         arguments["settings"] = ScoringSettings("ConvNetD1W8", repeats=1, epochs=1, lr=0.01)
     elif what == "seed":
         arguments["seed"] = 1
     elif what == "images":
         arguments["data"] = make_data(seed=1)
+    elif what == "preprocessing":
+        arguments["preprocessing"] = {"kind": "meanstd", "digest": "e"}
     elif what == "methods":
-        arguments["names"] = ["EL2N", "Herding"]
+        arguments["names"] = ["GraNd", "Herding"]
     elif what == "cut off":
         path.write_bytes(path.read_bytes()[:-9])
     elif what == "damage":
         path.write_bytes(path.read_bytes()[:-9] + bytes(9))
     trained = []
-    if what == "preprocessing":
-        other = {"kind": "meanstd", "digest": "e"}
-        rank(**arguments, preprocessing=other, progress=lambda *at: trained.append(at), keep=tmp_path)
-    else:
-        expected = rank(**arguments)
-        assert_same(rank(**arguments, keep=tmp_path, progress=lambda *at: trained.append(at)), expected)
+    expected = rank(**arguments)
+    assert_same(rank(**arguments, keep=tmp_path, progress=lambda *at: trained.append(at)), expected)
     assert trained == [(0, 0)]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert str(path) in caplog.text and "trained again" in caplog.text
+    said = what in ("methods", "cut off", "damage")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * said
+    assert not said or (str(path) in caplog.text and "trained again" in caplog.text)
+    for each in (first, arguments):
+        rank(**each, keep=tmp_path, progress=lambda *at: trained.append(at))
+    assert trained == [(0, 0)]
+
+
+def test_networks_that_an_earlier_version_kept_are_used_and_removed(tmp_path, everything):
+    """Its files bear no digest, and do not say for which methods they are."""
+    kept = tmp_path / "kept"
+    rank(["GraNd", "EL2N"], make_data(), keep=kept)
+    for path in [*kept.iterdir()]:
+        tensors, about = load_tensors(path)
+        del about["methods"]
+        save_tensors(kept / f"{path.name.split('-')[0]}.safetensors", tensors, about)
+        path.unlink()
+    assert_same(rank(["GraNd"], make_data(), keep=kept, progress=refuse), {"GraNd": everything["GraNd"]})
+    keeping = Kept(kept, make_source(make_data()))
+    keeping.remove({"GraNd", "Uniform"})
+    assert len([*kept.iterdir()]) == 2
+    keeping.remove({"GraNd", "EL2N"})
+    assert not kept.exists()
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

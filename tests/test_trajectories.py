@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import json
 import os
@@ -18,9 +19,19 @@ from pad.data.preprocessing import fit_preprocessing
 from pad.data.sources import load_data
 from pad.errors import InputError
 from pad.nn import networks
+from pad.store import published as published_form
+from pad.store.locks import claim
 from pad.store.published import export_published, import_published, importable_files
 from pad.store.tensors import save_tensors
-from pad.store.trajectories import TrajectoryStore, buffer_folder, describe, expert_path, recorded, write_expert
+from pad.store.trajectories import (
+    TrajectoryStore,
+    buffer_folder,
+    describe,
+    expert_lock,
+    expert_path,
+    recorded,
+    write_expert,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES = [("body.weight", (3, 2)), ("body.bias", (3,)), ("classifier.weight", (1, 3))]
@@ -525,6 +536,32 @@ def test_import_refuses_a_folder_without_buffers_or_with_experts(tmp_path):
     with pytest.raises(InputError, match="already holds expert_0007.safetensors"):
         import_published(tmp_path, tmp_path, description())
     assert names(tmp_path) == ["expert_0007.safetensors", "replay_buffer_0.pt"] and path.read_bytes() == before
+
+
+def test_import_refuses_a_folder_that_others_write_to(tmp_path, monkeypatch):
+    """Before it begins, and at the first expert that another process writes or has written since."""
+    torch.save(published(3), tmp_path / "replay_buffer_0.pt")
+    store = tmp_path / "store"
+    with claim(expert_lock(store, 5)), pytest.raises(InputError, match=f"being written by process {os.getpid()} on"):
+        importable_files(tmp_path, store)
+    assert not store.exists()
+
+    flat_snapshots = published_form._flat_snapshots
+
+    def meanwhile(*args):
+        act(store)
+        return flat_snapshots(*args)
+
+    monkeypatch.setattr(published_form, "_flat_snapshots", meanwhile)
+    with contextlib.ExitStack() as stack:
+        act = lambda folder: stack.enter_context(claim(expert_lock(folder, 1)))  # noqa: E731
+        with pytest.raises(InputError, match="expert 1 in .* is being written"):
+            import_published(tmp_path, store, description())
+    assert not list(store.glob("*"))
+    act = lambda folder: expert_path(folder, 7).exists() or write(folder, 7, numbers(2))  # noqa: E731
+    with pytest.raises(InputError, match="another process has written experts into"):
+        import_published(tmp_path, store, description())
+    assert names(store) == ["expert_0007.safetensors"], "which is not ours to remove"
 
 
 def aliased():

@@ -201,15 +201,18 @@ class Workbench:
             )
 
 
+def refuse_no_epoch(epoch: int, epochs: int, what: str) -> None:
+    """Raise InputError where ``epoch``, which counts from the end where it is negative, is none of ``epochs``."""
+    if not -epochs - 1 <= epoch <= epochs:
+        raise InputError(f"Label_Model_Timestamp: {epoch} is not an epoch of {what}, which has {epochs}")
+
+
 def experts_at(
     store: TrajectoryStore, model: FlatModel, experts: list[int], epoch: int, device: torch.device
 ) -> Experts:
     """The networks of ``experts`` at ``epoch`` (-1: the last). Raises InputError where one does not have it."""
     for k in experts:
-        if not -store.epochs(k) - 1 <= epoch <= store.epochs(k):
-            raise InputError(
-                f"Label_Model_Timestamp: {epoch} is not an epoch of expert {k}, which has {store.epochs(k)}"
-            )
+        refuse_no_epoch(epoch, store.epochs(k), f"expert {k}")
 
     def parameters(i: int) -> Tensor:
         k = experts[i]

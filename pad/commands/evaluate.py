@@ -357,7 +357,7 @@ def _about(settings: EvaluationSettings, synthetic: SyntheticSet, bench: Workben
     return {
         "synthetic": {name: value for name, value in named.items() if value is not None},
         "settings": {name: value for name, value in told.items() if name not in elsewhere},
-        "data": dict(bench.data.identity),
+        "data": bench.data.tested,
         "experts": experts.digest if experts else None,
     }
 

@@ -100,6 +100,12 @@ class FromEpochs(Following):
                 "raise it or set Sequential_Generation: False"
             )
 
+    def refuse_short(self, epochs: int) -> None:
+        """Raise InputError for what :meth:`sampler` would refuse of experts of so many epochs, before there are any."""
+        last = self.max_start_epoch or 1 + epochs  # where none is given the experts say it
+        sampler = self.fill(SegmentSampler, experts=[], sequential=self.Sequential_Generation, max_start_epoch=last)
+        sampler.refuse_shorter(epochs, "an expert of its buffer")
+
     def sampler(self, followed: Followed, **others) -> SegmentSampler:
         """Draws expert and start epoch. Raises InputError where a trajectory is too short."""
         others = {"experts": followed.experts, "sequential": self.Sequential_Generation, **others}

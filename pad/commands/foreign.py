@@ -157,6 +157,12 @@ def is_of_others(path: str) -> bool:
     return path.endswith((".pt", ".pth", ".npz"))
 
 
+def refuse_name_of_others(out: str) -> None:
+    """Raise InputError for a name by which a set of this toolkit's would be taken for one of others."""
+    if is_of_others(out):
+        raise InputError(f"out: {out} is named as files of others are, and would be read as one; name it .safetensors")
+
+
 def _refuse_other(found: Foreign, what: str, here: dict) -> None:
     """Raise InputError when an export says that it is of another ``what``."""
     there = found.about.get(what) or found.about.get("set", {}).get(what)

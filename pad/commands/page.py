@@ -26,6 +26,7 @@ from pad.show.html import GENERATOR, Markup, document, fill, joined, pairs, pict
 from pad.show.markdown import as_html
 from pad.show.results import error_of, plus_minus, results_tables, title
 from pad.store.files import refuse_unwritable, slug, write_text
+from pad.store.naming import folder_of
 from pad.store.run import finished_iterations, recorded_settings, run_state
 from pad.store.tensors import open_tensors
 from pad.synthetic import SyntheticSet
@@ -121,7 +122,7 @@ class _Reading:
             self.missing.append(f"{name} is not there")
         except InputError as error:
             self.missing.append(str(error).replace(f"{self.folder}/", ""))
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, csv.Error):
             self.missing.append(f"{name} is damaged")
 
     def text(self, name: str) -> str:
@@ -403,7 +404,8 @@ def _again(run: _Run) -> Markup:
     parts += [Markup("<h3>3. Its accuracy</h3>")]
     config, data = run.config, run.data.replace("/", "-")
     name = config.get("name") or run.name
-    place = f"{config.get('log_dir')}/{data}/{config.get('ipc')}/{config.get('model')}/{name}"  # not where it is now
+    model = folder_of(str(config.get("model")))
+    place = f"{config.get('log_dir')}/{data}/{config.get('ipc')}/{model}/{name}"  # not where it is now
     commands = [stage_3(run.config, place, path, found) for path, found in run.evaluations.items()]
     parts += map(_shell, commands or [stage_3(run.config, place)])
     return joined(parts)
@@ -420,7 +422,8 @@ def _of_study(folder: Path) -> str:
     study = _Reading(folder)
     rows: list[dict] = []
     with study.noting("results.csv"), open(folder / "results.csv", encoding="utf-8", newline="") as file:
-        rows = [row | {"n": int(row["n"])} for row in csv.DictReader(file)]
+        known = ({key: row[key] for key in ("method", "ipc", "n")} | row for row in csv.DictReader(file))
+        rows = [row | {"n": int(row["n"])} for row in known]
     lead = ""
     with study.noting("data.json"):
         data = json.loads((folder / "data.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pad.commands.bench import Workbench, set_up
+from pad.commands.common import words
 from pad.commands.distil import distill
 from pad.commands.evaluate import EvaluationSettings, evaluate
 from pad.commands.record import BufferSettings, record_experts
@@ -228,17 +229,21 @@ class _Experiment:
         """Those that are done."""
         return SyntheticSet.load(self.last).metadata["iteration"] if self.last.exists() else 0
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether real images stand beside the set as it now is."""
-        return any(iteration == self.iterations and len(rows) > 1 for iteration, rows in self.points())
+    def _file(self, iteration: int) -> Path:
+        """Of what stage 3 found of the set as it was after so many iterations."""
+        return self.evaluated / f"iteration_{iteration:06d}.json"
+
+    def _asked(self, iteration: int) -> list[str]:
+        """The rows that stage 3 was asked for then; it leaves out what weak experts cannot label."""
+        file = self._file(iteration)
+        return words(json.loads(file.read_text(encoding="utf-8"))["settings"]["rows"]) if file.exists() else []
 
     def go_on(self) -> None:
         """Do what fits into the time."""
         state, limit = self.state, self.limit
         if state.experts is None:
             self._train()
-        if limit.is_over or (self.is_finished and self.has_rows):
+        if limit.is_over or (self.is_finished and len(self._asked(self.iterations)) == len(ROWS)):
             return
         self._distil(0)  # one iteration: from then on its code is compiled
         if limit.is_over:
@@ -258,7 +263,8 @@ class _Experiment:
             if more and not self.is_finished:
                 self._evaluate(self.last)
                 points += 1
-        if rows := ROWS[: max(0, int(limit.left / self._each))]:
+        rows = ROWS[: max(0, int(limit.left / self._each))]
+        if len(rows) > len(self._asked(self.iterations)):  # else what an earlier call found would be lost for no more
             self._evaluate(self.last, rows)
 
     @property
@@ -283,12 +289,12 @@ class _Experiment:
         ``epochs``: of a rehearsal, which is none.
         """
         synthetic, before = SyntheticSet.load(path), self.limit.used
-        file = self.evaluated / ("rehearsal" if epochs else f"iteration_{synthetic.metadata['iteration']:06d}")
+        file = self.evaluated / "rehearsal.json" if epochs else self._file(synthetic.metadata["iteration"])
         kept = file.with_suffix(".safetensors")
         synthetic.save(kept)
         shared = self.distilling.of(PLACE, SEED, REPORT).items()
         asked = {name: value for name, value in shared if name in EvaluationSettings.fields()}
-        asked |= {"synthetic": str(kept), "out": str(file.with_suffix(".json")), "overwrite": True}
+        asked |= {"synthetic": str(kept), "out": str(file), "overwrite": True}
         asked |= {"rows": ",".join(rows), "num_eval": NETWORKS} | ({"epoch_eval_train": epochs} if epochs else {})
         with self._timed("evaluation"):
             with silence():

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from pad.commands.foreign import refuse_name_of_others
 from pad.config import PLACE, RECIPE, FilePath, Settings, setting
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
@@ -48,6 +49,7 @@ def quantise(settings: QuantiseSettings, ranks: Ranks = ALONE) -> Path:
     """Write a synthetic set in fewer bits, with the smallest error that a search finds; returns its file."""
     out = Path(str(settings.out))
     refuse_taken(out, settings.overwrite)
+    refuse_name_of_others(str(out))
     whole = SyntheticSet.load(set_file(str(settings.source)))
     if settings.top_k is not None and settings.top_k >= whole.num_classes:
         raise InputError(f"top_k: {settings.top_k} of {whole.num_classes} classes leaves nothing out")

@@ -29,7 +29,7 @@ from pad.nn.replay import replay_on
 from pad.store.files import refuse_unwritable
 from pad.store.identity import refuse_difference
 from pad.store.locks import each_once, in_turn, remove_leftovers
-from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
+from pad.store.trajectories import TrajectoryStore, expert_lock, expert_path, recorded, write_expert
 
 log = logging.getLogger("pad")
 
@@ -243,7 +243,7 @@ class _Buffer:
 
     def lock(self, expert: int) -> Path:
         """Held while an expert is trained."""
-        return self.folder / f".{expert_path('', expert).stem}.lock"
+        return expert_lock(self.folder, expert)
 
     def has_time(self) -> bool:
         """Whether another expert would end in time; of the first nobody knows."""

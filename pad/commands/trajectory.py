@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from pad.commands.bench import Workbench, experts_at
+from pad.commands.bench import Workbench, experts_at, refuse_no_epoch
 from pad.commands.distil import OfDepth, Task, first_set
 from pad.commands.following import FromEpochs
 from pad.config import DATA, DETAIL, RECIPE, REPORT, FilePath, NetworkName, setting
@@ -135,6 +135,11 @@ class DistillSettings(OfDepth, FromEpochs):
     @property
     def derivatives(self) -> int:
         return self.Iteration * self.syn_steps
+
+    def refuse_short(self, epochs: int) -> None:
+        super().refuse_short(epochs)
+        if not self.Initialize_Label_With_Another_Model:
+            refuse_no_epoch(self.Label_Model_Timestamp, epochs, "an expert of its buffer")
 
     def task(self, bench: Workbench, model: FlatModel, before: dict) -> Task:
         """Follow experts. A resumed run follows those it began with."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pad.commands.bench import set_up
-from pad.commands.foreign import OfOthers, ours, read_set
+from pad.commands.foreign import OfOthers, ours, read_set, refuse_name_of_others
 from pad.config import DETAIL, PLACE, RECIPE, FilePath, Settings, setting
 from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
-from pad.exchange.card import LICENCES
+from pad.exchange.card import LICENCES, accuracies
 from pad.exchange.writing import FORMS, export_set
 from pad.store.files import refuse_taken, refuse_unwritable
 from pad.synthetic import SyntheticSet, set_file
@@ -85,12 +85,13 @@ def _results_of(synthetic: SyntheticSet, path: Path) -> dict | None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["synthetic"]["digest"] == synthetic.digest:
+            accuracies(results)  # whether they can be shown
             return results
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    log.warning("%s does not say that it is of this set; it is left out", path)
+    log.warning("%s is damaged, or not of this set; it is left out", path)
     return None
 
 
@@ -98,6 +99,7 @@ def import_synthetic(settings: ImportSetSettings, ranks: Ranks = ALONE) -> Path:
     """Turn a set of others into one of ours; returns its file."""
     out = Path(str(settings.out))
     refuse_taken(out, settings.overwrite)
+    refuse_name_of_others(str(out))
     settings, found = read_set(settings, str(settings.source))
     synthetic = ours(settings, found, set_up(settings, ranks))
     ranks.on_main(lambda: synthetic.save(out))

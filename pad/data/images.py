@@ -64,6 +64,11 @@ class ImageData:
             "num_classes": self.num_classes,
         }
 
+    @property
+    def tested(self) -> dict:
+        """What accuracies are of: the identity, and the digest of the test images. JSON-able."""
+        return {**self.identity, "test_fingerprint": self.test_fingerprint}
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with its four tensors on ``device``."""
         tensors = ("train_images", "train_labels", "test_images", "test_labels")

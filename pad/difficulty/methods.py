@@ -5,9 +5,10 @@ which a greedy selection takes the images of a class, by the first of these netw
 shared by all that are asked for, so that they cost little more than the dearest of them.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +27,14 @@ from pad.distributed import ALONE, Ranks
 from pad.errors import InputError
 from pad.nn.networks import AnyNetwork, refuse_without_features
 from pad.rng import generator
-from pad.store.identity import nearest
-from pad.store.tensors import load_tensors, save_tensors
+from pad.store.identity import digest, nearest
+from pad.store.tensors import TensorFile, open_tensors, save_tensors
 
 log = logging.getLogger("pad")
 
 Needs = Literal["nothing", "evidence", "network", "training"]
+
+_EVIDENCE = {"features", "logits"}  # what is kept of a network beside scores
 
 
 @dataclass(frozen=True)
@@ -201,29 +204,44 @@ def _consult(
 
 
 class Kept:
-    """What finished networks said, a file for each in ``folder``.
+    """What finished networks said, a file for each in ``folder``, where that of other networks lies, too.
 
-    about: what a network depends on, beside its number. Files that are about something else are not used.
+    methods: what the networks are asked for, whatever of it is in a file.
     """
 
-    def __init__(self, folder: Path, about: dict, labels: Tensor):
+    def __init__(self, folder: Path, source: RankingSource, methods: Iterable[str] = ()):
         self._folder = folder
-        self._about = json.loads(json.dumps(about))  # as a file gives it back
-        self._labels = labels.cpu()
+        self._about = json.loads(json.dumps(source.about_network))  # as a file gives it back
+        self._labels = source.labels.cpu()
+        self._methods = {*methods}
 
     def _path(self, repeat: int) -> Path:
-        return self._folder / f"network_{repeat:04d}.safetensors"
+        return self._folder / f"network_{repeat:04d}-{digest(self._about, 8)}.safetensors"
+
+    def _methods_of(self, file: TensorFile, path: Path) -> set[str]:
+        """The methods that a file is kept for. Raises InputError where it is not of these networks."""
+        if not self._about.items() <= file.metadata.items():
+            raise InputError(f"{path} was kept with other settings, or of other images")
+        return {*file.metadata.get("methods", file.layout.keys() - _EVIDENCE)}  # earlier versions did not say them
+
+    def _read(self, repeat: int) -> tuple[Path, dict[str, Tensor], set[str]] | None:
+        """The file of network ``repeat``, if there is one, what is in it, and for which methods it is kept."""
+        path = self._path(repeat)
+        if not path.is_file():
+            path = self._folder / f"network_{repeat:04d}.safetensors"  # of earlier versions
+        if not path.is_file():
+            return None
+        with open_tensors(path) as (file, _):
+            methods = self._methods_of(file, path)
+            return path, {name: file.tensor(name) for name in file.layout}, methods
 
     def load(self, repeat: int, methods: Sequence[str], evidence: bool) -> Findings | None:
         """What network ``repeat`` said, if all that is asked is there; warns where something else is."""
-        path = self._path(repeat)
-        if not path.is_file():
-            return None
         try:
-            tensors, about = load_tensors(path)
-            if about != {**self._about, "repeat": repeat}:
-                raise InputError(f"{path} was kept with other settings, or of other images")
-            if not tensors.keys() >= {*methods, *(("features", "logits") if evidence else ())}:
+            if (found := self._read(repeat)) is None:
+                return None
+            path, tensors, _ = found
+            if not tensors.keys() >= {*methods, *(_EVIDENCE if evidence else ())}:
                 raise InputError(f"{path} was kept for other methods")
         except InputError as error:
             log.warning("difficulty: %s; the network is trained again", error)
@@ -232,9 +250,24 @@ class Kept:
         return Findings({name: tensors[name] for name in methods}, seen)
 
     def save(self, repeat: int, found: Findings) -> None:
-        seen = found.evidence
-        tensors = {} if seen is None else {"features": seen.features, "logits": seen.logits}
-        save_tensors(self._path(repeat), {**found.scores, **tensors}, {**self._about, "repeat": repeat})
+        """Keep what network ``repeat`` said, beside what it said to other methods."""
+        tensors: dict[str, Tensor] = {}
+        methods: set[str] = set()
+        with contextlib.suppress(InputError):  # said when it was to be loaded
+            _, tensors, methods = self._read(repeat) or (None, tensors, methods)
+        if found.evidence is not None:
+            tensors |= {"features": found.evidence.features, "logits": found.evidence.logits}
+        about = {**self._about, "repeat": repeat, "methods": sorted(methods | self._methods)}
+        save_tensors(self._path(repeat), tensors | found.scores, about)
+
+    def remove(self, done: Collection[str]) -> None:
+        """Remove the files that are kept for no other methods than those that are ``done``, and an empty folder."""
+        for path in self._folder.glob("network_*.safetensors"):
+            with contextlib.suppress(InputError), open_tensors(path) as (file, _):
+                if self._methods_of(file, path) <= {*done}:
+                    path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------- of several
@@ -300,7 +333,7 @@ def compute_rankings(
         progress: called as ``progress(repeat, epoch)`` after each epoch of each network.
         ranks: share the networks, and then the classes of orderings.
         keep: folder for what each finished network said. A run that was interrupted goes on after those it has; the
-            caller removes it once the rankings are written.
+            caller removes them once the rankings are written (:meth:`Kept.remove`).
 
     A class of one image has one order. Raises InputError for an unknown method or model, a class without images, a
     network that diverges, and by an ordering that cannot do a class.
@@ -315,7 +348,7 @@ def compute_rankings(
     scorers = [name for name in methods if METHODS[name].kind == "score"]
     orders = [name for name in methods if METHODS[name].kind == "order"]
     evidence = any(METHODS[name].needs == "evidence" for name in orders)
-    kept = None if keep is None else Kept(keep, source.about_network, source.labels)
+    kept = None if keep is None else Kept(keep, source, methods)
     found = score_images(scorers, source.task, progress, ranks, evidence=evidence, keep=kept)
     rows = _ordered(orders, classes, found.evidence, source, ranks)
 

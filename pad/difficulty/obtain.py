@@ -2,11 +2,10 @@
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pad.difficulty.methods import METHODS, RankingSource, compute_rankings
+from pad.difficulty.methods import METHODS, Kept, RankingSource, compute_rankings
 from pad.difficulty.ranking import Ranking, read_published
 from pad.difficulty.training import Progress
 from pad.distributed import ALONE, Ranks
@@ -14,6 +13,7 @@ from pad.errors import InputError
 from pad.store.files import refuse_unwritable
 from pad.store.identity import differences, nearest, refuse_difference
 from pad.store.locks import claim, in_turn, remove_leftovers
+from pad.store.tensors import open_tensors
 
 log = logging.getLogger("pad")
 
@@ -78,8 +78,8 @@ def obtain_rankings(
 
     Our form is looked for first, then the published one; a ranking that is found is checked against this data set.
     Those that are not there share one training. What is computed is written in our form, and in the published one too
-    when the classes have one size. Until all is written, what finished networks said is kept in ``<NAME>.partial``,
-    from which an interrupted run goes on.
+    when the classes have one size. What finished networks said is kept in ``<NAME>.partial`` until the rankings of all
+    methods that it was to serve are there; an interrupted run goes on from it.
 
     Args:
         sort_methods: see :func:`ranking_file`.
@@ -112,7 +112,7 @@ def obtain_rankings(
     rankings = ranks.on_main(look)
     if len(rankings) == len(stems):
         if ranks.is_main:
-            _clean_up(lock, keep, {stems[wanted]: ranking for wanted, ranking in rankings.items()})
+            _clean_up(lock, keep, source, {stems[wanted]: ranking for wanted, ranking in rankings.items()})
         return rankings
     with in_turn(lock, f"rankings of {dataset}") if ranks.is_main else contextlib.nullcontext():
         rankings = ranks.on_main(look)  # of the process that was waited for, if there was one
@@ -124,12 +124,13 @@ def obtain_rankings(
                 _write(ranking, folder / f"{file_name(dataset)}_{method}")
             rankings |= {wanted: computed[method] for wanted, method in missing.items()}
         ranks.barrier()
-        shutil.rmtree(keep, ignore_errors=True)  # by each rank: machines may have folders of their own
+        done = ranks.on_main(lambda: _given_by(source, folder))
+        Kept(keep, source).remove(done)  # by each rank: machines may have folders of their own
         ranks.barrier()  # before another process may write there
     return {wanted: rankings[wanted] for wanted in sort_methods}
 
 
-def _clean_up(lock: Path, keep: Path, found: dict[Path, Ranking]) -> None:
+def _clean_up(lock: Path, keep: Path, source: RankingSource, found: dict[Path, Ranking]) -> None:
     """Finish what a command left that was killed when all was computed, unless another is at work."""
     remove_leftovers(lock.parent)
     if keep.exists():
@@ -139,7 +140,18 @@ def _clean_up(lock: Path, keep: Path, found: dict[Path, Ranking]) -> None:
                     ours, published = _files(stem)
                     if ours.is_file() and not published.is_file() and ranking.has_equal_classes:
                         ranking.write_published(published)
-                shutil.rmtree(keep, ignore_errors=True)
+                Kept(keep, source).remove(_given_by(source, lock.parent))
+
+
+def _given_by(source: RankingSource, folder: Path) -> list[str]:
+    """The methods whose rankings are in the folder, and are what ``source`` gives."""
+    found = []
+    for method in METHODS:
+        ours, _ = _files(folder / f"{file_name(source.data.name)}_{method}")
+        with contextlib.suppress(InputError), open_tensors(ours) as (_, made):
+            if (made.get("settings"), made.get("data")) == (source.recorded_settings(method), source.data.identity):
+                found.append(method)
+    return found
 
 
 def _write(ranking: Ranking, stem: Path) -> None:

@@ -45,7 +45,7 @@ tags:
         f"the mean, at most by {lost['max_error']:.2f}; {100 * lost['clipped']:.2f} % of them were clipped to 0..1.\n"
         f"- **Source.** {source}. Its licence: {licence}.",
         f"## Loading\n\n```python\n{_LOADER}\n```",
-        f"## Accuracy\n\n{_accuracies(results)}",
+        f"## Accuracy\n\n{accuracies(results)}",
         f"## Recipe\n\n{_recipe(metadata)}",
     ]
     return front + "\n\n".join(body) + "\n"
@@ -62,7 +62,8 @@ def _preprocessing(identity: Mapping | None) -> str:
     return f"Networks saw (x - mean) / std of pixels in 0..1, mean {identity['mean']}, std {identity['std']}."
 
 
-def _accuracies(results: Mapping | None) -> str:
+def accuracies(results: Mapping | None) -> str:
+    """The table of stage 3's results, as its JSON file holds them. Raises KeyError or TypeError for what is none."""
     if results is None:
         return "Not measured."
     rows = [

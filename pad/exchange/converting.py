@@ -25,7 +25,7 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
     """A set of which nothing is unknown any more, as one of ``data``: class by class, with logits for labels.
 
     Raises InputError where it cannot be one: other classes, one that has no image, other sides or channels, a factor
-    that does not divide the sides, numbers that are not what they are called.
+    that does not divide the sides or is above them, numbers that are not what they are called.
     """
     images = found.images
     if images.dtype == torch.uint8 and images.shape[1] == 1 and data.channels == 3:
@@ -36,6 +36,8 @@ def fitted(found: Foreign, data: ImageData) -> Foreign:
     if not found.padded:
         remedy = "; give --padded if the code that made them puts grey around them, as IDC's does"
         refuse_unfit_factor(found.factor or 1, data.size, remedy)
+    if (found.factor or 1) > min(data.size):  # however they are padded
+        raise InputError(f"factor: {found.factor} is more than the {min(data.size)} pixels of a side of the images")
     if images.is_floating_point():
         _refuse_mislabelled(found)
     labels, classes = _labels(found, data)

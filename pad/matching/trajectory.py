@@ -52,7 +52,7 @@ class SegmentSampler:
     """
 
     experts: list[int]
-    expert_epochs: int
+    expert_epochs: int = 0
     min_start_epoch: int
     max_start_epoch: int
     sequential: bool
@@ -82,15 +82,16 @@ class SegmentSampler:
 
     def refuse_short(self, store: TrajectoryStore) -> None:
         """Raise InputError when a trajectory is too short for a segment that may be drawn."""
-        last = self.max_start_epoch - (not self.convexified) + self.expert_epochs
         for expert in self.experts:
-            if store.epochs(expert) < last:
-                asked = f"max_start_epoch {self.max_start_epoch}"
-                asked += f" and expert_epochs {self.expert_epochs}" if self.expert_epochs else ""
-                raise InputError(
-                    f"{asked} need trajectories of {last} epochs, but expert {expert} in {store.folder} has "
-                    f"{store.epochs(expert)}"
-                )
+            self.refuse_shorter(store.epochs(expert), f"expert {expert} in {store.folder}")
+
+    def refuse_shorter(self, epochs: int, what: str) -> None:
+        """The same of a trajectory of so many epochs, ``what`` in words."""
+        last = self.max_start_epoch - (not self.convexified) + self.expert_epochs
+        if epochs < last:
+            asked = f"max_start_epoch {self.max_start_epoch}"
+            asked += f" and expert_epochs {self.expert_epochs}" if self.expert_epochs else ""
+            raise InputError(f"{asked} need trajectories of {last} epochs, but {what} has {epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)

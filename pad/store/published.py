@@ -11,7 +11,8 @@ import torch
 from pad.errors import InputError
 from pad.store.files import names_in
 from pad.store.foreign import load_pt, save_pt
-from pad.store.trajectories import TrajectoryStore, expert_path, recorded, write_expert
+from pad.store.locks import holder, only_writer, remove_leftovers
+from pad.store.trajectories import TrajectoryStore, expert_lock, expert_path, recorded, write_expert
 
 log = logging.getLogger("pad")
 
@@ -19,7 +20,8 @@ log = logging.getLogger("pad")
 def importable_files(source: Path | str, folder: Path | str) -> list[Path]:
     """The ``replay_buffer_<k>.pt`` of ``source``, by number.
 
-    Raises InputError when there are none, or ``folder``, which they are to be imported to, has experts already.
+    Raises InputError when there are none, or ``folder``, which they are to be imported to, has experts already, or an
+    expert that another process writes.
     """
     files = _published_files(source)
     if not files:
@@ -27,6 +29,9 @@ def importable_files(source: Path | str, folder: Path | str) -> list[Path]:
     if existing := recorded(folder):
         first = expert_path("", existing[0])
         raise InputError(f"{folder} already holds {first}; move its experts away before importing others")
+    remove_leftovers(folder)
+    if held := sorted(Path(folder).glob(expert_lock("", 0).name.replace("0000", "*"))):
+        raise InputError(f"an expert of {folder} is being written by {holder(held[0])}; wait for it to end, or stop it")
     return files
 
 
@@ -36,7 +41,8 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
     ``description`` (from :func:`describe`) says what the experts were trained on, since the published form does not.
     Files are mapped one at a time, never unpickled as code; one epoch is in memory. Raises InputError, leaving no
     expert behind, when a file holds anything but trajectories of that network, numbers that are not finite, or an
-    expert whose epochs are all equal (the published code records one aliased state when it trains on the CPU).
+    expert whose epochs are all equal (the published code records one aliased state when it trains on the CPU). And
+    where another process writes experts there, too.
     """
     written: list[Path] = []
     try:
@@ -49,12 +55,16 @@ def import_published(source: Path | str, folder: Path | str, description: dict) 
                 if not isinstance(snapshots, (list, tuple)) or len(snapshots) < 2:
                     raise InputError(f"{where} is not a list of two or more epochs")
                 settings = {"imported": path.name, "position": position}
-                with write_expert(
-                    folder, len(written), description, epochs=len(snapshots) - 1, seed=None, settings=settings
-                ) as record:
-                    for theta in _flat_snapshots(snapshots, where, description):
-                        record(theta)
-                written.append(expert_path(folder, len(written)))
+                number, epochs = len(written), len(snapshots) - 1
+                with only_writer(expert_lock(folder, number), f"expert {number} in {folder}"):
+                    if recorded(folder) != list(range(number)):
+                        raise InputError(f"another process has written experts into {folder} in the meantime")
+                    with write_expert(
+                        folder, number, description, epochs=epochs, seed=None, settings=settings
+                    ) as record:
+                        for theta in _flat_snapshots(snapshots, where, description):
+                            record(theta)
+                    written.append(expert_path(folder, number))
             log.info("imported %d experts from %s", len(experts), path)
     except BaseException:
         for expert_file in written:

@@ -63,6 +63,11 @@ def expert_path(folder: Path | str, expert: int) -> Path:
     return Path(folder) / f"expert_{expert:04d}.safetensors"
 
 
+def expert_lock(folder: Path | str, expert: int) -> Path:
+    """The lock that is held while an expert is made."""
+    return Path(folder) / f".{expert_path('', expert).stem}.lock"
+
+
 def recorded(folder: Path | str) -> list[int]:
     """Sorted indices of the experts that lie complete in ``folder``; none, and errors, as of :func:`names_in`."""
     matches = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names_in(folder))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ class StudySettings(Settings):
         if self.study is None:
             raise InputError("no study is named: give its YAML file, as configs/studies/cifar10.yaml")
         for name, text in (("seeds", self.seeds), ("ipc", self.ipc)):
-            if not all(word.isascii() and word.isdigit() for word in words(text)):
+            if not all(re.fullmatch(r"[0-9]{1,18}", word) for word in words(text)):
                 raise InputError(f"{name}: {text!r} is not a list of whole numbers, as 0,1,2")
 
     def command(self, grid: "Grid") -> str:
@@ -87,6 +88,7 @@ class StudySettings(Settings):
         for name in ("store", "data_path", "device"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", value]
+        words += ["--costs", str(self.costs)] * ("costs" in self.given)
         return shlex.join(words)
 
     @property
@@ -255,6 +257,8 @@ class Grid:
     def _cell(self, method: str, ipc: int, seed: int) -> Cell:
         about = f"{self.where}: {method}"
         entry = self.given(self.methods[method], about, ipc)
+        if entry.get("published") != self.methods[method].get("published"):
+            raise InputError(f"{about}: published is of the row, by size, and has no place under by_ipc or in a cfg")
         by = entry.get("by")
         makers = _makers()
         if not isinstance(by, str) or by not in makers:

@@ -21,6 +21,7 @@ from pad.commands.bench import Workbench, set_up
 from pad.commands.coreset import CoresetSettings, select_coreset
 from pad.commands.distil import Distilling, distill
 from pad.commands.evaluate import EvaluationSettings, evaluate, what_is_asked
+from pad.commands.following import FromEpochs
 from pad.commands.quantise import QuantiseSettings, quantise
 from pad.commands.record import record_experts
 from pad.config import FilePath
@@ -64,6 +65,7 @@ def study(settings: StudySettings, ranks: Ranks = ALONE) -> list[Outcome]:
     for folder in (grid.store / "cells", grid.sets):
         remove_leftovers(folder)
     work = _Work(grid)
+    work.begin(wanted)
     try:
         each_once(wanted, work.lock, work.obtain, lambda cell: cell.about)
     finally:  # an interrupted study shows what is there
@@ -93,19 +95,47 @@ class _Work:
 
     @functools.cached_property
     def bench(self) -> Workbench:
-        """The images, which all cells share. Raises InputError when the study was begun with others."""
-        bench = set_up(self._grid.common, ALONE)
-        path = self._grid.store / "data.json"
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there, or damaged
-            write_text(path, json.dumps(bench.data.identity, indent=2, sort_keys=True) + "\n")
-        else:
-            if before != json.loads(json.dumps(bench.data.identity)):
-                other = f"with other images than {self._grid.common.data_path} has"
-                folder = "--store" if self._grid.shares else "--out"
-                raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")
-        return bench
+        """The images, which all cells share."""
+        return set_up(self._grid.common, ALONE)
+
+    def begin(self, cells: list[Cell]) -> None:
+        """Note the images, unless all is done. Raises InputError for others than the study was begun with.
+
+        And for networks, rows, sizes and start epochs of cells that are not done which cannot be had.
+        """
+        undone = [cell.of or cell for cell in cells if not self.outcome(cell).accuracies]
+        if not undone:
+            return
+        path, here, before = self._grid.store / "data.json", self.bench.data.tested, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or damaged
+            before = json.loads(path.read_text(encoding="utf-8")).items()
+        if before is not None and not before <= here.items():  # earlier versions did not note the test images
+            other = f"with other images than {self._grid.common.data_path} has"
+            folder = "--store" if self._grid.shares else "--out"
+            raise InputError(f"the study in {self._grid.store} was begun {other}; give another {folder}")
+        with silence():
+            self._refuse_unfit(undone)
+        if before is None:
+            write_text(path, json.dumps(here, indent=2, sort_keys=True) + "\n")
+
+    def _refuse_unfit(self, cells: list[Cell]) -> None:
+        """Raise InputError for what these images or experts do not go with; cells are evaluated alike once."""
+        distilling = [cell.distilling for cell in cells if isinstance(cell.distilling, Distilling)]
+        self.bench.refuse_unfit(sorted({name for each in distilling for name in (each.model, *each.pool)}))
+        known: set[tuple[bool, int, bool]] = set()
+        for cell in cells:
+            hard = getattr(cell.distilling, "labels", "hard") == "hard"
+            ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
+            alike = hard, ipc, "buffer_path" in cell.evaluation
+            try:
+                if cell.buffer is not None and isinstance(cell.distilling, FromEpochs):
+                    cell.distilling.refuse_short(cell.buffer.train_epochs)
+                if alike not in known:
+                    scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": "."})
+                    what_is_asked(scored, self.bench, hard=hard, counts=[ipc] * self.bench.data.num_classes)
+            except InputError as error:
+                raise InputError(f"{cell.about}: {error}") from None
+            known.add(alike)
 
     def lock(self, cell: Cell) -> Path:
         """Held while a cell is run."""
@@ -148,7 +178,7 @@ class _Work:
         log.info("== %s", cell.about)
         started = time.perf_counter()
         record = {"method": cell.method, "ipc": cell.ipc, "seed": cell.seed, "recipe": cell.recipe}
-        bench = self.bench  # those of another study are no cell's failure
+        bench = self.bench  # what is wrong with the images is no cell's failure
         try:
             # A line is said of it below. Another study may have a cell of the same set
             with silence(), in_turn(self._grid.sets / f".{cell.made}.lock", f"the set of {cell.about}"):
@@ -212,11 +242,6 @@ def _make(cell: Cell, bench: Workbench, whole: str | None) -> Path:
     """
     if isinstance(cell.distilling, QuantiseSettings):
         return quantise(dataclasses.replace(cell.distilling, source=FilePath(str(whole))))
-    scored = EvaluationSettings.resolve(cell.evaluation | {"synthetic": ".", "overwrite": True})
-    hard = getattr(cell.distilling, "labels", "hard") == "hard"
-    ipc = cell.ipc * getattr(cell.distilling, "factor", 1) ** 2
-    counts = [ipc] * bench.data.num_classes
-    what_is_asked(scored, bench, hard=hard, counts=counts)  # what it refuses is refused before the set is made
     if cell.buffer is not None:
         record_experts(cell.buffer, bench=bench)
     if isinstance(cell.distilling, CoresetSettings):

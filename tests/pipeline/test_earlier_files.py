@@ -251,6 +251,10 @@ def test_an_old_coreset_is_scored(begun, same_machine):
 
 
 def test_a_study_runs_the_cells_that_are_missing(begun, same_machine):
+    """The earlier version named sets as their cells, and so they are named where it has begun them."""
+    for match in (re.match(r"study/sets/.*-seed1-[0-9a-f]{8}", name) for name in MADE["study"]):
+        if match:
+            (begun / match[0]).mkdir(parents=True, exist_ok=True)
     go_on("study", begun, same_machine)
 
 

@@ -151,6 +151,30 @@ def test_a_run_that_is_finished_is_evaluated_once_more_and_then_left_alone(tmp_p
 
 
 @pytest.mark.slow
+def test_rows_that_did_not_fit_are_made_when_there_is_time_and_none_is_lost(tmp_path, clock, monkeypatch):
+    shorten(monkeypatch, tmp_path, epoch_eval_train=2, Iteration=3)
+    assert cli.at_published_scale(argv_of(tmp_path)) == 0
+    found, file = results_in(tmp_path), tmp_path / "work" / "evaluated" / "iteration_000004.json"
+    assert len(found["rows"]) == 3
+    whole = json.loads(file.read_text())
+
+    def leave(*rows: str, asked: str) -> None:
+        kept = [row for row in whole["results"] if row["row"] in rows]
+        file.write_text(json.dumps(whole | {"results": kept, "settings": whole["settings"] | {"rows": asked}}))
+
+    leave("syn", "random", asked="syn,random")
+    assert cli.at_published_scale(argv_of(tmp_path, minutes=5 / 60)) == 0  # a rehearsal, and one row would fit
+    assert results_in(tmp_path)["rows"] == found["rows"][:2]
+    assert cli.at_published_scale(argv_of(tmp_path)) == 0
+    assert results_in(tmp_path)["rows"] == found["rows"]
+
+    before = clock.now
+    leave("syn", "random", asked="syn,random,random_soft")  # the experts were too weak
+    assert cli.at_published_scale(argv_of(tmp_path)) == 0
+    assert clock.now == before and results_in(tmp_path)["rows"] == found["rows"][:2]
+
+
+@pytest.mark.slow
 def test_a_killed_one_goes_on(tmp_path, monkeypatch):
     """In the first expert, in the first evaluation, and while it distils after that."""
     shorten(monkeypatch, tmp_path, num_experts=2, epoch_eval_train=5)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EXPERTS, assert_refused, command_line, contents, slow
+from PIL import Image
 
 from pad import cli
 from pad.commands import rows
@@ -195,6 +196,22 @@ def test_results_of_another_set_of_that_name_are_replaced_only_when_told(images,
     refused(cli.evaluate, argv, f"synthetic {'iteration: 4' if changed == 'iteration' else 'digest'}", "--overwrite")
     assert cli.evaluate([*argv, "--overwrite"]) == 0
     assert results_in(made.with_suffix(".evaluation.json"))["synthetic"]["iteration"] == synthetic.metadata["iteration"]
+
+
+def test_results_on_other_test_images_are_replaced_only_when_told(images, made, tmp_path, refused):
+    argv, out = evaluation_args(images, made), made.with_suffix(".evaluation.json")
+    assert cli.evaluate(argv) == 0
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    picture = next((other / "test").rglob("*.png"))
+    Image.eval(Image.open(picture), lambda level: 255 - level).save(picture)
+    argv = evaluation_args(other, made)
+    refused(cli.evaluate, argv, "data test_fingerprint", "--overwrite")
+    results = results_in(out)
+    del results["data"]["test_fingerprint"]  # as of an earlier version
+    out.write_text(json.dumps(results))
+    assert cli.evaluate(argv) == 0
+    assert "test_fingerprint" in results_in(out)["data"]
 
 
 @pytest.mark.parametrize("there", ["notes", "[]", '{"results": [], "seed": 0}', '{"synthetic": {}, "settings": 1}'])

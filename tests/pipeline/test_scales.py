@@ -151,6 +151,12 @@ def test_settings_of_a_command_s_own_file_lie_below_a_row_s(folder):
         ),
         ("study", {"methods": {"DM": {"cfg": "gone.yaml"}}}, [], "gone.yaml"),
         ("study", {"methods": {"DM": {"published": 5}}}, [], "DM: published: 5 is not a list"),
+        (
+            "study",
+            {"methods": {"DM": {"by_ipc": {10: {"published": 48.9}}}}},
+            [],
+            "DM: published is of the row, by size",
+        ),
         ("study", {"methods": {"DM": {"published": {1: "x"}}}}, [], "DM: published: 1: 'x' is not an accuracy"),
         ("study", {"methods": {"DM": {"published": {1: 101}}}}, [], "DM: published: 1: 101 is not an accuracy"),
         ("study", {"methods": {"DM": {"published": {1: {"ConvNet": "nan"}}}}}, [], "is not an accuracy"),

@@ -16,7 +16,8 @@ import yaml
 from helpers import CHECKOUT, contents, slow
 
 from pad import cli
-from pad.config import read_yaml
+from pad.config import parse, read_yaml
+from pad.data.images import ImageData
 from pad.errors import InputError, Stopped
 from pad.study import study as studying
 from pad.study.grid import Grid, StudySettings
@@ -277,6 +278,17 @@ def test_other_images_are_refused(done, tmp_path, capsys):
     assert "begun with other images" in capsys.readouterr().err
 
 
+def test_other_test_images_are_refused_where_it_is_noted_which_there_were(done, tmp_path, monkeypatch, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    next((tmp_path / "out/cells").glob("DM-*.json")).unlink()
+    monkeypatch.setattr(ImageData, "test_fingerprint", "another")
+    assert run(tmp_path) == 2
+    assert "begun with other images" in capsys.readouterr().err
+    noted = tmp_path / "out/data.json"  # an earlier version's has no such line
+    noted.write_text(json.dumps({k: v for k, v in json.loads(noted.read_text()).items() if k != "test_fingerprint"}))
+    assert run(tmp_path) == 0
+
+
 def test_a_set_that_is_gone_has_no_picture(done, tmp_path, capsys):
     shutil.copytree(done, tmp_path / "out")
     for path in (tmp_path / "out" / "sets").glob("random_real*/*.safetensors"):
@@ -482,6 +494,15 @@ def test_the_study_s_file_is_kept_below_its_command(done):
     assert words[:3] == ["#", "python", "scripts/study.py"] and words[-2:] == ["--out", str(done)]
 
 
+@pytest.mark.parametrize("more", [[], ["--costs"], ["--costs", "False"]], ids=str)
+def test_the_kept_command_asks_for_the_costs_as_it_was_asked(tmp_path, more):
+    argv = [str(write(tmp_path, costs=True)), *more]
+    settings = parse(StudySettings, argv, "study.py")
+    words = shlex.split(settings.command(Grid.read(settings)))
+    again = parse(StudySettings, words[2:], "study.py")
+    assert Grid.read(again).costs == Grid.read(settings).costs == (more[1:] != ["False"])
+
+
 def test_a_study_has_a_page(done, tmp_path):
     assert cli.report([str(done), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
@@ -529,7 +550,23 @@ def change(path: str, value):
         ("methods/PAD/buffer", "curiculum", ("the nearest is curriculum",)),
         ("methods/PAD", 3, ("PAD is not a list",)),
         ("buffers/SGD/rho_min", 1, ("buffers: SGD: rho_max",)),
+        (
+            "methods/PAD/max_start_epoch",
+            4,
+            ("PAD, ipc 1, seed 0: max_start_epoch 4", "need trajectories of 4 epochs", "has 3"),
+        ),
+        ("methods/DATM/expert_epochs", 3, ("DATM, ipc 1, seed 0: ", "need trajectories of 4 epochs", "has 3")),
+        (
+            "methods/DATM/Label_Model_Timestamp",
+            4,
+            ("DATM, ipc 1, seed 0: Label_Model_Timestamp: 4 is not an epoch", "has 3"),
+        ),
         ("evaluation/num_evall", 1, ("evaluation: ", "num_eval")),
+        ("evaluation/networks", "NoNet", ("there is no network 'NoNet'",)),
+        ("evaluation/networks", "ConvNetD6W8", ("ConvNetD6W8 does not fit",)),
+        ("methods/DM/networks", "NoNet", ("there is no network 'NoNet'",)),
+        ("methods/DM/model", "NoNet", ("there is no network 'NoNet'",)),
+        ("evaluation/rows", "syn,random_soft", ("DM, ipc 1, seed 0: rows: random_soft",)),
         ("common/datset", "x", ("common: unknown key 'datset'; the nearest is dataset",)),
         ("seed", [0], ("unknown key 'seed'; the nearest is seeds",)),
         ("seeds", [-1], ("seeds: [-1]",)),
@@ -570,6 +607,7 @@ def test_a_wrong_file_is_refused_before_any_work(tmp_path, capsys, path, value, 
         (["--methods", "DN"], "nearest is DM"),
         (["--seeds", "x"], "seeds"),
         (["--ipc", "0"], "no ipc 0"),
+        (["--seeds", "9" * 5000], "is not a list of whole numbers"),
         (["--seeds", "7"], "no seed 7"),
     ],
 )

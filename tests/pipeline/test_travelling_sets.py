@@ -198,6 +198,17 @@ def test_the_dataset_card_says_what_the_set_is_and_what_it_reaches(sets, tmp_pat
     assert card.startswith('---\nlicense: "cc-by-4.0"\n') and "71.25" not in card and "Not measured." in card
 
 
+@pytest.mark.parametrize("there", [{}, {"results": 5}, {"results": [{"set": "synthetic"}]}, {"results": [[]]}], ids=str)
+def test_damaged_results_are_left_out_of_the_dataset_card(sets, tmp_path, capfd, there):
+    path = tmp_path / "set.safetensors"
+    shutil.copy(sets[False], path)
+    there = {"synthetic": {"digest": SyntheticSet.load(path).digest}} | there
+    path.with_suffix(".evaluation.json").write_text(json.dumps(there))
+    export(path, "huggingface", tmp_path / "out")
+    assert "set.evaluation.json is damaged, or not of this set" in capfd.readouterr().err
+    assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_library_of_hugging_face_reads_the_export(sets, tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = export(sets[False], "huggingface", tmp_path / "out")
@@ -376,6 +387,7 @@ def test_what_a_file_does_not_say_is_asked_for(asked_of, capfd, kind, without, w
     "kind, changes, words",
     [
         ("IDC", {"factor": 3}, ("factor: 3 does not divide the sides of images of 16x16 pixels", "give --padded")),
+        ("IDC", {"factor": 17, "padded": True}, ("factor: 17 is more than the 16 pixels of a side",)),
         ("DC", {"factor": 3, "padded": True, "zca": True}, ("padded: ", "whitened images")),
         ("IDC", {"values": "network"}, ("values: network was given, but", "has pixels")),
         ("MTT", {"label_form": "logits"}, ("label_form: logits was given, but", "has classes")),
